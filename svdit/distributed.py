@@ -1,0 +1,72 @@
+"""Processes started by torchrun, or just one: a world of one is not special.
+
+    with session():                  # joins the group torchrun announced, if it did
+        for i in shard(n): ...       # rank, rank + world, …: no padding, nothing twice
+        barrier()
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@contextmanager
+def session(device: torch.device | None = None) -> Iterator[None]:
+    """Join torchrun's process group (nccl on CUDA, gloo otherwise) and leave it at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    device = device or default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def default_device() -> torch.device:
+    """This process's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shard(count: int) -> range:
+    """The indices below `count` that are this process's."""
+    return range(rank(), count, world_size())
+
+
+def all_sum(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's picklable `value`, in rank order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,96 @@
+"""Pictures as arrays: uint8 (N, H, W, 3) on the disk's side, float (N, C, H, W) in [-1, 1] on the model's.
+
+The float -> uint8 rule is DiT's, clamp(127.5 x + 128) and truncate, which equals rounding half up; another rule
+moves FID. Files are always RGB: a one-channel model's pictures are written grey.
+"""
+
+import re
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from svdit.errors import UserError
+from svdit.files import atomic_path
+
+Pixels = npt.NDArray[np.uint8]
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def to_uint8(x: Tensor) -> Pixels:
+    """(N, C, H, W) in [-1, 1], C 1 or 3, to uint8 (N, H, W, 3)."""
+    levels = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().cpu().numpy()
+
+
+def to_float(pixels: Pixels) -> Tensor:
+    """uint8 (N, H, W, C) to float32 (N, C, H, W) in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def natural_key(path: Path) -> list[tuple[int, int, str]]:
+    """A sort key under which 2.png comes before 10.png."""
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", path.as_posix()) if p]
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Every image below `folder`, sub-folders too, in natural order."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give a folder of images")
+    files = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    return sorted(files, key=lambda p: natural_key(p.relative_to(folder)))
+
+
+def read_image(path: str | Path) -> Pixels:
+    """uint8 (H, W, 3); grey and palette pictures become RGB, transparency is dropped."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
+
+
+def write_png(path: str | Path, pixels: Pixels) -> None:
+    """Write one uint8 (H, W, 3) picture."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
+def grid(pictures: Pixels, columns: int, pad: int = 2, scale: int = 1) -> Pixels:
+    """(N, H, W, 3) to one picture, row by row, on white; `scale` repeats pixels."""
+    pictures = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, h, w, c = pictures.shape
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + pad) + pad, columns * (w + pad) + pad, c), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        top, left = (i // columns) * (h + pad) + pad, (i % columns) * (w + pad) + pad
+        canvas[top : top + h, left : left + w] = picture
+    return canvas
+
+
+def write_npz(path: str | Path, pictures: Iterable[Pixels], count: int) -> None:
+    """Stream `count` equal uint8 (H, W, 3) pictures into an uncompressed .npz, key `arr_0` (ADM's layout)."""
+    header: tuple[int, ...] | None = None
+    written = 0
+    with (
+        atomic_path(path) as temporary,
+        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        for picture in pictures:
+            if header is None:
+                header = picture.shape
+                layout = {"descr": "|u1", "fortran_order": False, "shape": (count, *header)}
+                np.lib.format.write_array_header_1_0(member, layout)
+            if picture.shape != header:
+                raise UserError(f"picture {written} is {picture.shape}, the first is {header}; sizes must agree")
+            member.write(np.ascontiguousarray(picture).tobytes())
+            written += 1
+        if written != count:
+            raise UserError(f"{written} pictures were given for {path}, {count} were announced")
