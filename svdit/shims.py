@@ -4,7 +4,7 @@ The torchvision on the package index is built for CUDA: on a CPU build of torch 
 registering fakes for `nms` then fails. Declaring the two schemas first is enough; the operators stay uncallable.
 """
 
-import importlib.util
+import sys
 
 import torch
 
@@ -12,10 +12,14 @@ _library: torch.library.Library | None = None
 
 
 def allow_cpu_torchvision() -> None:
-    """Declare `torchvision::nms` and `torchvision::qnms` where torch is a CPU build; elsewhere do nothing."""
+    """Import torchvision; where its operators are missing, declare `nms` and `qnms` first. Safe to call twice."""
     global _library
-    if _library or torch.version.cuda or torch.version.hip or not importlib.util.find_spec("torchvision"):
-        return
-    _library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        _library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
