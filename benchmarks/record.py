@@ -1,0 +1,74 @@
+"""One row of `results.csv` per measured number, with everything needed to judge it: when, which code, on what.
+
+    record("evaluation", "inception_fast", 28.8, "images/s", note="batch 32, 256 px")
+
+The machine is a processor model and a core count; no host names.
+"""
+
+import csv
+import os
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+
+RESULTS = Path(__file__).with_name("results.csv")
+COLUMNS = ["date", "commit", "machine", "versions", "benchmark", "name", "value", "unit", "note"]
+
+
+def record(benchmark: str, name: str, value: float, unit: str, note: str = "", path: Path = RESULTS) -> None:
+    """Append one number and print it."""
+    row = [
+        date.today().isoformat(),
+        commit(),
+        machine(),
+        versions(),
+        benchmark,
+        name,
+        f"{value:.6g}",
+        unit,
+        note,
+    ]
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([COLUMNS, row] if new else [row])
+    print(f"{benchmark:14} {name:40} {value:12.6g} {unit:12} {note}")
+
+
+def commit() -> str:
+    """The short commit, with a plus where tracked files differ from it; empty outside a repository."""
+    try:
+        return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def machine() -> str:
+    """The processor, the cores this process may use, and the GPU if there is one."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    text = f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads"
+    return f"{text}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else text
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> str:
+    import torch
+
+    return f"python {platform.python_version()}, torch {torch.__version__}"
