@@ -1,8 +1,8 @@
 """Processes started by torchrun, or just one: a world of one is not special.
 
-    with session():                  # joins the group torchrun announced, if it did
-        for i in shard(n): ...       # rank, rank + world, …: no padding, nothing twice
-        barrier()
+with session():                  # joins the group torchrun announced, if it did
+    for i in shard(n): ...       # rank, rank + world, …: no padding, nothing twice
+    barrier()
 """
 
 import os

@@ -15,11 +15,11 @@ def allow_cpu_torchvision() -> None:
     """Import torchvision; where its operators are missing, declare `nms` and `qnms` first. Safe to call twice."""
     global _library
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             del sys.modules[name]
-        _library = torch.library.Library("torchvision", "FRAGMENT")
+        _library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
-            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
         import torchvision  # noqa: F401

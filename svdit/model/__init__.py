@@ -1,0 +1,1 @@
+"""The diffusion transformer (DiT), its named configurations and its autoencoder."""

@@ -1,0 +1,96 @@
+"""DiT, the class-conditional diffusion transformer (Peebles & Xie, arXiv 2212.09748).
+
+Predicts the noise in x_t, and with `learn_sigma` also the interpolation between the smallest and the largest
+posterior variance. The parameters carry the names of the published checkpoints. Guidance, schedules and label
+dropout live elsewhere (`svdit.diffusion`, `svdit.training`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svdit.errors import UserError
+from svdit.model.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding, sinusoids
+from svdit.model.layers import Block, FinalLayer
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The shape of a DiT; `input_size` is the side of its square input in latent (or plain) pixels."""
+
+    input_size: int = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    num_classes: int = 1000
+    learn_sigma: bool = True
+
+    def __post_init__(self) -> None:
+        for value, by, what in (
+            (self.input_size, self.patch_size, "input_size {} by patch_size {}"),
+            (self.hidden_size, self.num_heads, "hidden_size {} by num_heads {}"),
+            (self.hidden_size, 4, "hidden_size {} by {} (sines and cosines of two axes)"),
+        ):
+            if value % by or value < by:
+                raise UserError(f"cannot divide {what.format(value, by)}; choose a multiple")
+
+
+class DiT(nn.Module):
+    """(N, C, H, W) noisy images, (N,) timesteps and (N,) labels to (N, C or 2C, H, W)."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        side = config.input_size // config.patch_size
+        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
+        self.t_embedder = TimestepEmbedder(config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        self.pos_embed = nn.Parameter(position_embedding(config.hidden_size, side), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
+        initialize(self)
+
+    @property
+    def out_channels(self) -> int:
+        return self.config.in_channels * (2 if self.config.learn_sigma else 1)
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class"."""
+        return self.config.num_classes
+
+    # fmt: off
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        x = self.x_embedder(x) + self.pos_embed                               # (N, T, D)
+        c = self.t_embedder(sinusoids(t).to(x.dtype)) + self.y_embedder(y)    # (N, D)
+        for block in self.blocks:
+            x = block(x, c)                                                   # (N, T, D)
+        return self.unpatchify(self.final_layer(x, c))                        # (N, C or 2C, H, W)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        N, P, side = len(x), self.config.patch_size, self.config.input_size // self.config.patch_size
+        x = x.view(N, side, side, P, P, self.out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(N, self.out_channels, side * P, side * P)
+    # fmt: on
+
+
+@torch.no_grad()
+def initialize(model: DiT) -> None:
+    """Xavier for linears, N(0, 0.02) for the embedders, zero for adaLN and the last layer (the paper's adaLN-Zero)."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    patches = model.x_embedder.proj
+    nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+    for name, parameter in model.named_parameters():
+        if name.startswith(("t_embedder", "y_embedder")) and name.endswith("weight"):
+            nn.init.normal_(parameter, std=0.02)
+        elif "adaLN" in name or name.startswith("final_layer") or name == "x_embedder.proj.bias":
+            nn.init.zeros_(parameter)

@@ -1,0 +1,56 @@
+"""What enters the blocks: patches with their positions, the timestep, the class."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class PatchEmbed(nn.Module):
+    """(N, C, H, W) images to (N, T, D) tokens, one for each P × P patch, row by row."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def sinusoids(t: Tensor, frequencies: int = 128) -> Tensor:
+    """(N,) timesteps to (N, 2·frequencies): cosines, then sines, of frequencies falling from 1 to 1e-4."""
+    exponents = torch.arange(frequencies, dtype=torch.float32, device=t.device) / frequencies
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids (N, 256) of the timesteps to (N, D)."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+
+    def forward(self, waves: Tensor) -> Tensor:
+        return self.mlp(waves)
+
+
+class LabelEmbedder(nn.Module):
+    """(N,) class labels to (N, D); row `num_classes` is the null class of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+def position_embedding(hidden_size: int, side: int) -> Tensor:
+    """Fixed sine-cosine embedding of a side × side grid, (1, T, D): a quarter each of sin x, cos x, sin y, cos y."""
+    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
+    columns = axis.repeat(side, 1)
+    rows = axis.repeat_interleave(side, dim=0)
+    return torch.cat([columns, rows], dim=1).float()[None]

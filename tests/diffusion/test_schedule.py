@@ -1,0 +1,45 @@
+"""Respaced schedules against the published ones."""
+
+import pytest
+import torch
+from conftest import Golden
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svdit.diffusion.schedule import TIMESTEPS, make_schedule, spaced_timesteps
+from svdit.errors import UserError
+
+
+@pytest.mark.parametrize("spacing", ["4", "10", "20", "50", "100", "250", "ddim50"])
+def test_timesteps_equal_published(golden: Golden, spacing: str) -> None:
+    assert spaced_timesteps(spacing) == golden[f"timestep_map_{spacing}"].tolist()
+
+
+@pytest.mark.parametrize("spacing", ["20", "50", "100", "250", "ddim50"])
+def test_posterior_equals_published(golden: Golden, spacing: str) -> None:
+    schedule = make_schedule(spacing)
+    for ours, key in (
+        (schedule.alphas_cumprod, "alphas_cumprod"),
+        (schedule.posterior_variance, "posterior_variance"),
+        (schedule.posterior_log_variance, "posterior_log_variance_clipped"),
+    ):
+        torch.testing.assert_close(ours, golden[f"{key}_{spacing}"], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("spacing", ["4", "10"])
+def test_betas_equal_published(golden: Golden, spacing: str) -> None:
+    torch.testing.assert_close(make_schedule(spacing).betas, golden[f"betas_{spacing}"], rtol=1e-9, atol=0)
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=5))
+def test_sections_are_ascending_and_counted(counts: list[int]) -> None:
+    timesteps = spaced_timesteps(",".join(map(str, counts)))
+    assert len(timesteps) == sum(counts)
+    assert timesteps == sorted(set(timesteps))
+    assert 0 <= timesteps[0] <= timesteps[-1] < TIMESTEPS
+
+
+@pytest.mark.parametrize("bad", ["0", "-3", "ten", "", "1001", "ddim7,", "ddim999", "3,,4", "2.5"])
+def test_impossible_spacings_are_sentences(bad: str) -> None:
+    with pytest.raises(UserError, match="give"):
+        make_schedule(bad)
