@@ -11,7 +11,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_em
 
 def test_position_embedding_equals_diffusers() -> None:
     ours = position_embedding(64, 6)[0]
-    theirs = get_2d_sincos_pos_embed(64, 6, output_type="pt")
+    theirs = get_2d_sincos_pos_embed(64, 6, base_size=6, output_type="pt")
     assert (ours - theirs).abs().max() < 1e-6
     assert ours.std() > 0.5
 

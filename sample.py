@@ -1,0 +1,6 @@
+"""`svdit sample` under its documented name."""
+
+from svdit.cli import command
+
+if __name__ == "__main__":
+    command("sample")
