@@ -1,0 +1,267 @@
+"""Checkpoints in every layout load exactly, and every unsound file ends in one sentence with nothing executed."""
+
+import argparse
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GOLDEN, Golden, relative
+from safetensors.torch import load_file, save_file
+
+from svdit.checkpoints import formats, store
+from svdit.checkpoints.store import load_model, read_header, save_model
+from svdit.errors import UserError
+from svdit.model.dit import DiT
+from svdit.model.zoo import DiT_models
+
+SUFFIXES = (".safetensors", ".pt")
+State = dict[str, Any]
+
+
+def same(a: State, b: State) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_saved_model_loads_bit_for_bit(tiny: DiT, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"tiny{suffix}"
+    save_model(tiny, path, name="DiT-tiny", provenance={"seed": 3})
+    model = load_model(path)
+    assert same(model.state_dict(), tiny.state_dict())
+    assert model.config == tiny.config
+    assert not model.training
+    assert model.x_embedder.proj.weight.requires_grad
+    assert not model.pos_embed.requires_grad
+    header = read_header(path)
+    assert header is not None
+    assert (header["name"], header["config"], header["provenance"]) == ("DiT-tiny", asdict(tiny.config), {"seed": 3})
+
+
+def test_a_saved_file_is_alone_and_as_readable_as_any_other(tiny: DiT, tmp_path: Path) -> None:
+    save_model(tiny, tmp_path / "tiny.safetensors")
+    (tmp_path / "other").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"tiny.safetensors", "other"}
+    assert (tmp_path / "tiny.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+    with pytest.raises(UserError, match=r"end its name in \.safetensors or \.pt"):
+        save_model(tiny, tmp_path / "tiny.bin")
+    with pytest.raises(TypeError):
+        save_model(tiny, tmp_path / "bad.pt", provenance={"x": object()})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_weighs_what_its_tensors_imply(tiny: DiT, tmp_path: Path, suffix: str) -> None:
+    rows = torch.randn(640, 64)
+    tiny.blocks[0].attn.proj.weight = torch.nn.Parameter(rows[:64])  # a view must not bring its whole storage along
+    path = tmp_path / f"tiny{suffix}"
+    save_model(tiny, path)
+    tensors = sum(tensor.nbytes for tensor in tiny.state_dict().values())
+    overhead = path.stat().st_size - tensors
+    if suffix == ".safetensors":
+        (length,) = struct.unpack("<Q", path.read_bytes()[:8])
+        assert overhead == 8 + length
+    assert 0 < overhead < 1000 + 400 * len(tiny.state_dict())
+    assert load_model(path).blocks[0].attn.proj.weight.equal(rows[:64])
+
+
+def test_bare_published_weights_give_the_published_outputs(golden: Golden, tmp_path: Path) -> None:
+    path = tmp_path / "published.pt"
+    torch.save(golden.model.state_dict(), path)
+    with pytest.raises(UserError, match="give num_heads"):
+        load_model(path)
+    model = load_model(path, num_heads=golden.model.config.num_heads, input_size=8, num_classes=10)
+    assert model.config == golden.model.config
+    assert relative(model(golden["x"], golden["t"], golden["y"]), golden["forward"]) < 2e-5
+    assert read_header(path) is None
+
+
+@pytest.mark.parametrize("name", ["DiT-S/2", "DiT-S/8"])
+def test_a_named_size_needs_no_heads(name: str, tmp_path: Path) -> None:
+    published = DiT_models[name](input_size=16, num_classes=3)
+    torch.save(published.state_dict(), tmp_path / "bare.pt", _use_new_zipfile_serialization=False)  # the old layout
+    assert load_model(tmp_path / "bare.pt").config == published.config
+    assert load_model(tmp_path / "bare.pt", name=name, input_size=16).config == published.config
+
+
+def test_of_a_training_checkpoint_the_average_wins() -> None:
+    path = GOLDEN / "train_format_checkpoint.pt"
+    model = load_model(path, num_heads=2)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        loaded = torch.load(path, weights_only=True)
+    assert same(model.state_dict(), loaded["ema"])
+    assert model.blocks[0].attn.qkv.weight.equal(loaded["model"]["blocks.0.attn.qkv.weight"] * 0.5)
+    with pytest.raises(UserError, match=r"depth 1 and not 12.* so it is no DiT-S/2"):
+        load_model(path, name="DiT-S/2")
+
+
+def test_half_precision_published_weights_become_float32_but_our_own_file_stays(tiny: DiT, tmp_path: Path) -> None:
+    torch.save(tiny.half().state_dict(), tmp_path / "bare.pt")
+    save_model(tiny, tmp_path / "own.pt")
+    assert load_model(tmp_path / "bare.pt", num_heads=2).pos_embed.dtype == torch.float32
+    assert load_model(tmp_path / "own.pt").pos_embed.dtype == torch.float16
+
+
+def test_what_the_caller_says_must_be_so_in_the_file(tiny: DiT, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.pt"
+    save_model(tiny, path)
+    assert load_model(path, num_classes=5, depth=2).config == tiny.config
+    with pytest.raises(UserError, match="num_classes 5 and not 1000; ask"):
+        load_model(path, num_classes=1000)
+    with pytest.raises(UserError, match="no model called 'DiT-M/2'"):
+        load_model(path, name="DiT-M/2")
+    with pytest.raises(TypeError, match="no option qk_norm"):
+        load_model(path, qk_norm=True)
+
+
+def test_embedded_models_go_by_their_names(tiny: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "EMBEDDED", tmp_path)
+    save_model(tiny, tmp_path / "letters.safetensors")
+    assert same(load_model("letters").state_dict(), tiny.state_dict())
+    with pytest.raises(UserError, match="no checkpoint nowhere; give a file or one of: letters"):
+        load_model("nowhere")
+
+
+class Evil:
+    """Unpickled without care, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("way", ["zip", "old", "pickle", "inside"])
+def test_pickled_code_is_never_run(tiny: DiT, tmp_path: Path, way: str) -> None:
+    path, proof = tmp_path / "evil.pt", tmp_path / "proof"
+    evil = Evil(proof)
+    if way == "pickle":
+        path.write_bytes(pickle.dumps(evil, protocol=2))
+    else:
+        content = {"ema": tiny.state_dict(), "args": evil} if way == "inside" else evil
+        torch.save(content, path, _use_new_zipfile_serialization=way != "old")
+    for function in (load_model, read_header):
+        with pytest.raises(UserError, match=r"could run code, so nothing of it was loaded; ask its author"):
+            function(path)
+    assert not proof.exists()
+    torch.load(path, weights_only=False) if way != "pickle" else pickle.loads(path.read_bytes())
+    assert proof.exists()  # the file is as malicious as this test believes
+
+
+FOREIGN = {
+    "empty": b"",
+    "text": b"hello world " * 50,
+    "a web page": b"<html>404</html>" * 20,
+    "short": b"abc",
+    "a zip of something else": b"PK\x03\x04" + b"junk" * 40,
+    "a header that lies about its length": struct.pack("<Q", 60) + b"{" + b"x" * 80,
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
+def test_foreign_files_get_one_sentence(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.pt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"\({len(content)} bytes\) is no checkpoint, or only a part of one"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": torch.ones(2)}, torch.ones(3)], ids=str)
+def test_other_contents_get_one_sentence(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"no state dict of tensors|no checkpoint of a DiT"):
+        load_model(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("part", [0.001, 0.2, 0.9, 0.9999])
+def test_truncated_files_get_one_sentence(tiny: DiT, tmp_path: Path, suffix: str, part: float) -> None:
+    path = tmp_path / f"tiny{suffix}"
+    save_model(tiny, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * part)])
+    with pytest.raises(UserError, match=r"only a part of one.* copy or download it again"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("where", ["first tensor byte", "last tensor byte", "configuration"])
+def test_one_changed_byte_is_noticed(tiny: DiT, tmp_path: Path, suffix: str, where: str) -> None:
+    path = tmp_path / f"tiny{suffix}"
+    weight = torch.nn.Parameter(torch.full((64, 64), 1.25))
+    tiny.blocks[1].attn.proj.weight = weight
+    save_model(tiny, path, name="two-headed")
+    content = bytearray(path.read_bytes())
+    if where == "configuration":
+        at = content.index(b"two-headed")
+    else:
+        data = bytes(weight.detach().numpy().tobytes())
+        at = content.index(data) + (0 if where == "first tensor byte" else len(data) - 1)
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: its content does not match its own checksum"):
+        load_model(path)
+
+
+def broken(path: Path, tiny: DiT, edit: Callable[[State, State], None]) -> None:
+    """A file of ours, checksum and all, after `edit(tensors, header)`."""
+    tensors: State = dict(tiny.state_dict())
+    header: State = {"name": "", "config": asdict(tiny.config), "layers": {}, "provenance": {}}
+    edit(tensors, header)
+    formats.write(path, tensors, header)
+
+
+PROBLEMS: dict[str, tuple[Callable[[State, State], object], str]] = {
+    "newer": (
+        lambda t, h: h.update(format_version=2),
+        r"in format 2, .* which reads format 1; upgrade",
+    ),
+    "missing": (lambda t, h: t.pop("pos_embed"), r"lacks 1 of its tensors \(first: pos_embed\)"),
+    "extra": (lambda t, h: t.update(more=torch.ones(1)), r"has no place for 1 of its tensors \(first: more\)"),
+    "shape": (
+        lambda t, h: t.update(pos_embed=torch.ones(2)),
+        r"pos_embed is \(2,\) torch.float32 and not \(1, 4",
+    ),
+    "type": (lambda t, h: t.update(pos_embed=torch.ones(1, 4, 64).int()), r"torch.int32 and not"),
+    "no configuration": (lambda t, h: h.pop("config"), "header without a usable configuration"),
+    "foreign configuration": (lambda t, h: h["config"].update(qk_norm=True), "header without a usable configuration"),
+    "foreign version": (lambda t, h: h.update(format_version="new"), "damaged header"),
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_files_that_do_not_fit_say_so(tiny: DiT, tmp_path: Path, suffix: str, problem: str) -> None:
+    edit, sentence = PROBLEMS[problem]
+    path = tmp_path / f"tiny{suffix}"
+    broken(path, tiny, edit)
+    with pytest.raises(UserError, match=sentence) as error:
+        load_model(path)
+    assert "\n" not in str(error.value)
+    assert re.search(r"; (give|save|upgrade|copy)", str(error.value)), "no word on what to do"
+
+
+def test_a_bare_file_that_lacks_a_tensor_says_which(golden_learned: Golden, tmp_path: Path) -> None:
+    state = load_file(GOLDEN / "dit_learn_sigma.weights.safetensors")
+    del state["blocks.1.mlp.fc2.bias"]
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(UserError, match=r"lacks 1 of its tensors \(first: blocks.1.mlp.fc2.bias\)"):
+        load_model(tmp_path / "less.safetensors", num_heads=3)
+
+
+def test_the_header_is_read_without_the_tensors(tiny: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for suffix in SUFFIXES:
+        path = tmp_path / f"tiny{suffix}"
+        save_model(tiny, path)
+        content = bytearray(path.read_bytes())
+        content[content.index(tiny.pos_embed.numpy().tobytes())] ^= 1
+        path.write_bytes(content)
+        header = read_header(path)  # a read of the tensors would notice
+        assert header is not None
+        assert header["format_version"] == 1
