@@ -18,14 +18,15 @@ from svdit.checkpoints.infer import config_from_shapes
 from svdit.errors import UserError
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS, config_for
+from svdit.quant.linear import layer_specs, rebuild_
 
 EMBEDDED = Path(__file__).parents[1] / "pretrained"
 
 
 def save_model(model: DiT, path: str | Path, *, name: str = "", provenance: dict[str, Any] | None = None) -> None:
     """Write a self-describing .safetensors or .pt; `provenance` is any JSON: where the weights come from."""
-    header = {"name": name, "config": asdict(model.config), "layers": {}, "provenance": provenance or {}}
-    formats.write(path, model.state_dict(), header)
+    header = {"name": name, "config": asdict(model.config), "layers": layer_specs(model)}
+    formats.write(path, model.state_dict(), {**header, "provenance": provenance or {}})
 
 
 def load_model(
@@ -46,8 +47,7 @@ def load_model(
     else:
         config = config_from_header(header, path)
     check_claims(config, name, claims, path)
-    with torch.device("meta"):
-        model = DiT(config)
+    model = empty(config, header or {}, path)
     check_fit(model.state_dict(), tensors, path)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.to(device).eval()
@@ -78,6 +78,17 @@ def config_from_header(header: formats.Header, path: Path) -> DiTConfig:
         return DiTConfig(**header["config"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} has a header without a usable configuration ({error}); save the model again") from None
+
+
+def empty(config: DiTConfig, header: formats.Header, path: Path) -> DiT:
+    """The model without memory, its quantized layers in place."""
+    with torch.device("meta"):
+        model = DiT(config)
+        try:
+            rebuild_(model, header.get("layers", {}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} describes a quantized layer this cannot build ({error}); upgrade svdit") from None
+    return model
 
 
 def check_claims(config: DiTConfig, name: str | None, claims: Mapping[str, Any], path: Path) -> None:

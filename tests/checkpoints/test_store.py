@@ -6,6 +6,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from safetensors.torch import load_file, save_file
 from svdit.checkpoints import formats, store
 from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.errors import UserError
+from svdit.kernels.formats import WEIGHT_FORMATS, Format
+from svdit.kernels.reference import quantize
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
+from svdit.quant.linear import LinearSpec, SVDLinear, layer_specs, linears, quantized_layers, rebuild_
+from svdit.quant.linear import replace as put
 
 SUFFIXES = (".safetensors", ".pt")
 State = dict[str, Any]
@@ -68,6 +73,49 @@ def test_a_file_weighs_what_its_tensors_imply(tiny: DiT, tmp_path: Path, suffix:
         assert overhead == 8 + length
     assert 0 < overhead < 1000 + 400 * len(tiny.state_dict())
     assert load_model(path).blocks[0].attn.proj.weight.equal(rows[:64])
+
+
+RESIDUALS = {
+    **{name: LinearSpec(weight=form) for name, form in WEIGHT_FORMATS.items()},
+    "everything": LinearSpec(8, None, "bfloat16", Format(4, 16), Format(8), scaled=True, shifted=True, hadamard=32),
+}
+
+
+def with_residuals(model: DiT, spec: LinearSpec) -> None:
+    rebuild_(model, {name: asdict(spec) for name, _ in linears(model) if name.startswith("blocks")})
+    for layer in quantized_layers(model).values():
+        layer.store_residual(*quantize(torch.randn(layer.out_features, layer.in_features), layer.spec.weight))
+
+
+def with_factors(model: DiT, bits: int) -> None:
+    for name, linear in list(linears(model)):
+        put(model, name, SVDLinear.from_linear(linear, 0.3).quantize_parameters(bits))
+
+
+CHANGES: dict[str, Callable[[DiT], None]] = {
+    **{name: partial(with_residuals, spec=spec) for name, spec in RESIDUALS.items()},
+    **{f"factors of {bits} bits": partial(with_factors, bits=bits) for bits in range(2, 9)},
+}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_quantized_model_loads_bit_for_bit_and_weighs_its_formats(
+    tiny: DiT, tmp_path: Path, suffix: str, change: Callable[[DiT], None]
+) -> None:
+    path = tmp_path / f"quantized{suffix}"
+    change(tiny)
+    save_model(tiny, path)
+    again = load_model(path)
+    assert layer_specs(again) == layer_specs(tiny) != {}
+    assert same(again.state_dict(), tiny.state_dict())
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([3, 900]), torch.tensor([0, 5])
+    assert torch.equal(again(x, t, y), tiny(x, t, y))
+    layers = quantized_layers(tiny)
+    inside = tuple(f"{name}." for name in layers)
+    implied = sum(tensor.nbytes for key, tensor in tiny.state_dict().items() if not key.startswith(inside))
+    implied += sum(layer.spec.nbytes(layer.out_features, layer.in_features) for layer in layers.values())
+    assert 0 < path.stat().st_size - implied < 1000 + 400 * len(tiny.state_dict()) + 800 * len(layers)
 
 
 def test_bare_published_weights_give_the_published_outputs(golden: Golden, tmp_path: Path) -> None:
@@ -231,6 +279,8 @@ PROBLEMS: dict[str, tuple[Callable[[State, State], object], str]] = {
     "type": (lambda t, h: t.update(pos_embed=torch.ones(1, 4, 64).int()), r"torch.int32 and not"),
     "no configuration": (lambda t, h: h.pop("config"), "header without a usable configuration"),
     "foreign configuration": (lambda t, h: h["config"].update(qk_norm=True), "header without a usable configuration"),
+    "foreign layer": (lambda t, h: h["layers"].update({"blocks.9.mlp.fc1": {"rank": 2}}), "layer this cannot build"),
+    "foreign format": (lambda t, h: h["layers"].update({"blocks.0.mlp.fc1": {"log": 2}}), "layer this cannot build"),
     "foreign version": (lambda t, h: h.update(format_version="new"), "damaged header"),
 }
 
