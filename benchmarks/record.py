@@ -1,4 +1,4 @@
-"""One row of `results.csv` per measured number, with everything needed to judge it: when, which code, on what.
+"""A row of `results.csv` for each measured number, with all that is needed to judge it: when, which code, on what.
 
     record("evaluation", "inception_fast", 28.8, "images/s", note="batch 32, 256 px")
 

@@ -5,9 +5,13 @@ moves FID. Files are always RGB: a one-channel model's pictures are written grey
 """
 
 import re
+import shutil
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +60,26 @@ def read_image(path: str | Path) -> Pixels:
         raise UserError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
 
 
+def image_header(path: str | Path) -> tuple[tuple[int, int], str]:
+    """((H, W), Pillow's mode) without decoding the picture."""
+    try:
+        with Image.open(path) as image:
+            return (image.height, image.width), image.mode
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
+
+
+def center_crop(pixels: Pixels, size: int) -> Pixels:
+    """(H, W, 3) to (size, size, 3) as ADM prepares ImageNet: halve by boxes, bicubic to `size`, cut the middle."""
+    image = Image.fromarray(pixels)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
 def write_png(path: str | Path, pixels: Pixels) -> None:
     """Write one uint8 (H, W, 3) picture."""
     with atomic_path(path) as temporary:
@@ -94,3 +118,48 @@ def write_npz(path: str | Path, pictures: Iterable[Pixels], count: int) -> None:
             written += 1
         if written != count:
             raise UserError(f"{written} pictures were given for {path}, {count} were announced")
+
+
+def map_npz(path: str | Path, key: str = "arr_0") -> npt.NDArray[np.generic]:
+    """An array of an .npz without loading it: mapped where it is stored, or first unpacked to a temporary file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(f"{key}.npy")
+            if info.compress_type != zipfile.ZIP_STORED:
+                return _map_unpacked(archive, info)
+        with Path(path).open("rb") as file:
+            file.seek(info.header_offset)
+            local = file.read(30)  # the local header's name and extra lengths may differ from the directory's
+            file.seek(
+                info.header_offset
+                + 30
+                + int.from_bytes(local[26:28], "little")
+                + int.from_bytes(local[28:30], "little")
+            )
+            return _map_npy(file, Path(path))
+    except KeyError:
+        raise UserError(
+            f"{path} holds no array {key}; expected an .npz with uint8 images (N, H, W, 3) under it"
+        ) from None
+    except (zipfile.BadZipFile, OSError, ValueError, zlib.error) as error:
+        raise UserError(f"{path} cannot be read as an .npz ({error}); make or fetch it again") from None
+
+
+def _map_unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> npt.NDArray[np.generic]:
+    with tempfile.TemporaryFile() as unpacked:
+        with archive.open(info) as member:
+            shutil.copyfileobj(member, unpacked, 1 << 20)
+        unpacked.seek(0)
+        return _map_npy(unpacked, unpacked)
+
+
+def _map_npy(file: Any, mapped: Any) -> npt.NDArray[np.generic]:
+    """Map the .npy that starts at `file`'s position."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects")
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    return np.memmap(mapped, dtype, "r", file.tell(), shape, "F" if fortran else "C")

@@ -1,0 +1,84 @@
+"""Precision, recall, density and coverage from nearest neighbours, in tiles: memory does not grow with N².
+
+    precision  share of generated images inside the ball of some real one        (Kynkäänniemi et al. 2019, k = 3)
+    recall     share of real images inside the ball of some generated one
+    density    mean number, over k, of real balls around a generated image       (Naeem et al. 2020, k = 5)
+    coverage   share of real balls that hold a generated image
+
+A ball reaches to its centre's k-th neighbour, itself not counted, and includes its rim. Distances are float32; ADM's
+evaluator takes float16, which moves precision by about +0.001 and recall by +0.002.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from svdit.evaluation.certainty import Estimate
+
+K_PRECISION, K_DENSITY = 3, 5
+ROWS, COLUMNS = 1024, 4096
+
+
+def neighbour_metrics(
+    real: Tensor,
+    fake: Tensor,
+    blocks: npt.NDArray[np.int64] | None = None,
+    rows: int = ROWS,
+    columns: int = COLUMNS,
+) -> dict[str, Estimate]:
+    """The four metrics of (N, D) features; `blocks` (N_fake,) gives leave-one-block-out values, except recall's.
+
+    Recall's would need every radius among the generated images K times over. ValueError if a set is too small.
+    """
+    if min(len(real), len(fake)) <= K_DENSITY:
+        raise ValueError(f"needs more than {K_DENSITY} images on both sides, found {len(real)} and {len(fake)}")
+    small, large = radii(real, (K_PRECISION, K_DENSITY), rows, columns)
+    (reach,) = radii(fake, (K_PRECISION,), rows, columns)
+    blocks = np.zeros(len(fake), np.int64) if blocks is None else blocks
+    block_of = torch.from_numpy(blocks).to(fake.device)
+    K = int(blocks.max()) + 1
+    precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
+    balls = torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
+    recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    inside = torch.zeros(K, len(real), device=real.device)  # generated images of each block in each real ball
+    for i, j, distance in _tiles(fake, real, rows, columns):
+        precise[i] |= (distance <= small[j]).any(1)
+        recalled[j] |= (distance <= reach[i, None]).any(0)
+        within = distance <= large[j]
+        balls[i] += within.sum(1)
+        inside[:, j] = inside[:, j].index_add(0, block_of[i], within.float())
+    covered = inside.sum(0)
+    return {
+        "precision": _mean(precise.double(), block_of, K),
+        "recall": Estimate(recalled.double().mean().item()),
+        "density": _mean(balls / K_DENSITY, block_of, K),
+        "coverage": _estimate((covered > 0).double().mean().item(), ((covered - inside) > 0).double().mean(1)),
+    }
+
+
+def radii(x: Tensor, ks: tuple[int, ...], rows: int = ROWS, columns: int = COLUMNS) -> list[Tensor]:
+    """(N,) distances from each of x (N, D) to its k-th nearest other, for each k."""
+    most = max(ks) + 1  # the nearest is the point itself
+    nearest = torch.full((len(x), most), torch.inf, dtype=x.dtype, device=x.device)
+    for i, _, distance in _tiles(x, x, rows, columns):
+        nearest[i] = torch.cat([nearest[i], distance], 1).topk(most, 1, largest=False).values
+    return [nearest[:, k] for k in ks]
+
+
+def _tiles(a: Tensor, b: Tensor, rows: int, columns: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    for top in range(0, len(a), rows):
+        for left in range(0, len(b), columns):
+            i, j = slice(top, top + rows), slice(left, left + columns)
+            yield i, j, torch.cdist(a[i], b[j])
+
+
+def _mean(values: Tensor, block_of: Tensor, K: int) -> Estimate:
+    sums = torch.zeros(K, dtype=values.dtype, device=values.device).index_add(0, block_of, values)
+    return _estimate(values.mean().item(), (sums.sum() - sums) / (len(values) - block_of.bincount(minlength=K)))
+
+
+def _estimate(value: float, leave_out: Tensor) -> Estimate:
+    return Estimate(value, tuple(leave_out.tolist()) if len(leave_out) > 1 else ())

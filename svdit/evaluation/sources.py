@@ -1,0 +1,196 @@
+"""What is measured: a folder of images, an .npz of images, or an .npz of statistics (ADM's or our own).
+
+Images are read one by one, never all at once. Whatever is wrong with them (empty, one unreadable, two sizes, not
+uint8) is found from the headers before the long work starts, and said with the file's name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from svdit.errors import UserError
+from svdit.evaluation.statistics import Gaussian, load_statistics
+from svdit.files import sha256
+from svdit.images import Pixels, center_crop, image_header, list_images, map_npz, natural_key, read_image
+
+LOSSY = {".jpg", ".jpeg", ".webp"}
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`names` (one per image, without extension) and either `files` or `array`; perhaps only `gaussians`."""
+
+    path: Path
+    names: tuple[str, ...]
+    files: tuple[Path, ...] = ()
+    array: npt.NDArray[np.uint8] | None = None
+    labels: tuple[int, ...] | None = None
+    gaussians: dict[str, Gaussian] = field(default_factory=dict)
+    rows: npt.NDArray[np.float32] | None = None  # (N, 2048) pool features saved beside the Gaussians
+    extractor: str = ""  # the digest of the one that made the Gaussians
+    manifest: dict[str, Any] = field(default_factory=dict)
+    resize_to: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def kind(self) -> str:
+        return "folder" if self.files else "npz" if self.array is not None else "statistics"
+
+    @property
+    def lossy(self) -> bool:
+        return any(file.suffix.lower() in LOSSY for file in self.files)
+
+    def read(self, index: int) -> Pixels:
+        """uint8 (H, W, 3)."""
+        if self.array is None:
+            pixels = read_image(self.files[index])
+        else:
+            pixels = np.repeat(self.array[index], 4 - self.array.shape[3], axis=2)[..., :3]
+        return pixels if self.resize_to is None else center_crop(pixels, self.resize_to)
+
+    def check(self, indices: Indices) -> tuple[tuple[int, int], list[str]]:
+        """The one size (H, W) of the chosen images and warnings; reads headers only."""
+        if self.array is not None:
+            size, warnings = self.array.shape[1:3], list[str]()
+        else:
+            size, warnings = _check_files([self.files[i] for i in indices], self.resize_to)
+        return (size if self.resize_to is None else (self.resize_to, self.resize_to)), warnings
+
+    def content(self, indices: Indices) -> str:
+        """A SHA-256 of the chosen images' stored bytes and names, in order."""
+        digest = hashlib.sha256(f"{self.kind} {self.resize_to}".encode())
+        if self.array is not None:
+            digest.update(sha256(self.path).encode() + indices.astype("<i8").tobytes())
+            return digest.hexdigest()
+        with ThreadPoolExecutor() as pool:
+            for index, one in zip(indices, pool.map(sha256, (self.files[i] for i in indices)), strict=True):
+                digest.update(f"{self.names[index]} {one}".encode())
+        return digest.hexdigest()
+
+
+def open_source(path: str | Path, resize_to: int | None = None) -> Source:
+    """A folder (with its sub-folders) or an .npz; UserError says what is wrong with it."""
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, resize_to)
+    if not path.exists():
+        raise UserError(f"there is no folder or file {path}; mend the path")
+    if path.suffix.lower() != ".npz":
+        raise UserError(f"{path} is neither a folder nor an .npz; give a folder of images or an .npz")
+    return _open_npz(path, resize_to)
+
+
+def _open_folder(path: Path, resize_to: int | None) -> Source:
+    files = list_images(path)
+    if not files:
+        raise UserError(f"{path} and its sub-folders hold no images; give a folder of PNG, JPEG, WebP or BMP files")
+    names = tuple(file.relative_to(path).with_suffix("").as_posix() for file in files)
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise UserError(f"{path} holds two images called {twice[0]} with different extensions; remove one of them")
+    manifest = _read_manifest(path / "manifest.json")
+    labels = _labels(manifest, names) or _folder_labels(names)
+    return Source(path, names, tuple(files), labels=labels, manifest=manifest, resize_to=resize_to)
+
+
+def _open_npz(path: Path, resize_to: int | None) -> Source:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            keys = set(archive.files)
+        gaussians, extractor = load_statistics(path)
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as an .npz ({error}); make or fetch it again") from None
+    if not gaussians and "arr_0" not in keys:
+        held = ", ".join(sorted(keys)) or "nothing"
+        raise UserError(f"{path} holds {held}; expected images under arr_0 or statistics under mu and sigma")
+    array = _check_array(path, map_npz(path)) if "arr_0" in keys else None
+    names = tuple(str(i) for i in range(0 if array is None else len(array)))
+    manifest = _read_manifest(path.with_suffix(".json"))
+    labels = _labels(manifest, names)
+    rows = np.asarray(map_npz(path, "features"), np.float32) if "features" in keys else None
+    return Source(path, names, (), array, labels, gaussians, rows, extractor, manifest, resize_to)
+
+
+def _check_array(path: Path, array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
+    if array.dtype != np.uint8:
+        raise UserError(f"arr_0 in {path} is {array.dtype}; uint8 in 0 … 255 is needed, so convert it when writing it")
+    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
+        hint = "; move the channels last" if array.ndim == 4 and array.shape[1] in (1, 3) else ""
+        raise UserError(f"arr_0 in {path} has the shape {array.shape}; (N, H, W, 3) is needed{hint}")
+    return array  # type: ignore[return-value]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); remove it or sample again") from None
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def _labels(manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[int, ...] | None:
+    labels = manifest.get("labels")
+    return tuple(labels) if isinstance(labels, list) and len(labels) == len(names) else None
+
+
+def _folder_labels(names: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Class sub-folders, numbered in natural order; None for a flat folder."""
+    classes = sorted({Path(name).parent for name in names}, key=natural_key)
+    numbers = {folder: i for i, folder in enumerate(classes)}
+    return tuple(numbers[Path(name).parent] for name in names) if len(classes) > 1 else None
+
+
+def _check_files(files: Iterable[Path], resize_to: int | None) -> tuple[tuple[int, int], list[str]]:
+    first: dict[tuple[int, int], Path] = {}
+    modes: Counter[str] = Counter()
+    for file in files:
+        size, mode = image_header(file)
+        first.setdefault(size, file)
+        modes[mode] += 1
+    if len(first) > 1 and resize_to is None:
+        (a, file_a), (b, file_b) = list(first.items())[:2]
+        sizes = f"{file_a} is {a[1]}×{a[0]} and {file_b} is {b[1]}×{b[0]} (width×height)"
+        raise UserError(f"all images must have one size, but {sizes}; pass --resize-to N to crop and resize them")
+    other = {mode: n for mode, n in modes.items() if mode != "RGB"}
+    counts = ", ".join(f"{n} of mode {mode}" for mode, n in sorted(other.items()))
+    return next(iter(first)), [f"{sum(other.values())} images were converted to RGB ({counts})"] if other else []
+
+
+def choose(source: Source, count: int | None, seed: int = 0, allow_fewer: bool = False) -> Indices:
+    """`count` image indices in ascending order, drawn by seed with the classes in proportion; None takes all."""
+    n = len(source)
+    if count is not None and count > n and not allow_fewer:
+        told = f"{source.path} holds {n} images, {count} were asked for"
+        raise UserError(f"{told}; lower --num_images or pass --allow-fewer")
+    if count is None or count >= n:
+        return np.arange(n)
+    stream = np.random.RandomState(seed)
+    labels = np.zeros(n, np.int64) if source.labels is None else np.asarray(source.labels)
+    members = [stream.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    shares = _proportional([len(m) for m in members], count)
+    return np.sort(np.concatenate([m[:share] for m, share in zip(members, shares, strict=True)]))
+
+
+def _proportional(sizes: list[int], count: int) -> list[int]:
+    """Whole numbers that sum to `count`, as near to proportional as can be (largest remainders first)."""
+    exact = [size * count / sum(sizes) for size in sizes]
+    shares = [int(x) for x in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))
+    for i in by_remainder[: count - sum(shares)]:
+        shares[i] += 1
+    return shares
