@@ -8,6 +8,7 @@ with session():                  # joins the group torchrun announced, if it did
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def session(device: torch.device | None = None) -> Iterator[None]:
     device = device or default_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # the first to finish waits for the slowest
     try:
         yield
     finally:

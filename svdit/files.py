@@ -2,9 +2,12 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from svdit.errors import UserError
 
 
 @contextmanager
@@ -27,3 +30,13 @@ def sha256(path: str | Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Make the folder where it is missing; a UserError, before the long work, where files cannot be written there."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return Path(path)
+    except OSError as error:
+        raise UserError(f"cannot write into the folder {path} ({error.strerror}); choose another one") from None
