@@ -5,6 +5,7 @@ their shapes. A model is built without memory (meta device) and takes the file's
 shape or a kind of number that does not fit is an error.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from svdit.checkpoints import formats
+from svdit.checkpoints.convert import from_diffusers, is_diffusers
 from svdit.checkpoints.infer import config_from_shapes
 from svdit.errors import UserError
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS, config_for
 from svdit.quant.linear import layer_specs, rebuild_
 
+DIFFUSERS = "diffusion_pytorch_model"
 EMBEDDED = Path(__file__).parents[1] / "pretrained"
 
 
@@ -34,7 +37,8 @@ def load_model(
 ) -> DiT:
     """A DiT in eval mode from a file, or an embedded model by its name ("digits").
 
-    Reads our own files, bare published state dicts and the published training script's checkpoints (its `ema` wins).
+    Reads our own files, bare published state dicts, the published training script's checkpoints (its `ema` wins) and
+    diffusers' DiT folders.
     `name` (of `svdit.model.zoo`) and `overrides` (fields of DiTConfig) are checked against the file, never imposed;
     only `num_heads`, which no shape shows, can be needed. Raises UserError where they differ or the file is unsound.
     """
@@ -42,8 +46,7 @@ def load_model(
     tensors, header = formats.read(path)
     claims = {**CONFIGS.get(name or "", {}), **overrides}
     if header is None:
-        tensors = {key: tensor.float() for key, tensor in tensors.items()}
-        config = config_from_shapes(tensors, path, claims.get("num_heads"))
+        tensors, config = published(tensors, claims, path)
     else:
         config = config_from_header(header, path)
     check_claims(config, name, claims, path)
@@ -64,13 +67,38 @@ def embedded_models() -> dict[str, Path]:
 
 
 def locate(path: str | Path) -> Path:
-    """The file meant by `path`; an embedded name wins over a file (write ./name for that)."""
+    """The file meant by `path`, also in diffusers' folder; embedded names win over files (write ./name for those)."""
     embedded = embedded_models()
     if str(path) in embedded:
         return embedded[str(path)]
-    if not Path(path).is_file():
+    path = Path(path)
+    if path.is_dir():
+        names = [f"{part}{DIFFUSERS}{suffix}" for part in ("", "transformer/") for suffix in (".safetensors", ".bin")]
+        if not (found := [path / name for name in names if (path / name).is_file()]):
+            raise UserError(f"the folder {path} has no {DIFFUSERS}.safetensors or .bin; give a checkpoint file")
+        return found[0]
+    if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; give a file or one of: {', '.join(embedded) or 'none'}")
-    return Path(path)
+    return path
+
+
+def published(tensors: Mapping[str, Tensor], claims: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
+    """A state dict of others, in float32 and under the published names, and the configuration its shapes imply."""
+    tensors = {key: tensor.float() for key, tensor in tensors.items()}
+    if is_diffusers(tensors):
+        claims = {**claims, **diffusers_claims(path.with_name("config.json"))}
+        if "input_size" not in claims:
+            raise UserError(f"{path} has no config.json beside it to tell the size of its inputs; give input_size")
+        tensors = from_diffusers(tensors, claims["input_size"])
+    return tensors, config_from_shapes(tensors, path, claims.get("num_heads"))
+
+
+def diffusers_claims(path: Path) -> dict[str, Any]:
+    """What diffusers' config.json says that no shape shows; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text())
+    return {"input_size": content["sample_size"], "num_heads": content["num_attention_heads"]}
 
 
 def config_from_header(header: formats.Header, path: Path) -> DiTConfig:

@@ -23,7 +23,6 @@ from svdit.kernels.reference import quantize
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
 from svdit.quant.linear import LinearSpec, SVDLinear, layer_specs, linears, quantized_layers, rebuild_
-from svdit.quant.linear import replace as put
 
 SUFFIXES = (".safetensors", ".pt")
 State = dict[str, Any]
@@ -89,7 +88,8 @@ def with_residuals(model: DiT, spec: LinearSpec) -> None:
 
 def with_factors(model: DiT, bits: int) -> None:
     for name, linear in list(linears(model)):
-        put(model, name, SVDLinear.from_linear(linear, 0.3).quantize_parameters(bits))
+        parent, leaf = name.rsplit(".", 1)
+        setattr(model.get_submodule(parent), leaf, SVDLinear.from_linear(linear, 0.3).quantize_parameters(bits))
 
 
 CHANGES: dict[str, Callable[[DiT], None]] = {
