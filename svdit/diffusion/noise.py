@@ -13,24 +13,25 @@ from torch import Tensor
 LABELS, NOISE = 0, 1  # two streams an image, 2^192 draws apart
 
 
-def _stream(seed: int, index: int, purpose: int) -> np.random.Generator:
+def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
+    """The stream of (seed, index) for one purpose; purposes are 2^192 draws apart."""
     key = np.array([seed, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], dtype=np.uint64)))
 
 
 def image_labels(seed: int, indices: Sequence[int], num_classes: int) -> Tensor:
     """(N,) int64 labels, uniform over the classes."""
-    return torch.tensor([int(_stream(seed, i, LABELS).integers(num_classes)) for i in indices])
+    return torch.tensor([int(stream(seed, i, LABELS).integers(num_classes)) for i in indices])
 
 
 def image_noise(
     seed: int, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device
 ) -> Callable[[], Tensor]:
     """A source of (N, C, H, W) float32 noise: each call draws the next from every image's own stream."""
-    streams = [_stream(seed, i, NOISE) for i in indices]
+    streams = [stream(seed, i, NOISE) for i in indices]
 
     def draw() -> Tensor:
-        pictures = [stream.standard_normal(shape, dtype=np.float32) for stream in streams]
+        pictures = [s.standard_normal(shape, dtype=np.float32) for s in streams]
         return torch.from_numpy(np.stack(pictures)).to(device)
 
     return draw

@@ -1,0 +1,168 @@
+"""What is trained on, and in which order.
+
+Example n of a run, n = 0, 1, 2 …, is image `order(n // size)[n % size]`: every epoch is a permutation drawn from
+(seed, epoch), and the augmentation of example n depends on (seed, n) alone. So a run can stop anywhere and go on, and
+sees the same examples whatever the number of processes. Pixels are float32 (C, H, W) in [−1, 1].
+"""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from svdit import distributed
+from svdit.diffusion.noise import stream
+from svdit.errors import UserError
+from svdit.images import list_images, read_image, to_float
+
+ORDER, AUGMENT = 2, 3  # purposes of streams; 0 and 1 are the samplers'
+HELD_OUT = 0.2  # of the digits
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """`read(i)` is picture i, (C, H, W); `labels` is (size,) int64."""
+
+    read: Callable[[int], Tensor]
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+    num_classes: int
+    channels: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load(source: str, image_size: int) -> Pictures:
+    """`digits`, an .npz (ADM's `arr_0` with `labels`, or `jpeg`, `offsets`, `labels`), or a folder of class folders."""
+    if source == "digits":
+        return digits()[0]
+    path = Path(source)
+    if path.is_dir():
+        return folder(path, image_size)
+    if path.suffix == ".npz" and path.is_file():
+        return archive(path, image_size)
+    raise UserError(f"{source} is no data; give a folder of class folders, an .npz file, or the word digits")
+
+
+def digits() -> tuple[Pictures, Pictures]:
+    """scikit-learn's 1797 handwritten digits, 8 × 8 with 17 levels: 1438 to train on, and 359 never trained on."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = torch.from_numpy(data.images).float()[:, None] / 8 - 1
+    labels = data.target.astype(np.int64)
+    # RandomState's streams are frozen for ever, so the held-out images are the same under every NumPy.
+    held_out, trained = np.split(np.random.RandomState(0).permutation(len(labels)), [int(HELD_OUT * len(labels))])
+    return (
+        Pictures(pixels[trained].__getitem__, labels[trained], 10, 1),
+        Pictures(pixels[held_out].__getitem__, labels[held_out], 10, 1),
+    )
+
+
+def folder(path: Path, image_size: int) -> Pictures:
+    """One sub-folder a class, in the order of their names."""
+    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files = [(file, label) for label, name in enumerate(classes) for file in list_images(name)]
+    if not files:
+        raise UserError(f"{path} has no class folders with images; give a folder with one sub-folder a class")
+    paths, labels = zip(*files, strict=True)
+    return Pictures(partial(_read_file, paths, image_size), np.array(labels), len(classes), 3)
+
+
+def archive(path: Path, image_size: int) -> Pictures:
+    """Pictures and labels of an .npz; JPEG ones stay compressed in memory."""
+    with np.load(path) as data:
+        arrays = {key: data[key] for key in ("arr_0", "jpeg", "offsets", "labels") if key in data}
+    if "labels" not in arrays or not ("arr_0" in arrays or {"jpeg", "offsets"} <= set(arrays)):
+        raise UserError(
+            f"{path} holds {', '.join(arrays) or 'nothing known'}; it needs labels, and arr_0 or jpeg, offsets"
+        )
+    labels = arrays["labels"].astype(np.int64)
+    if "arr_0" in arrays:
+        read, count = partial(_read_array, arrays["arr_0"], image_size), len(arrays["arr_0"])
+    else:
+        read, count = partial(_read_jpeg, arrays["jpeg"], arrays["offsets"], image_size), len(arrays["offsets"]) - 1
+    if count != len(labels):
+        raise UserError(f"{path} holds {count} pictures and {len(labels)} labels; each picture needs one")
+    return Pictures(read, labels, int(labels.max()) + 1, 3)
+
+
+def _read_file(paths: tuple[Path, ...], size: int, i: int) -> Tensor:
+    return center_crop(Image.fromarray(read_image(paths[i])), size)
+
+
+def _read_array(pixels: Any, size: int, i: int) -> Tensor:
+    return center_crop(Image.fromarray(pixels[i]).convert("RGB"), size)
+
+
+def _read_jpeg(files: Any, offsets: Any, size: int, i: int) -> Tensor:
+    data = files[offsets[i] : offsets[i + 1]].tobytes()
+    return center_crop(Image.open(io.BytesIO(data)).convert("RGB"), size)
+
+
+def center_crop(image: Image.Image, size: int) -> Tensor:
+    """The middle square, resized to size × size as ADM does: halved while twice too large, then bicubic."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return to_float(np.array(image)[None, top : top + size, left : left + size])[0]
+
+
+def flip(x: Tensor, random: np.random.Generator) -> Tensor:
+    """Mirrored left to right half of the time."""
+    return x.flip(-1) if random.random() < 0.5 else x
+
+
+def shift(x: Tensor, random: np.random.Generator) -> Tensor:
+    """Moved by −1, 0 or 1 pixel along each axis; the lowest value, −1, comes in."""
+    dy, dx = random.integers(3, size=2)
+    padded = torch.nn.functional.pad(x, (1, 1, 1, 1), value=-1.0)
+    return padded[:, dy : dy + x.shape[1], dx : dx + x.shape[2]]
+
+
+def keep(x: Tensor, random: np.random.Generator) -> Tensor:
+    return x
+
+
+AUGMENTATIONS: dict[str, Callable[[Tensor, np.random.Generator], Tensor]] = {"none": keep, "flip": flip, "shift": shift}
+
+
+class Examples(Dataset[tuple[Tensor, int]]):
+    """Example n to its augmented picture and label."""
+
+    def __init__(self, pictures: Pictures, seed: int, augment: str) -> None:
+        self.pictures, self.seed, self.augment = pictures, seed, AUGMENTATIONS[augment]
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        size = len(self.pictures)
+        i = int(order(self.seed, n // size, size)[n % size])
+        return self.augment(self.pictures.read(i), stream(self.seed, n, AUGMENT)), int(self.pictures.labels[i])
+
+
+@lru_cache(maxsize=2)
+def order(seed: int, epoch: int, size: int) -> Any:
+    """The permutation of one epoch."""
+    return stream(seed, epoch, ORDER).permutation(size)
+
+
+def share(step: int, batch_size: int) -> range:
+    """The numbers of this process's examples of one step: consecutive, the same count for every process."""
+    local = batch_size // distributed.world_size()
+    start = step * batch_size + distributed.rank() * local
+    return range(start, start + local)
+
+
+def batches(examples: Examples, steps: range, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
+    """Pictures (N, C, H, W) and labels (N,) of each step, this process's share."""
+    numbers = (list(share(step, batch_size)) for step in steps)
+    return DataLoader(examples, batch_sampler=numbers, num_workers=workers)

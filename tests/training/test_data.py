@@ -1,0 +1,151 @@
+"""Every example once an epoch, the same for any number of processes; pictures as their files have them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from svdit.errors import UserError
+from svdit.images import write_png
+from svdit.training import data
+from svdit.training.data import AUGMENTATIONS, Examples, Pictures, batches, center_crop, load, order, share
+
+RANDOM = np.random.default_rng(0)
+COLOURS = RANDOM.integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
+
+
+def plain(size: int) -> Pictures:
+    """Picture i is full of i and has label i."""
+    return Pictures(lambda i: torch.full((1, 2, 2), float(i)), np.arange(size), size, 1)
+
+
+def test_digits_are_split_for_good() -> None:
+    trained, held_out = data.digits()
+    a, b = (torch.stack([p.read(i) for i in range(len(p))]) for p in (trained, held_out))
+    assert (len(trained), len(held_out)) == (1438, 359)
+    assert a.shape[1:] == (1, 8, 8)
+    assert set(torch.cat([a, b]).unique().tolist()) == {level / 8 - 1 for level in range(17)}
+    assert torch.cdist(a.flatten(1), b.flatten(1)).min() > 0
+    assert set(held_out.labels) == set(trained.labels) == set(range(10))
+    assert held_out.labels[:8].tolist() == HELD_OUT_LABELS
+
+
+HELD_OUT_LABELS = [2, 8, 2, 6, 6, 7, 1, 9]
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 10**6), st.integers(1, 50))
+def test_an_epoch_is_a_permutation(seed: int, epoch: int, size: int) -> None:
+    assert sorted(order(seed, epoch, size)) == list(range(size))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    assert len({tuple(order(seed, epoch, 50)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_processes_share_what_one_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [list(share(step, 6)) for step in range(4)]
+    assert [n for numbers in alone for n in numbers] == list(range(24))
+    monkeypatch.setattr("svdit.distributed.world_size", lambda: 3)
+    for step in range(4):
+        together = []
+        for rank in range(3):
+            monkeypatch.setattr("svdit.distributed.rank", lambda rank=rank: rank)
+            together += share(step, 6)
+        assert together == alone[step]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_cover_epochs_that_the_batch_does_not_divide(workers: int) -> None:
+    loaded = list(batches(Examples(plain(10), 0, "none"), range(5), 4, workers))
+    labels = torch.cat([y for _, y in loaded])
+    assert sorted(labels[:10]) == sorted(labels[10:]) == list(range(10))
+    assert torch.equal(torch.cat([x for x, _ in loaded])[:, 0, 0, 0].long(), labels)
+    later = list(batches(Examples(plain(10), 0, "none"), range(3, 5), 4, 0))
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(loaded[3:], later, strict=True))
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentations_depend_on_the_example_alone(name: str) -> None:
+    picture = torch.arange(32.0).view(2, 4, 4)
+    examples = Examples(Pictures(lambda i: picture, np.zeros(3, dtype=np.int64), 1, 2), 0, name)
+    seen = [examples[n][0] for n in range(40)]
+    assert all(x.shape == picture.shape for x in seen)
+    assert torch.equal(seen[7], examples[7][0])
+    assert len({tuple(x.flatten().tolist()) for x in seen}) == {"none": 1, "flip": 2, "shift": 9}[name]
+
+
+def test_shift_moves_by_one_and_flip_mirrors() -> None:
+    picture = torch.full((1, 5, 5), -1.0)
+    picture[0, 2, 1] = 1
+    examples = [AUGMENTATIONS["shift"](picture, np.random.default_rng(n)) for n in range(60)]
+    assert {tuple(x[0].nonzero()[x[0][x[0] != 0].eq(1)][0].tolist()) for x in examples} == {
+        (y, x) for y in (1, 2, 3) for x in (0, 1, 2)
+    }
+    flipped = [AUGMENTATIONS["flip"](picture, np.random.default_rng(n)) for n in range(20)]
+    assert {int(x[0, 2].argmax()) for x in flipped} == {1, 3}
+
+
+def test_folder_of_class_folders(tmp_path: Path) -> None:
+    for name, pixels in (("b/2.png", 0), ("b/10.png", 1), ("a/x/1.png", 2), ("a/y.png", 3)):
+        write_png(tmp_path / name, COLOURS[pixels])
+    (tmp_path / "notes.txt").write_text("no class")
+    pictures = load(str(tmp_path), 8)
+    assert pictures.labels.tolist() == [0, 0, 1, 1]
+    assert pictures.num_classes == 2
+    for i, pixels in enumerate((2, 3, 0, 1)):
+        assert torch.equal(pictures.read(i), as_float(COLOURS[pixels]))
+
+
+def as_float(pixels: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+
+
+def test_npz_with_arr_0(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=COLOURS, labels=[0, 1, 2, 0, 1, 4])
+    pictures = load(str(tmp_path / "a.npz"), 8)
+    assert (len(pictures), pictures.num_classes, pictures.channels) == (6, 5, 3)
+    torch.testing.assert_close(pictures.read(4), as_float(COLOURS[4]))
+
+
+def test_npz_with_jpeg(tmp_path: Path) -> None:
+    files = []
+    for pixels in COLOURS:
+        files.append(io.BytesIO())
+        Image.fromarray(pixels).save(files[-1], format="JPEG", quality=95)
+    blobs = [np.frombuffer(file.getvalue(), np.uint8) for file in files]
+    offsets = np.cumsum([0, *map(len, blobs)])
+    np.savez(tmp_path / "a.npz", jpeg=np.concatenate(blobs), offsets=offsets, labels=np.arange(6, dtype=np.uint8))
+    pictures = load(str(tmp_path / "a.npz"), 8)
+    for i, file in enumerate(files):
+        assert torch.equal(pictures.read(i), as_float(np.array(Image.open(file))))
+
+
+def test_center_crop() -> None:
+    image = Image.fromarray(COLOURS[0])
+    assert torch.equal(center_crop(image, 8), as_float(COLOURS[0]))
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = COLOURS[1]
+    assert torch.equal(center_crop(Image.fromarray(wide), 8), as_float(COLOURS[1]))
+    halved = COLOURS[0].astype(float).reshape(4, 2, 4, 2, 3).mean((1, 3))
+    error = 127.5 * (center_crop(image, 4) + 1) - torch.from_numpy(halved).permute(2, 0, 1)
+    assert 0 < error.abs().max() <= 1  # each of the two passes rounds
+    assert center_crop(image, 16).shape == (3, 16, 16)
+    assert center_crop(Image.new("RGB", (50, 37)), 9).shape == (3, 9, 9)
+
+
+def test_what_is_no_data(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere is no data; give a folder"):
+        load("nowhere", 8)
+    with pytest.raises(UserError, match="no class folders with images"):
+        load(str(tmp_path), 8)
+    np.savez(tmp_path / "a.npz", arr_0=COLOURS)
+    with pytest.raises(UserError, match="holds arr_0; it needs labels"):
+        load(str(tmp_path / "a.npz"), 8)
+    np.savez(tmp_path / "a.npz", arr_0=COLOURS, labels=[1])
+    with pytest.raises(UserError, match="6 pictures and 1 labels"):
+        load(str(tmp_path / "a.npz"), 8)

@@ -1,0 +1,38 @@
+"""The learning curve continues where a run does; pictures have the right size."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from svdit.model.dit import DiT
+from svdit.training.progress import Curve, plot_curve, read_curve, sample_grid
+
+
+def test_curve_drops_what_was_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "loss.csv"
+    curve = Curve(path, 0)
+    for step in (10, 20, 30):
+        curve.add(step, [3.0 / step, 2.0 / step, 1.0 / step], 0.5 if step == 20 else None, step / 10)
+    Curve(path, 20).add(25, [0.1, 0.2, 0.3], None, 9)
+    rows = read_curve(path)
+    assert [row["step"] for row in rows] == ["10", "20", "25"]
+    assert rows[1] == {
+        "step": "20",
+        "loss": "0.150000",
+        "mse": "0.100000",
+        "vb": "0.050000",
+        "held_out_mse": "0.500000",
+        "seconds": "2.0",
+    }
+    assert rows[2]["held_out_mse"] == ""
+    plot_curve(path, tmp_path / "loss.png")
+    assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 1
+
+
+def test_sample_grid_has_a_column_for_each_class(tiny: DiT, tmp_path: Path) -> None:
+    sample_grid(tiny, lambda x: x[:, :3], tmp_path / "a.png", seed=0)
+    sample_grid(tiny, lambda x: x[:, :3], tmp_path / "b.png", seed=0)
+    picture = np.asarray(Image.open(tmp_path / "a.png"))
+    assert picture.shape == (4 * 66 + 2, 5 * 66 + 2, 3)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -1,0 +1,46 @@
+"""A run's file: all of it comes back, or one sentence says why not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdit.errors import UserError
+from svdit.model.dit import DiT
+from svdit.training.state import State, fresh, restore, save
+
+
+def stepped(model: DiT) -> State:
+    state = fresh(model, lr=0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    state.step, state.seconds = 7, 1.5
+    return state
+
+
+def test_everything_comes_back(tiny: DiT, tmp_path: Path) -> None:
+    state = stepped(tiny)
+    save(state, tmp_path / "last.pt", {"lr": 0.1})
+    other = fresh(DiT(tiny.config), lr=0.1)
+    restore(other, tmp_path / "last.pt", {"lr": 0.1})
+    assert (other.step, other.seconds) == (7, 1.5)
+    for a, b in ((state.model, other.model), (state.ema, other.ema)):
+        assert all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items())
+    moments = [s.optimizer.state_dict()["state"][0]["exp_avg"] for s in (state, other)]
+    assert torch.equal(*moments)
+    assert not torch.equal(state.model.y_embedder.embedding_table.weight, state.ema.y_embedder.embedding_table.weight)
+
+
+def test_other_options_and_broken_files_are_refused(tiny: DiT, tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    state = stepped(tiny)
+    save(state, path, {"lr": 0.1, "seed": 3})
+    with pytest.raises(UserError, match=r"last\.pt was trained with seed 3, not 4"):
+        restore(state, path, {"lr": 0.1, "seed": 4})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        restore(state, path, {"lr": 0.1, "seed": 3})
+    torch.save({"model": Path("code")}, path)
+    with pytest.raises(UserError, match="cannot be read"):
+        restore(state, path, {"lr": 0.1, "seed": 3})
