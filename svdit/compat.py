@@ -3,7 +3,7 @@
 from torch import nn
 
 from svdit.model.zoo import DiT_models
-from svdit.quant.linear import SVDLinear, linears, replace
+from svdit.quant.linear import SVDLinear, linears, swap
 
 __all__ = ["DiT_models", "SVDLinear", "apply_svd_to_dit"]
 
@@ -15,5 +15,5 @@ def apply_svd_to_dit(model: nn.Module, rank_ratio: float) -> nn.Module:
     factors hold more numbers than the weight; `quantize_parameters(num_bits)` on each layer makes up for it.
     """
     for name, linear in list(linears(model)):
-        replace(model, name, SVDLinear.from_linear(linear, rank_ratio))
+        swap(model, name, SVDLinear.from_linear(linear, rank_ratio))
     return model

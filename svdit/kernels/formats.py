@@ -10,8 +10,12 @@ from typing import Literal
 
 from svdit.errors import UserError
 
-SCALE_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "e4m3": 1, "e8m0": 1}
-TWO_LEVEL = {"int8": 15.0, "e4m3": 448.0}  # the largest multiple; 15 keeps −8 · −15 within eight bits
+ScaleType = Literal["fp32", "bf16", "int8", "e4m3", "e8m0"]
+SCALE_BYTES: dict[ScaleType, int] = {"fp32": 4, "bf16": 2, "int8": 1, "e4m3": 1, "e8m0": 1}
+TWO_LEVEL: dict[ScaleType, float] = {
+    "int8": 15.0,
+    "e4m3": 448.0,
+}  # the largest multiple; 15 keeps −8 · −15 within eight bits
 ELEMENT_MAX = {"e2m1": 6.0, "e4m3": 448.0}
 
 
@@ -25,7 +29,7 @@ class Format:
 
     bits: int = 8
     group: int = 0  # 0: one scale for the whole row
-    scale: Literal["fp32", "bf16", "int8", "e4m3", "e8m0"] = "fp32"
+    scale: ScaleType = "fp32"
     span: Literal["symmetric", "full", "unsigned"] = "symmetric"
     element: Literal["int", "e2m1", "e4m3"] = "int"
 

@@ -6,7 +6,7 @@ The bias already holds W·shift. Nothing keeps the original weight.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from svdit.errors import UserError
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import Format
-
-FACTORS_8BIT = Format(8)
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,15 @@ class SVDLinear(nn.Module):
         assert self.spec.weight is not None
         self._store("residual", codes, scales, self.spec.weight)
 
+    @torch.no_grad()
+    def store_factors(self, l1: Tensor, l2: Tensor) -> None:
+        """Keep L1 (O, R) and L2 (R, I), rounded to the spec's format or float type."""
+        for name, factor in (("l1", l1), ("l2", l2)):
+            if self.spec.factors:
+                self._store(name, *ref.quantize(factor, self.spec.factors), self.spec.factors)
+            else:
+                setattr(self, name, nn.Parameter(factor.to(getattr(torch, self.spec.factor_dtype)).contiguous()))
+
     def _scales(self, name: str) -> Tensor:
         steps = getattr(self, f"{name}_steps", None)
         return ref.Scales(getattr(self, f"{name}_scales"), steps).values()
@@ -180,11 +187,9 @@ class SVDLinear(nn.Module):
         )
         U, S, Vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
         root = S[: layer.spec.rank].sqrt()
-        with torch.no_grad():
-            layer.l1 = nn.Parameter((U[:, : len(root)] * root).float().contiguous())
-            layer.l2 = nn.Parameter((root[:, None] * Vh[: len(root)]).float().contiguous())
-            if linear.bias is not None:
-                layer.bias = nn.Parameter(linear.bias.detach().float().clone())
+        layer.store_factors((U[:, : len(root)] * root).float(), (root[:, None] * Vh[: len(root)]).float())
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().float().clone())
         return layer
 
     @torch.no_grad()
@@ -192,11 +197,10 @@ class SVDLinear(nn.Module):
         """Replace float factors by `num_bits`-bit codes: a scale a row of L1 and a rank row of L2. Returns self."""
         if self.l1 is None or self.l2 is None:
             raise UserError("this layer's factors are already quantized, or it has none; quantize a float layer once")
-        form = Format(num_bits)
-        for name, factor in (("l1", self.l1), ("l2", self.l2)):
-            setattr(self, name, None)
-            self._store(name, *ref.quantize(factor.detach().float(), form), form)
-        self.spec = LinearSpec(**{**vars(self.spec), "factors": form})
+        l1, l2 = self.l1.float(), self.l2.float()
+        self.l1 = self.l2 = None
+        self.spec = replace(self.spec, factors=Format(num_bits))
+        self.store_factors(l1, l2)
         return self
 
     def extra_repr(self) -> str:
@@ -216,7 +220,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` in place of the sub-module called `name`."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, layer)
@@ -240,4 +244,4 @@ def rebuild_(model: nn.Module, specs: dict[str, dict[str, Any]]) -> None:
             spec=LinearSpec.from_dict(fields),
             device=old.weight.device,
         )
-        replace(model, name, layer)
+        swap(model, name, layer)

@@ -38,7 +38,7 @@ def test_truncation_error_is_the_tail_of_the_spectrum() -> None:
     layer = SVDLinear.from_linear(linear, 0.5)
     S = torch.linalg.svdvals(linear.weight.detach().double())
     error = (layer.effective_weight() - linear.weight).norm()
-    assert float(error) == pytest.approx(float(S[24:].square().sum().sqrt()), rel=1e-5)
+    assert error.item() == pytest.approx(float(S[24:].square().sum().sqrt()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("ratio", "rank"), [(0.95, 46), (0.5, 24), (0.001, 1), (1.0, 48)])

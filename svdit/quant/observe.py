@@ -1,0 +1,108 @@
+"""What calibration must know of a layer's inputs: their mean, second moment, extremes, and a sample.
+
+One Gram matrix and one mean serve smoothing, centring, rotation, GPTQ and the refit: those of ((x − μ)/λ)H follow
+from those of x.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svdit.errors import UserError
+
+ForwardLoop = Callable[[nn.Module], None]
+SAMPLE = 2048  # rows kept: half to choose by, half to report on
+
+
+@dataclass
+class Statistics:
+    """Of all rows x (I,) that entered one layer."""
+
+    count: int
+    total: Tensor  # (I,) float64
+    gram: Tensor  # (I, I) float64, Σ x xᵀ
+    low: Tensor  # (I,)
+    high: Tensor  # (I,)
+    sample: Tensor  # (up to SAMPLE, I), uniformly drawn
+    keys: Tensor  # the sample's random keys, ascending
+
+    @classmethod
+    def empty(cls, features: int, device: torch.device) -> "Statistics":
+        zeros = torch.zeros(features, dtype=torch.float64, device=device)
+        infinity = torch.full((features,), torch.inf, device=device)
+        gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        return cls(0, zeros, gram, infinity, -infinity, torch.empty(0, features, device=device), torch.empty(0))
+
+    def add(self, x: Tensor, generator: torch.Generator) -> None:
+        """Take in rows x (M, I)."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.count += len(x)
+        self.total += x.sum(0, dtype=torch.float64)
+        self.gram += x.T @ x
+        self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
+        keys = torch.cat([self.keys, torch.rand(len(x), generator=generator)])
+        self.keys, order = keys.sort(stable=True)
+        self.keys, order = self.keys[:SAMPLE], order[:SAMPLE].to(x.device)
+        self.sample = torch.cat([self.sample, x])[order]
+
+    @property
+    def mean(self) -> Tensor:
+        return (self.total / self.count).float()
+
+    def second_moment(self, shift: Tensor | None) -> Tensor:
+        """E[(x − shift)(x − shift)ᵀ], (I, I) float64."""
+        moment = self.gram / self.count
+        if shift is None:
+            return moment
+        mean, s = self.total / self.count, shift.double()
+        return moment - torch.outer(mean, s) - torch.outer(s, mean) + torch.outer(s, s)
+
+    def largest(self, shift: Tensor | None) -> Tensor:
+        """max |x − shift| a channel, (I,)."""
+        s = 0 if shift is None else shift
+        return torch.maximum((self.high - s).abs(), (self.low - s).abs())
+
+    @property
+    def choosing(self) -> Tensor:
+        """The half of the sample that choices are made on."""
+        return self.sample[::2]
+
+    @property
+    def reporting(self) -> Tensor:
+        """The half that choices never see."""
+        return self.sample[1::2]
+
+
+@torch.no_grad()
+def observe(model: nn.Module, names: Iterable[str], loop: ForwardLoop, seed: int = 0) -> dict[str, Statistics]:
+    """Run `loop(model)` once and return the statistics of the named linears' inputs. Hooks never outlive the call."""
+    statistics: dict[str, Statistics] = {}
+    handles = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        generator = torch.Generator().manual_seed(seed)  # one a layer: a sample must not depend on the others
+
+        def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            (x,) = inputs
+            if not torch.isfinite(x).all():
+                raise UserError(
+                    f"calibration met NaN or Inf in the input of {name}; check the checkpoint and its dtype"
+                )
+            if name not in statistics:
+                statistics[name] = Statistics.empty(x.shape[-1], x.device)
+            statistics[name].add(x, generator)
+
+        return take
+
+    try:
+        for name in names:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+        loop(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := [name for name in names if name not in statistics]:
+        raise UserError(f"calibration never reached {missing[0]}; skip it, or give a forward loop that uses it")
+    return statistics

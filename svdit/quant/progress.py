@@ -1,0 +1,72 @@
+"""Solved layers, kept on disk as they come, so that a killed run can go on and processes can share the work."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from svdit import distributed
+from svdit.errors import UserError
+from svdit.files import atomic_path
+from svdit.quant.config import Recipe
+from svdit.quant.linear import LinearSpec, SVDLinear
+from svdit.quant.recipe import LayerReport
+
+Result = tuple[SVDLinear, LayerReport]
+
+
+class Results:
+    """A mapping from layer name to its quantized layer and report; with a folder, also after a restart."""
+
+    def __init__(self, folder: Path | None, plan: dict[str, Recipe], run_id: str) -> None:
+        self.folder, self.memory = folder, dict[str, Result]()
+        if folder is None:
+            return
+        text = json.dumps([run_id, {name: asdict(recipe) for name, recipe in plan.items()}], sort_keys=True)
+        self.plan = hashlib.sha256(text.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def __contains__(self, name: str) -> bool:
+        if name not in self.memory and self.folder and self._path(name).exists():
+            self.memory[name] = self._load(name)
+        return name in self.memory
+
+    def __setitem__(self, name: str, result: Result) -> None:
+        self.memory[name] = result
+        if self.folder is None:
+            return
+        layer, report = result
+        O_I_bias = [layer.out_features, layer.in_features, layer.bias is not None]
+        header = {"plan": self.plan, "shape": O_I_bias, "spec": asdict(layer.spec), "report": asdict(report)}
+        with atomic_path(self._path(name)) as temporary:
+            state = {key: value.detach().contiguous() for key, value in layer.state_dict().items()}
+            save_file(state, temporary, {"result": json.dumps(header)})
+
+    def collect(self, names: list[str]) -> dict[str, Result]:
+        """All results in the order of `names`, those of other processes too."""
+        everyone: dict[str, Result] = {}
+        for part in distributed.gather(self.memory):
+            everyone.update(part)
+        return {name: everyone[name] for name in names}
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{name}.safetensors"
+
+    def _load(self, name: str) -> Result:
+        path = self._path(name)
+        with safe_open(path, "pt") as file:
+            header: dict[str, Any] = json.loads(file.metadata()["result"])
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if header["plan"] != self.plan:
+            raise UserError(f"{path} is of a run with other settings; delete {self.folder} to begin anew")
+        O, I, bias = header["shape"]
+        layer = SVDLinear(I, O, bias, spec=LinearSpec.from_dict(header["spec"]))
+        layer.load_state_dict(state, assign=True)
+        return layer, LayerReport(**header["report"])

@@ -1,0 +1,32 @@
+"""What quantization did, as data: one line a layer and the totals."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from svdit.quant.recipe import LayerReport
+
+
+@dataclass
+class QuantReport:
+    """`bytes_*` count the whole model, layers that were left alone included."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences about what a user would want to know before using the result."""
+        sentences = [f"{line.name}: {line.note}" for line in self.layers if line.note]
+        grown = [line for line in self.layers if not line.residual and line.numbers_after > line.numbers_before]
+        if grown:
+            ratio = sum(line.numbers_after for line in grown) / sum(line.numbers_before for line in grown)
+            sentences.append(
+                f"in {len(grown)} of {len(self.layers)} layers the two factors hold more numbers than the weight they "
+                f"replace ({ratio:.2f} times as many); a dense weight of as many bits would be smaller and more exact"
+            )
+        return sentences
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,70 @@
+"""Forward loops over real sampling steps: what calibration shows to the quantizer. No data set is needed.
+
+Random labels, DDIM with both guidance halves, so every layer sees the inputs it will see when sampling, at all
+noise levels. Conditioning layers (adaLN) see few inputs that way; theirs depend on (t, y) alone and are enumerated.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from svdit.diffusion.noise import image_labels, image_noise
+from svdit.model.dit import DiT
+from svdit.model.embeddings import sinusoids
+from svdit.sampling.generate import SamplingConfig, generate
+
+CONDITIONS = 4096  # pairs (t, y) shown to the adaLN layers
+
+
+def images_for(model: DiT, tokens_per_feature: int = 16, steps: int = 25) -> int:
+    """How many images give that many tokens for each input feature of the widest layer; at least 24."""
+    tokens = (model.config.input_size // model.config.patch_size) ** 2
+    widest = model.config.hidden_size * model.config.mlp_ratio
+    return max(24, math.ceil(tokens_per_feature * widest / (2 * steps * tokens)))
+
+
+def calibration_loop(
+    *,
+    images: int,
+    steps: int = 25,
+    cfg_scale: float = 1.5,
+    seed: int = 0,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Callable[[nn.Module], None]:
+    """A loop that samples `images` pictures with the model it is given, the same at every call.
+
+    `progress(done, total)` counts denoising steps.
+    """
+    config = SamplingConfig("ddim", str(steps), cfg_scale)
+
+    @torch.no_grad()
+    def loop(model: nn.Module) -> None:
+        assert isinstance(model, DiT)
+        device, size = model.pos_embed.device, model.config.input_size
+        batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)]
+        for done, indices in enumerate(batches):
+
+            def tick(step: int, x: Tensor, before: int = done * steps) -> None:
+                progress(before + step, steps * len(batches))
+
+            labels = image_labels(seed, indices, model.config.num_classes)
+            draw = image_noise(seed, indices, (model.config.in_channels, size, size), device)
+            generate(model, labels, draw, config, callback=tick)
+        show_conditions(model, seed)
+
+    return loop
+
+
+def show_conditions(model: DiT, seed: int) -> None:
+    """Call every adaLN layer with the conditioning of random timesteps and labels, half of them the null class."""
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.randint(1000, (CONDITIONS,), generator=generator)
+    y = torch.randint(model.config.num_classes, (CONDITIONS,), generator=generator)
+    y[::2] = model.null_class
+    device, dtype = model.pos_embed.device, model.pos_embed.dtype
+    c = model.t_embedder(sinusoids(t.to(device)).to(dtype)) + model.y_embedder(y.to(device))
+    for block in [*model.blocks, model.final_layer]:
+        block.adaLN_modulation(c)

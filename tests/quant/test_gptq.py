@@ -1,0 +1,72 @@
+"""GPTQ: nearest rounding where inputs are white, better than nearest where they are not."""
+
+import pytest
+import torch
+from helpers import hard_inputs
+
+from svdit.kernels import reference as ref
+from svdit.kernels.formats import WEIGHT_FORMATS
+from svdit.quant.gptq import DAMPING, Inverse, gptq
+from svdit.quant.lowrank import output_error
+from svdit.quant.rounding import round_weight, weight_scales
+
+W = torch.randn(96, 128, generator=torch.Generator().manual_seed(0))
+
+
+def hard_moment() -> torch.Tensor:
+    x = hard_inputs().double()
+    return x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_white_inputs_give_rounding_to_nearest(name: str) -> None:
+    form = WEIGHT_FORMATS[name]
+    values = weight_scales(W, form, None).values()
+    codes = gptq(W, Inverse(torch.eye(128, dtype=torch.float64)), values, form)
+    assert torch.equal(codes.float(), ref.encode(W, values, form).float())
+
+
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_correlated_inputs_profit(name: str) -> None:
+    form, R = WEIGHT_FORMATS[name], hard_moment()
+    errors = []
+    for inverse in (None, Inverse(R)):
+        codes, scales = round_weight(W, form, None, inverse)
+        errors.append(output_error(W - ref.decode(codes, scales.values(), form), R))
+    assert 0 < errors[1] < 0.7 * errors[0]
+
+
+def test_the_factor_is_that_of_the_inverse() -> None:
+    R = hard_moment()
+    inverse = Inverse(R)
+    assert inverse.damping == DAMPING
+    damped = R[inverse.order][:, inverse.order]
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    identity = inverse.upper.double().T @ inverse.upper.double() @ damped
+    assert (identity - torch.eye(128)).abs().max() < 1e-2
+    assert (R.diagonal()[inverse.order].diff() <= 0).all()
+
+
+def test_dead_channels_and_singular_moments_still_round() -> None:
+    R = torch.zeros(128, 128, dtype=torch.float64)
+    R[:2, :2] = 1.0  # rank one, and 126 dead channels
+    codes, _ = round_weight(W, WEIGHT_FORMATS["int8"], None, Inverse(R))
+    assert codes.abs().max() == 127
+
+
+def test_failed_factorizations_raise_the_damping() -> None:
+    R = torch.eye(128, dtype=torch.float64)
+    R[0, 1] = R[1, 0] = 1.05  # not positive definite until damped by more than five per cent
+    assert Inverse(R).damping == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", ["int4", "int4-channel", "int8"])
+def test_searched_scales_never_lose(name: str) -> None:
+    form = WEIGHT_FORMATS[name]
+    importance = torch.rand(128, generator=torch.Generator().manual_seed(3)) * 4
+
+    def error(given: torch.Tensor | None) -> float:
+        codes, scales = round_weight(W, form, given)
+        return float(((ref.decode(codes, scales.values(), form) - W).square() * importance).sum())
+
+    assert error(importance) < error(None) * (0.95 if form.bits == 4 else 1.001)

@@ -1,0 +1,149 @@
+"""quantize_: in place, on any module, resumable, within memory, shared among processes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative
+from torch import nn
+
+from svdit.errors import UserError
+from svdit.model.dit import DiT
+from svdit.quant import quantize as module
+from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, rank_ratio_config
+from svdit.quant.linear import linears, quantized_layers
+from svdit.quant.quantize import quantize_
+from svdit.quant.recipe import quantize_linear
+from svdit.sampling.trajectories import calibration_loop, images_for
+
+CONFIG = dit_config(replace(RECIPES["w4a8"], rank=4))
+LOOP = calibration_loop(images=4, steps=5)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k].float(), b[k].float()) for k in a)
+
+
+@torch.no_grad()
+def test_a_dit_is_quantized_in_place(tiny: DiT) -> None:
+    x, t, y = torch.randn(4, 4, 4, 4), torch.tensor([3, 200, 500, 999]), torch.tensor([0, 1, 4, 5])
+    before = tiny(x, t, y)
+    report = quantize_(tiny, CONFIG, LOOP)
+    assert 0 < relative(tiny(x, t, y), before) < 0.2
+    assert len(report.layers) == 11
+    assert set(quantized_layers(tiny)) == {line.name for line in report.layers}
+    assert {name for name, _ in linears(tiny)} == {
+        "t_embedder.mlp.0", "t_embedder.mlp.2", "final_layer.linear"
+    }  # fmt: skip
+    assert report.bytes_after == sum(v.nbytes for v in tiny.state_dict().values()) < report.bytes_before
+    assert not any(m._forward_pre_hooks for m in tiny.modules())
+
+
+def test_any_module_will_do() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
+    batches = torch.randn(8, 32, 64)
+    with torch.no_grad():
+        before = model(batches)
+        report = quantize_(
+            model, QuantConfig((Rule("2", None), Rule("*", RECIPES["w8a8"]))), lambda m: [m(x) for x in batches]
+        )
+        assert [line.name for line in report.layers] == ["0"]
+        assert 0 < relative(model(batches), before) < 0.02
+
+
+def test_the_documented_mode_needs_no_calibration(tiny: DiT) -> None:
+    names = [name for name, _ in linears(tiny)]
+    report = quantize_(tiny, rank_ratio_config(0.95, 8))
+    assert [line.name for line in report.layers] == names
+    assert {layer.spec.rank_ratio for layer in quantized_layers(tiny).values()} == {0.95}
+    assert all(line.weight == "INT8" and line.sqnr is None and line.weight_error > 0 for line in report.layers)
+
+
+def test_quantizing_twice_is_an_error(tiny: DiT) -> None:
+    quantize_(tiny, rank_ratio_config(0.5, 8))
+    with pytest.raises(UserError, match="quantized already"):
+        quantize_(tiny, rank_ratio_config(0.5, 8))
+
+
+def test_a_missing_loop_and_an_empty_plan_are_sentences(tiny: DiT) -> None:
+    with pytest.raises(UserError, match="needs calibration"):
+        quantize_(tiny, CONFIG)
+    with pytest.raises(UserError, match="no rule"):
+        quantize_(tiny, QuantConfig((Rule("nothing", Recipe()),)), LOOP)
+
+
+def test_memory_only_decides_how_often_the_loop_runs(tiny: DiT) -> None:
+    other = DiT(tiny.config).eval()
+    other.load_state_dict(tiny.state_dict())
+    runs: list[int] = []
+
+    def counting(model: nn.Module) -> None:
+        runs.append(1)
+        LOOP(model)
+
+    quantize_(tiny, CONFIG, counting)
+    assert len(runs) == 1
+    quantize_(other, CONFIG, counting, max_memory=8 * 256**2)
+    assert len(runs) > 3
+    assert equal(state_of(tiny), state_of(other))
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
+    tiny: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = DiT(tiny.config).eval()
+    whole.load_state_dict(tiny.state_dict())
+    quantize_(whole, CONFIG, LOOP)
+    solved: list[str] = []
+
+    def dies_at_the_fifth(name: str, *rest: object) -> object:
+        if len(solved) == 4:
+            raise KeyboardInterrupt
+        solved.append(name)
+        return quantize_linear(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "quantize_linear", dies_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_(tiny, CONFIG, LOOP, work_dir=tmp_path)
+    assert not quantized_layers(tiny)
+
+    def refuses_old_work(name: str, *rest: object) -> object:
+        assert name not in solved
+        return quantize_linear(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "quantize_linear", refuses_old_work)
+    report = quantize_(tiny, CONFIG, LOOP, work_dir=tmp_path)
+    assert len(report.layers) == 11
+    assert equal(state_of(tiny), state_of(whole))
+
+
+def test_work_of_other_settings_is_refused(tiny: DiT, tmp_path: Path) -> None:
+    other = DiT(tiny.config)
+    quantize_(tiny, rank_ratio_config(0.5, 8), work_dir=tmp_path)
+    with pytest.raises(UserError, match="other settings"):
+        quantize_(other, rank_ratio_config(0.5, 4), work_dir=tmp_path)
+
+
+def test_calibration_shows_what_was_promised(tiny: DiT) -> None:
+    seen: list[tuple[int, int]] = []
+    tokens = 0
+
+    def count(m: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal tokens
+        tokens += inputs[0].shape[0] * inputs[0].shape[1]
+
+    def note(m: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.extend(zip(inputs[1].tolist(), inputs[2].tolist(), strict=True))
+
+    images = images_for(tiny, steps=5)
+    with tiny.register_forward_pre_hook(note), tiny.blocks[0].mlp.fc2.register_forward_pre_hook(count):
+        calibration_loop(images=images, steps=5)(tiny)
+    assert tokens >= 8 * 256
+    assert len({pair for pair in seen if pair[1] != tiny.null_class}) >= 24
+    assert sum(pair[1] == tiny.null_class for pair in seen) == len(seen) / 2
