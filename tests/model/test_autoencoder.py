@@ -1,0 +1,96 @@
+"""The autoencoder against diffusers' own encode and decode, on a tiny random VAE."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomize, relative
+from safetensors.torch import load_file, save_file
+
+from svdit.errors import UserError
+from svdit.model import autoencoder
+from svdit.model.autoencoder import Autoencoder, load_autoencoder
+from svdit.shims import allow_cpu_torchvision
+
+allow_cpu_torchvision()
+from diffusers import AutoencoderKL  # noqa: E402
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    randomize(vae)
+    vae.save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [1, 3 * 16 * 32, 10**6])  # one by one, three and two, all five
+def test_equals_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", at_once)
+    ours, theirs = load_autoencoder(str(folder)), AutoencoderKL.from_pretrained(folder).eval()
+    assert (ours.factor, ours.channels, ours.name) == (8, 4, str(folder))
+    x = torch.rand(5, 3, 16, 32) * 2 - 1
+    gaussian = theirs.encode(x).latent_dist
+    noise = torch.cat(list(torch.randn(5, 4, 2, 4, generator=torch.Generator().manual_seed(7))))
+    expected = (gaussian.mean + gaussian.std * noise.view(5, 4, 2, 4)) * 0.18215
+    z = ours.encode(x, torch.Generator().manual_seed(7))
+    assert gaussian.std.min() > 0.01
+    assert relative(z, expected) < 1e-5
+    pictures = theirs.decode(z / 0.18215).sample
+    assert relative(ours.decode(z), pictures.clamp(-1, 1)) < 1e-5
+    assert ours.decode(100 * z).abs().max() <= 1
+    assert pictures.std() > 0.05
+
+
+def test_pixels_pass_through() -> None:
+    none = load_autoencoder("none")
+    assert none == Autoencoder("none")
+    assert (none.factor, none.channels) == (1, None)
+    x = torch.randn(2, 1, 8, 8)
+    assert none.encode(x) is x
+    assert torch.equal(none.decode(x), x.clamp(-1, 1))
+
+
+def test_what_cannot_be_loaded_says_so(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no autoencoder nowhere; choose ema, mse, none or a folder"):
+        load_autoencoder("nowhere")
+    with pytest.raises(UserError, match=r"cannot load the autoencoder .*config\.json.*; save it again with diffusers"):
+        load_autoencoder(str(tmp_path))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    del state["decoder.conv_out.bias"]
+    save_file(state, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks 1 tensors, decoder\.conv_out\.bias first; get a whole one"):
+        load_autoencoder(str(folder))
+    weights.write_bytes(weights.read_bytes()[:9000])
+    with pytest.raises(UserError, match="cannot load the autoencoder"):
+        load_autoencoder(str(folder))
+
+
+@pytest.mark.parametrize("name", autoencoder.REPOSITORIES)
+def test_offline_says_how_to_fetch_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"sd-vae-ft-{name} .*; fetch it where .* `hf download stabilityai/sd-vae-ft-{name} "
+    ):
+        load_autoencoder(name)
+
+
+def test_the_old_names_of_stable_diffusions_vae_are_read(folder: Path) -> None:
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    before = load_autoencoder(str(folder)).vae.state_dict()
+    state = load_file(weights)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        state = {key.replace(f".{new}.", f".{old}."): tensor for key, tensor in state.items()}
+    assert state.keys() != before.keys()
+    save_file(state, weights, metadata={"format": "pt"})
+    after = load_autoencoder(str(folder)).vae.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
