@@ -1,0 +1,93 @@
+"""`svdit generate`: alone and under torchrun through its documented door, and the cross-check of --rank-ratio."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pixels import ROOT, saved
+
+from svdit.checkpoints.store import load_model, save_model
+from svdit.cli import command
+from svdit.compat import apply_svd_to_dit
+from svdit.files import sha256
+from svdit.kernels.formats import Format
+from svdit.quant.linear import LinearSpec, rebuild_
+
+FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture
+def quantized(tmp_path: Path) -> str:
+    model = apply_svd_to_dit(load_model(saved(tmp_path / "tiny.safetensors")), 0.5)
+    path = tmp_path / "quantized.safetensors"
+    save_model(model, path, provenance={"quantization": {"mode": "rank_ratio", "rank_ratio": 0.5}})  # type: ignore[arg-type]
+    return str(path)
+
+
+def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["--ckpt", quantized, "--rank-ratio", "0.5", "--num-fid-samples", "5", "--image-size", "8", *FAST]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    command("generate", [*argv, "--sample-dir", str(alone), "--per-proc-batch-size", "3"])
+    assert capfd.readouterr().out == f"5 pictures in {alone} and {alone}.npz\n"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*torchrun, str(ROOT / "sample_ddp.py"), *argv, "--sample-dir", str(shared)],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert capfd.readouterr().out == f"5 pictures in {shared} and {shared}.npz\n"
+    one, two = (np.load(f"{folder}.npz")["arr_0"].astype(int) for folder in (alone, shared))
+    assert one.shape == (5, 8, 8, 3)
+    assert np.abs(one - two).max() <= 1
+    manifest = json.loads((alone / "manifest.json").read_text())
+    assert manifest == json.loads((shared / "manifest.json").read_text())
+    assert manifest["checkpoint"] == "quantized.safetensors"
+    assert manifest["checkpoint_sha256"] == sha256(quantized)
+    assert manifest["quantization"] == {"mode": "rank_ratio", "rank_ratio": 0.5}
+    assert manifest["cfg_scale"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("ckpt", "argv", "said"),
+    [
+        ("quantized", ["--rank-ratio", "0.95"], "--rank-ratio is 0.95, but {ckpt} was quantized with 0.5"),
+        ("tiny", ["--rank-ratio", "0.5"], "--rank-ratio is 0.5, but {ckpt} is not quantized"),
+        ("quantized", ["--image-size", "4"], "--image-size is 4, but {ckpt} draws pictures of 8×8"),
+        ("quantized", ["--num-sampling-steps", "ddim300"], "no whole stride takes 300 of 1000 timesteps"),
+        ("quantized", ["--sample-dir", "{ckpt}/set"], "cannot write into the folder {ckpt}"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    tmp_path: Path, quantized: str, ckpt: str, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder = str(Path(quantized).with_stem(ckpt)), tmp_path / "set"
+    argv = ["--num-fid-samples", "2", *FAST, *(part.format(ckpt=path) for part in argv)]
+    with pytest.raises(SystemExit) as exit_:
+        command("generate", ["--ckpt", path, "--sample-dir", str(folder), *argv])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("svdit generate: ")
+    assert said.format(ckpt=path) in message
+    assert message.count("\n") == 1
+    assert not folder.exists()
+
+
+def test_a_rank_ratio_needs_a_quantized_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command("generate", ["--rank-ratio", "0.5", *FAST])
+    assert "the published weights are not quantized" in capsys.readouterr().err
+
+
+def test_a_file_quantized_otherwise_has_no_rank_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load_model(saved(tmp_path / "tiny.safetensors"))
+    rebuild_(model, {"blocks.0.mlp.fc1": asdict(LinearSpec(weight=Format(8)))})
+    save_model(model, tmp_path / "w8.safetensors")
+    with pytest.raises(SystemExit):
+        command("generate", ["--ckpt", str(tmp_path / "w8.safetensors"), "--rank-ratio", "0.5", *FAST])
+    assert "was quantized without a rank ratio" in capsys.readouterr().err

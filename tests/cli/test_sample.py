@@ -1,0 +1,79 @@
+"""`svdit sample`: the grid, the published draw order, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pixels import saved
+
+from svdit import images
+from svdit.checkpoints.store import load_model
+from svdit.cli import command
+from svdit.cli.sample import default_classes
+from svdit.diffusion.guidance import guided
+from svdit.diffusion.samplers import ddpm
+from svdit.diffusion.schedule import make_schedule
+
+FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
+
+
+def test_a_seed_gives_the_published_pictures(tmp_path: Path) -> None:
+    """The published script: z for N, copied for both halves of guidance, then fresh noise for 2N at every step."""
+    path, output = saved(tmp_path / "tiny.safetensors"), tmp_path / "grids" / "a.png"
+    command("sample", ["--ckpt", path, "--seed", "5", "--classes", "4", "0", "2", *FAST, "--output", str(output)])
+    model = load_model(path)
+    torch.manual_seed(5)
+    z = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        x = ddpm(
+            guided(model, torch.tensor([4, 0, 2]), 5, 4.0),
+            z,
+            make_schedule(3),
+            noise=lambda: torch.randn(6, 3, 8, 8)[:3],
+        )
+    expected = images.grid(images.to_uint8(x), 3, scale=16)
+    assert np.array_equal(np.asarray(Image.open(output)), expected)
+
+
+def test_eight_classes_in_two_rows_are_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, output = saved(tmp_path / "tiny.safetensors", num_classes=10), tmp_path / "a.png"
+    command("sample", ["--ckpt", path, *FAST, "--output", str(output)])
+    assert Image.open(output).size == (4 * 130 + 2, 2 * 130 + 2)
+    assert capsys.readouterr().out == f"{output}\n"
+
+
+def test_default_classes() -> None:
+    assert default_classes(1000) == [207, 360, 387, 974, 88, 979, 417, 279]
+    assert default_classes(10) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert default_classes(3) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--classes", "5"], "there is no class 5; this model has the classes 0 to 4"),
+        (["--num-sampling-steps", "many"], "'many' is no number of sampling steps"),
+        (["--num-sampling-steps", "2000"], "2000 steps cannot be taken from 1000 timesteps"),
+        (["--cfg-scale", "nan"], "a guidance scale cannot be nan"),
+        (["--output", "a.jpg"], "--output is a.jpg, but the grid is a PNG"),
+        (["--output", "{file}/a.png"], "cannot write into the folder"),
+        (["--vae", "mse"], "--vae is mse, but the model has 3 channels"),
+        (["--ckpt", "nowhere.pt"], "nowhere.pt"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    tmp_path: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, file = saved(tmp_path / "tiny.safetensors"), tmp_path / "file"
+    file.touch()
+    argv = [part.format(file=file) for part in argv]
+    with pytest.raises(SystemExit) as exit_:
+        command("sample", ["--ckpt", path, "--output", str(tmp_path / "a.png"), *argv])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("svdit sample: ")
+    assert said in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()

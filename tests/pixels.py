@@ -1,0 +1,82 @@
+"""A tiny model of pixels with random weights: in memory, in a file, and drawing a set of pictures.
+
+Under torchrun, with the repository on PYTHONPATH: pixels.py FOLDER COUNT BATCH_SIZE also notes every image's noise.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import randomize
+from torch import Tensor
+
+from svdit.checkpoints.store import save_model
+from svdit.distributed import rank, session
+from svdit.model.dit import DiT, DiTConfig
+from svdit.sampling import dataset
+from svdit.sampling.generate import SamplingConfig
+
+ROOT = Path(__file__).parents[1]
+CONFIG = SamplingConfig("ddpm", "4", cfg_scale=1.5)
+SEED = 11
+
+
+class Squash:
+    """In place of an autoencoder: brings a random model's huge values into view, so that no grey level is clipped."""
+
+    factor, channels, name = 1, None, "none"
+
+    def decode(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 300)
+
+
+def pixel_model(in_channels: int = 3, num_classes: int = 5) -> DiT:
+    """8 × 8 pictures, 64 wide, one block."""
+    config = DiTConfig(8, 2, in_channels, hidden_size=64, depth=1, num_heads=2, num_classes=num_classes)
+    model = randomize(DiT(config))
+    assert isinstance(model, DiT)
+    return model
+
+
+def saved(path: Path, **options: int) -> str:
+    """A checkpoint of it, called "tiny"."""
+    save_model(pixel_model(**options), path, name="tiny")
+    return str(path)
+
+
+def draw(folder: Path, **options: Any) -> Path:
+    """Its pictures; the .npz."""
+    options = {"count": 7, "batch_size": 3, "seed": SEED, **options}
+    return dataset.generate_dataset(pixel_model(), Squash(), CONFIG, folder=folder, **options)  # type: ignore[arg-type]
+
+
+def noting(notes: dict[int, list[str]]) -> Callable[..., Callable[[], Tensor]]:
+    """`image_noise` that also writes down the digest of each draw of each image."""
+    genuine = dataset.image_noise
+
+    def image_noise(seed: int, indices: Sequence[int], *rest: Any) -> Callable[[], Tensor]:
+        source = genuine(seed, indices, *rest)
+
+        def next_draw() -> Tensor:
+            drawn = source()
+            for i, one in zip(indices, drawn, strict=True):
+                notes.setdefault(i, []).append(hashlib.sha256(one.cpu().numpy().tobytes()).hexdigest())
+            return drawn
+
+        return next_draw
+
+    return image_noise
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    notes: dict[int, list[str]] = {}
+    dataset.image_noise = noting(notes)
+    folder = Path(sys.argv[1])
+    with session():
+        draw(folder, count=int(sys.argv[2]), batch_size=int(sys.argv[3]))
+        (folder / f"noise-{rank()}.json").write_text(json.dumps(notes))
