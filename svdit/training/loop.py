@@ -128,8 +128,7 @@ def stepper(state: State, options: TrainOptions, encode: Codec) -> Callable[[Ten
     def take_step(images: Tensor, labels: Tensor) -> Tensor:
         numbers = share(state.step, options.global_batch_size)
         torch.manual_seed(int(stream(options.seed, numbers[0], ENCODER).integers(2**63)))  # a VAE's encoder samples
-        with torch.no_grad():
-            x0 = encode(images.to(device))
+        x0 = encode(images.to(device))
         eps, t, chance = draws(options.seed, numbers, DRAWS, x0.shape[1:], device)
         y = torch.where(chance < options.label_dropout, state.model.null_class, labels.to(device))
 

@@ -1,0 +1,99 @@
+"""`svdit train` from its flags to a model that loads; one process or two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+from PIL import Image
+
+from svdit.checkpoints.store import load_model, read_header
+from svdit.cli import command
+from svdit.training.progress import read_curve
+
+DOOR = Path(__file__).parents[2] / "train.py"
+DIGITS = ["--data", "digits", "--model", "DiT-digits", "--augment", "none", "--num-workers", "0", "--device", "cpu"]
+SHORT = [*DIGITS, "--global-batch-size", "4", "--steps", "3", "--log-every", "1", "--lr", "1e-3"]
+
+
+def run(*command: str, **environment: str) -> str:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout
+
+
+def test_help_answers_without_torch() -> None:
+    code = "import sys; from svdit.cli.train import parser; parser().format_help(); assert 'torch' not in sys.modules"
+    run(sys.executable, "-c", code)
+
+
+def test_trains_on_digits_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command("train", [*SHORT, "--results-dir", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "ema.safetensors")
+    model, header = (
+        load_model(tmp_path / "ema.safetensors", name="DiT-digits"),
+        read_header(tmp_path / "ema.safetensors"),
+    )
+    assert header is not None
+    assert header["provenance"]["step"] == 3
+    assert header["provenance"]["data"] == "digits"
+    assert header["provenance"]["training"]["lr"] == 1e-3
+    command("train", [*SHORT, "--results-dir", str(tmp_path), "--steps", "5"])
+    rows = read_curve(tmp_path / "loss.csv")
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert rows[-1]["held_out_mse"]
+    later = load_model(tmp_path / "ema.safetensors")
+    assert relative(later.final_layer.linear.weight, model.final_layer.linear.weight) > 0
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run(*torchrun, str(DOOR), *SHORT, "--results-dir", str(tmp_path / "two"))
+    run(sys.executable, str(DOOR), *SHORT, "--results-dir", str(tmp_path / "one"))
+    states = [torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "two")]
+    errors = [relative(states[1][key], weight) for key, weight in states[0].items() if weight.norm() > 0]
+    assert 0 < max(errors) < 1e-4
+    curves = [[float(row["loss"]) for row in read_curve(tmp_path / name / "loss.csv")] for name in ("one", "two")]
+    assert curves[0] == pytest.approx(curves[1], abs=2e-6)
+
+
+def class_folders(folder: Path) -> Path:
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = random.integers(256, size=(12, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.jpg")
+    return folder
+
+
+def test_a_folder_of_pictures_as_pixels(tmp_path: Path) -> None:
+    flags = ["--data", str(class_folders(tmp_path / "data")), "--model", "DiT-S/4", "--vae", "none"]
+    flags += ["--image-size", "8", "--global-batch-size", "2", "--epochs", "1", "--num-workers", "0", "--device", "cpu"]
+    command("train", [*flags, "--results-dir", str(tmp_path / "out")])
+    config = load_model(tmp_path / "out" / "ema.safetensors", name="DiT-S/4").config
+    assert (config.in_channels, config.input_size, config.num_classes) == (3, 8, 2)
+    assert read_curve(tmp_path / "out" / "loss.csv")[-1]["step"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "nowhere"], "nowhere is no data"),
+        (["--image-size", "16"], "digits have 8×8 pixels"),
+        (["--num-classes", "9"], "--num-classes is 9, but digits has 10"),
+        (["--model", "DiT-M/2"], "no model called 'DiT-M/2'"),
+        (["--device", "tpu"], "no device 'tpu'"),
+    ],
+)
+def test_what_cannot_be_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        command("train", [*SHORT, "--results-dir", str(tmp_path / "out"), *flags])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*"))
