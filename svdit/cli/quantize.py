@@ -39,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--factors", choices=("bf16", "int8"), default="bf16", help="how the branch is stored")
     what.add_argument("--whiten", action="store_true", help="with --rank-ratio: weigh the SVD by the layers' inputs")
     what.add_argument("--adaln", choices=("int8", "int4", "fp16"), default="int8", help="adaLN weights; default int8")
+    what.add_argument(
+        "--target-size", type=float, metavar="MB", help="choose bits and ranks for a file of at most that"
+    )
+    what.add_argument("--target-sqnr", type=float, metavar="DB", help="or the smallest file of that predicted quality")
     what.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone")
     how = parser.add_argument_group("calibration")
     how.add_argument(
@@ -67,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
         source = options.load_checkpoint(args, device)
         digest = sha256(source.path)
         loop = calibration(args, source.model, settings)
+        if args.target_size or args.target_sqnr:
+            config, settings["plan"] = planned(args, source.model, config, loop)
         work = args.output.with_name(f"{args.output.name}.partial")
         with options.progress("calibrating and quantizing") as tick:
             report = quantize_(
@@ -95,6 +101,8 @@ def configuration(args: argparse.Namespace) -> tuple["QuantConfig", dict[str, An
         return rank_ratio_config(args.rank_ratio, bits, args.whiten, tuple(args.skip)), settings
     if args.whiten:
         raise UserError("--whiten belongs to --rank-ratio; give one, or leave it out")
+    if args.target_size and args.target_sqnr:
+        raise UserError("--target-size and --target-sqnr exclude each other; give one")
     recipe = recipe_of(args)
     settings = {"mode": "preset", "preset": args.preset, "adaln": args.adaln, "skip": args.skip}
     return dit_config(recipe, args.adaln, tuple(args.skip)), {**settings, "recipe": asdict(recipe)}
@@ -131,6 +139,17 @@ def calibration(args: argparse.Namespace, model: Any, settings: dict[str, Any]) 
     choices = {"images": images, "steps": args.calib_steps, "cfg_scale": args.cfg_scale, "seed": args.seed}
     settings["calibration"] = {"sampler": "ddim", **choices}
     return calibration_loop(**choices)
+
+
+def planned(
+    args: argparse.Namespace, model: Any, config: "QuantConfig", loop: Any
+) -> tuple["QuantConfig", dict[str, Any]]:
+    """Bits and rank for every layer by --target-size or --target-sqnr, and the curve they were taken from."""
+    from svdit.quant.budget import plan_
+
+    target = None if args.target_size is None else round(args.target_size * 1e6)
+    plan = plan_(model, config, loop, target_bytes=target, target_sqnr=args.target_sqnr)
+    return plan.config, {"target_mb": args.target_size, "target_sqnr": args.target_sqnr, "sqnr": plan.sqnr}
 
 
 def remove(folder: Path) -> None:

@@ -1,0 +1,162 @@
+"""Bits, group and rank of every layer for a size or a quality: the least predicted output error within a budget.
+
+Each layer offers options (bytes, error); choosing one each is a multiple-choice knapsack. Sizes are rounded up to
+1/RESOLUTION of the largest; with them the dynamic programme is exact, so the choice is at least as good as every
+one whose size is smaller by a layer count of such units. Errors are those of a quick rounding (no GPTQ) on the
+calibration sample, weighted by how much the layer's output moves the model's (`sensitivity`).
+"""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from torch import nn
+
+from svdit.errors import UserError
+from svdit.kernels.formats import WEIGHT_FORMATS, Format
+from svdit.quant.config import QuantConfig, Recipe, Rule
+from svdit.quant.linear import LinearSpec, linears
+from svdit.quant.observe import ForwardLoop, Statistics, observe
+from svdit.quant.recipe import fit
+from svdit.quant.sensitivity import record_calls, sensitivities
+from svdit.quant.transforms import Transform, choose_transform, trial_output
+
+RESOLUTION = 1 << 14
+HEADER = 1500  # bytes that a layer's names and spec take in the file
+WEIGHTS = (
+    Format(2, 64, "int8", "full"),
+    Format(3, 64, "int8", "full"),
+    WEIGHT_FORMATS["int4"],
+    Format(5, 64, "bf16", "full"),
+    Format(6, 64, "bf16", "full"),
+    WEIGHT_FORMATS["int8"],
+)
+RANKS = (0, 8, 16, 32, 64)
+
+
+class Option(NamedTuple):
+    recipe: Recipe
+    nbytes: int
+    error: float  # added to the squared norm of the model's output error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice for every layer, and the whole curve it was taken from: (bytes of the file, predicted SQNR in dB)."""
+
+    config: QuantConfig
+    nbytes: int
+    sqnr: float
+    curve: list[tuple[int, float]]
+
+
+def plan_(
+    model: nn.Module,
+    config: QuantConfig,
+    loop: ForwardLoop,
+    *,
+    target_bytes: int | None = None,
+    target_sqnr: float | None = None,
+) -> Plan:
+    """The best configuration for a file of at most `target_bytes`, or the smallest with `target_sqnr` dB.
+
+    `config` says which layers, how their inputs are transformed and rounded, and the rest of the recipe; weights'
+    formats and ranks are chosen here. The model is not changed.
+    """
+    layers = {name: (layer, recipe) for name, layer in linears(model) if (recipe := config.recipe(name))}
+    weights, energy = sensitivities(model, layers, record_calls(model, loop))
+    statistics = observe(model, layers, loop)
+    choices = {n: options(*pair, statistics.pop(n), weights[n]) for n, pair in layers.items()}
+    fixed = sum(t.nbytes for t in model.state_dict().values()) + HEADER * len(layers)
+    fixed -= sum(p.nbytes for layer, _ in layers.values() for p in layer.parameters())
+    table = Table(list(choices.values()))
+    curve = [(fixed + size, 10 * float(np.log10(energy / error))) for size, error in table.curve()]
+    if target_bytes is not None:
+        if target_bytes < curve[0][0]:
+            raise UserError(
+                f"{target_bytes / 1e6:.2f} MB cannot be reached; the smallest is {curve[0][0] / 1e6:.2f} MB"
+            )
+        reached = [point for point in curve if point[0] <= target_bytes][-1]
+    else:
+        assert target_sqnr is not None, "give target_bytes or target_sqnr"
+        good = [point for point in curve if point[1] >= target_sqnr]
+        if not good:
+            raise UserError(f"{target_sqnr} dB cannot be reached; the best is {curve[-1][1]:.1f} dB")
+        reached = good[0]
+    picks = table.solve(reached[0] - fixed)
+    rules = tuple(Rule(name, choices[name][pick].recipe) for name, pick in zip(choices, picks, strict=True))
+    return Plan(QuantConfig(rules), reached[0], reached[1], curve)
+
+
+def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivity: float) -> list[Option]:
+    """What a layer could be stored as, none of them larger and worse than another."""
+    W, x = linear.weight.detach().float(), statistics.choosing
+    transform, _ = (
+        choose_transform(W, statistics, fit(recipe, W)) if recipe.smoothing else (plain(recipe, statistics), 0)
+    )
+    Y = (x if transform.shift is None else x - transform.shift) @ W.T
+    found: list[Option] = []
+    for form, rank in product(WEIGHTS, RANKS if recipe.rank else (0,)):
+        if form.group and W.shape[1] % form.group:
+            continue
+        low_rank = recipe.low_rank if rank else "none"
+        variant = fit(replace(recipe, weight=form, rank=rank, low_rank=low_rank), W)
+        error = float((trial_output(transform, W, x, variant) - Y).square().sum()) / len(x)
+        found.append(Option(variant, size_of(variant, transform, linear), error * sensitivity))
+    found.sort(key=lambda option: (option.nbytes, option.error))
+    best, kept = float("inf"), []
+    for option in found:
+        if option.error < best:
+            best = option.error
+            kept.append(option)
+    return kept
+
+
+def plain(recipe: Recipe, statistics: Statistics) -> Transform:
+    return Transform(statistics.mean if recipe.centre else None, None, recipe.hadamard)
+
+
+def size_of(recipe: Recipe, transform: Transform, linear: nn.Linear) -> int:
+    scaled, shifted = transform.scale is not None, transform.shift is not None
+    spec = LinearSpec(recipe.rank, recipe.factors, recipe.factor_dtype, recipe.weight, None, scaled, shifted)
+    return spec.nbytes(linear.out_features, linear.in_features, shifted or linear.bias is not None)
+
+
+class Table:
+    """The dynamic programme over layers: least error for every size up to the largest sensible one."""
+
+    def __init__(self, choices: list[list[Option]]) -> None:
+        self.choices = choices
+        largest = sum(options[-1].nbytes for options in choices)
+        self.unit = max(1, -(-largest // RESOLUTION))
+        self.sizes = [[-(-o.nbytes // self.unit) for o in options] for options in choices]
+        width = sum(sizes[-1] for sizes in self.sizes) + 1
+        least = np.full(width, np.inf)
+        least[0] = 0.0
+        self.picked: list[np.ndarray[tuple[int], np.dtype[np.int16]]] = []
+        for options, sizes in zip(choices, self.sizes, strict=True):
+            after, picked = np.full(width, np.inf), np.full(width, -1, np.int16)
+            for i, (option, size) in enumerate(zip(options, sizes, strict=True)):
+                error = np.full(width, np.inf)
+                error[size:] = least[: width - size] + option.error
+                better = error < after
+                after[better], picked[better] = error[better], i
+            least = after
+            self.picked.append(picked)
+        self.least = least
+
+    def solve(self, nbytes: int) -> list[int]:
+        """The options, one a layer, of least total error within `nbytes`."""
+        at = int(self.least[: nbytes // self.unit + 1].argmin())
+        picks: list[int] = []
+        for picked, sizes in zip(reversed(self.picked), reversed(self.sizes), strict=True):
+            picks.append(int(picked[at]))
+            at -= sizes[picks[-1]]
+        return picks[::-1]
+
+    def curve(self) -> list[tuple[int, float]]:
+        """(bytes, error) of every choice that no smaller one equals; ascending in bytes."""
+        best = np.minimum.accumulate(self.least)
+        steps = np.flatnonzero(np.isfinite(best) & (best < np.concatenate([[np.inf], best[:-1]])))
+        return [(int(s) * self.unit, float(best[s])) for s in steps]

@@ -1,0 +1,65 @@
+"""How much the model's output changes when a layer's output does: ‖J‖²_F, by Hutchinson's estimate.
+
+For v ~ N(0, I), E‖Jᵀv‖² = ‖J‖²_F, and one backward pass of v·output gives Jᵀv for every layer at once. White noise
+of variance σ² on a layer's output then adds σ²‖J‖²_F to the squared error of the model's output, to first order.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from svdit.errors import UserError
+from svdit.quant.observe import ForwardLoop
+
+CALLS, ROWS = 16, 2  # calls of the model that are replayed, and rows of the batch in each
+
+
+def record_calls(model: nn.Module, loop: ForwardLoop, seed: int = 0) -> list[tuple[Tensor, ...]]:
+    """The arguments of CALLS calls of the model during the loop, uniformly drawn, cut to ROWS random rows."""
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[tuple[float, tuple[Tensor, ...]]] = []
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = torch.randperm(len(inputs[0]), generator=generator)[:ROWS]
+        kept.append((float(torch.rand((), generator=generator)), tuple(x[rows].clone() for x in inputs)))
+        kept.sort(key=lambda entry: entry[0])
+        del kept[CALLS:]
+
+    with model.register_forward_pre_hook(keep):
+        loop(model)
+    if not kept:
+        raise UserError("the forward loop never called the model; sizes cannot be allotted without it")
+    return [inputs for _, inputs in kept]
+
+
+def sensitivities(
+    model: nn.Module, names: Iterable[str], calls: list[tuple[Tensor, ...]]
+) -> tuple[dict[str, float], float]:
+    """For each named layer ‖J‖²_F over its number of outputs a row, and the mean squared norm of the model's output."""
+    names = list(names)
+    outputs: dict[str, Tensor] = {}
+    total, energy = dict.fromkeys(names, 0.0), 0.0
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.requires_grad_()
+            return outputs[name]
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for inputs in calls:
+            with torch.enable_grad():
+                y = model(*inputs)
+                v = torch.randn(y.shape, generator=generator).to(y)
+                gradients = torch.autograd.grad((v * y).sum(), [outputs[name] for name in names])
+            for name, gradient in zip(names, gradients, strict=True):
+                total[name] += float(gradient.square().sum()) / gradient.shape[-1] / len(calls)
+            energy += float(y.detach().square().sum()) / len(calls)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total, energy

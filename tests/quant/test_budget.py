@@ -1,0 +1,107 @@
+"""Bits and ranks by budget: exact choice, sensitivities against finite differences, better than uniform."""
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from svdit.errors import UserError
+from svdit.model.dit import DiT
+from svdit.quant.budget import HEADER, Option, Table, plan_
+from svdit.quant.config import RECIPES, dit_config
+from svdit.quant.quantize import quantize_
+from svdit.quant.sensitivity import record_calls, sensitivities
+from svdit.sampling.trajectories import calibration_loop
+
+LOOP = calibration_loop(images=6, steps=5)
+RECIPE = RECIPES["w8a8"]
+
+layer_options = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 10**6)), min_size=1, max_size=4, unique=True).map(
+    lambda pairs: [
+        Option(RECIPE, size, float(error))
+        for size, error in zip(sorted(p[0] for p in pairs), sorted((p[1] for p in pairs), reverse=True), strict=True)
+    ]
+)
+
+
+@given(st.lists(layer_options, min_size=1, max_size=4), st.integers(0, 120))
+@settings(max_examples=60, deadline=None)
+def test_the_choice_is_the_best_there_is(choices: list[list[Option]], slack: int) -> None:
+    budget = sum(options[0].nbytes for options in choices) + slack
+    every = (c for c in product(*choices) if sum(o.nbytes for o in c) <= budget)
+    best = min(sum(o.error for o in c) for c in every)
+    table = Table(choices)
+    assert table.unit == 1
+    picked = [options[i] for options, i in zip(choices, table.solve(budget), strict=True)]
+    assert sum(o.nbytes for o in picked) <= budget
+    assert sum(o.error for o in picked) == pytest.approx(best)
+    curve = table.curve()
+    assert [e for _, e in curve] == sorted({e for _, e in curve}, reverse=True)
+
+
+def test_sensitivity_is_the_effect_of_noise() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8)).eval()
+    data = torch.randn(64, 32)
+    calls = [(row[None],) for row in data]
+    estimated, energy = sensitivities(model, ["0", "2", "4"], calls)
+    with torch.no_grad():
+        y = model(data)
+        assert energy == pytest.approx(float(y.square().sum() / 64), rel=1e-4)
+        noise = 1e-3
+        for name in ("0", "2", "4"):
+            with model.get_submodule(name).register_forward_hook(lambda m, i, o: o + noise * torch.randn_like(o)):
+                change = sum(float((model(data) - y).square().sum()) / 64 for _ in range(50)) / 50
+            # the estimate is per unit of squared error of a whole row of outputs
+            width = model.get_submodule(name).out_features
+            assert estimated[name] == pytest.approx(change / (noise**2 * width), rel=0.2)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_calls_are_recorded_and_cut(tiny: DiT) -> None:
+    calls = record_calls(tiny, LOOP)
+    assert 0 < len(calls) <= 16
+    assert all(len(x) == len(t) == len(y) == 2 for x, t, y in calls)
+    assert len({int(t[0]) for _, t, _ in calls}) > 1
+
+
+def file_bytes(model: nn.Module) -> int:
+    return sum(v.nbytes for v in model.state_dict().values()) + HEADER * 11
+
+
+@pytest.mark.parametrize("preset", ["w4a8", "w8a8"])
+def test_a_plan_meets_its_size_and_beats_the_uniform_setting(tiny: DiT, preset: str) -> None:
+    uniform = DiT(tiny.config).eval()
+    uniform.load_state_dict(tiny.state_dict())
+    config = dit_config(replace(RECIPES[preset], rank=8), "int4" if preset == "w4a8" else "int8")
+    quantize_(uniform, config, LOOP)
+    target = file_bytes(uniform)
+    plan = plan_(tiny, config, LOOP, target_bytes=target)
+    assert plan.curve == sorted(plan.curve)
+    assert [s for _, s in plan.curve] == sorted(s for _, s in plan.curve)
+    x, y = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(5)), torch.arange(64) % 6
+    t = torch.linspace(0, 999, 64).long()
+    with torch.no_grad():
+        before = tiny(x, t, y)
+        planned = DiT(tiny.config).eval()
+        planned.load_state_dict(tiny.state_dict())
+        quantize_(planned, plan.config, LOOP)
+        assert file_bytes(planned) <= plan.nbytes <= target
+        errors = [float((model(x, t, y) - before).norm()) for model in (planned, uniform)]
+    assert 0 < errors[0] < errors[1]
+
+
+def test_a_quality_is_reached_with_the_fewest_bytes(tiny: DiT) -> None:
+    config = dit_config(RECIPES["w8a8"])
+    low, high = (plan_(tiny, config, LOOP, target_sqnr=db) for db in (15.0, 30.0))
+    assert low.nbytes < high.nbytes
+    assert low.sqnr >= 15
+    assert high.sqnr >= 30
+    with pytest.raises(UserError, match="99 dB cannot be reached; the best is"):
+        plan_(tiny, config, LOOP, target_sqnr=99)
+    with pytest.raises(UserError, match=r"0\.00 MB cannot be reached; the smallest is"):
+        plan_(tiny, config, LOOP, target_bytes=1)
