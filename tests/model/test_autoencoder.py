@@ -26,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
     randomize(vae)
+    vae.decoder.conv_out.weight.data *= 10  # pictures that overshoot
     vae.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
@@ -45,8 +46,7 @@ def test_equals_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once
     assert relative(z, expected) < 1e-5
     pictures = theirs.decode(z / 0.18215).sample
     assert relative(ours.decode(z), pictures.clamp(-1, 1)) < 1e-5
-    assert ours.decode(100 * z).abs().max() <= 1
-    assert pictures.std() > 0.05
+    assert pictures.abs().max() > 1
 
 
 def test_pixels_pass_through() -> None:
