@@ -9,14 +9,15 @@ import shutil
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from svdit.errors import UserError
@@ -53,19 +54,22 @@ def list_images(folder: str | Path) -> list[Path]:
 
 def read_image(path: str | Path) -> Pixels:
     """uint8 (H, W, 3); grey and palette pictures become RGB, transparency is dropped."""
-    try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def image_header(path: str | Path) -> tuple[tuple[int, int], str]:
     """((H, W), Pillow's mode) without decoding the picture."""
+    with _opened(path) as image:
+        return (image.height, image.width), image.mode
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return (image.height, image.width), image.mode
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+            yield image
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
 
 
@@ -121,7 +125,7 @@ def write_npz(path: str | Path, pictures: Iterable[Pixels], count: int) -> None:
 
 
 def map_npz(path: str | Path, key: str = "arr_0") -> npt.NDArray[np.generic]:
-    """An array of an .npz without loading it: mapped where it is stored, or first unpacked to a temporary file."""
+    """An array of an .npz without loading it: mapped, copy on write; if compressed, from a temporary file."""
     try:
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(f"{key}.npy")
@@ -162,4 +166,4 @@ def _map_npy(file: Any, mapped: Any) -> npt.NDArray[np.generic]:
         raise ValueError("it holds Python objects")
     if 0 in shape:
         return np.empty(shape, dtype)
-    return np.memmap(mapped, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+    return np.memmap(mapped, dtype, "c", file.tell(), shape, "F" if fortran else "C")

@@ -15,6 +15,8 @@ COMMANDS = {
     "generate": "draw many pictures into a folder and an .npz, alone or under torchrun",
     "quantize": "quantize a checkpoint",
     "evaluate": "compare a set of pictures with another: FID and its family, paired differences",
+    "compare": "put the metrics of several sets into one table, with differences and errors",
+    "selftest": "check that the metrics are computed correctly here",
     "train": "train a DiT",
 }
 

@@ -22,7 +22,10 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--num_images", "--num-images", type=int, metavar="N", help="a seeded choice of N from each side (default: all)"
     )
-    add("--metrics", help="comma-separated: fid,sfid,kid,is,prc,mind,fid_infinity,paired (default: what can be had)")
+    add(
+        "--metrics",
+        help="comma-separated: fid,sfid,kid,is,prc,mind,fid_inf,paired,lpips (default: what can be had)",
+    )
     add("--paired_dir", "--paired-dir", metavar="PATH", help="full-precision counterparts, for PSNR, SSIM, relative L2")
     add("--compare_dir", "--compare-dir", metavar="PATH", help="a second generated set of the same seeds: differences")
     add(
@@ -98,11 +101,11 @@ def _network(args: argparse.Namespace, options: Any) -> Any:
         return None
     from svdit.distributed import barrier, rank
     from svdit.evaluation.inception import load_extractor, random_extractor
-    from svdit.evaluation.weights import find_weights, load_weights
+    from svdit.evaluation.weights import DEFAULT_CACHE, find_weights, load_weights
 
     if args.feature_extractor == "random":
         return random_extractor().to(options.device)
-    folder = options.cache or Path("~/.cache/svdit").expanduser()
+    folder = options.cache or DEFAULT_CACHE
     if rank() == 0:  # only one process downloads
         find_weights(args.feature_extractor_weights, folder, args.download)
     barrier()
@@ -131,13 +134,15 @@ def _print(report: Any) -> None:
 
     from svdit.evaluation.report import NOT_COMPARABLE
 
-    console = Console(soft_wrap=True, highlight=False)
-    table = Table(caption=None if report.comparable else f"[bold red]{NOT_COMPARABLE}", caption_justify="left")
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0))
     for column in report.columns():
         table.add_column(column, no_wrap=True, justify="left" if column == "metric" else "right")
     for row in report.rows():
         table.add_row(*row)
     console.print(table)
+    if not report.comparable:
+        console.print(NOT_COMPARABLE, style="bold red")
     fake, real = report.inputs["fake"], report.inputs.get("real")
     console.print(f"{fake['images']} generated images of {fake['path']}")
     if real is not None:

@@ -40,14 +40,12 @@ class Estimate:
             return None
         return float((len(self.leave_out) - 1) * (np.mean(self.leave_out) - self.value))
 
-    def minus(self, other: Estimate, paired: bool) -> Estimate:
-        """The difference; `paired` says that both leave the same images' counterparts out in the same order."""
+    def minus(self, other: Estimate) -> Estimate:
+        """The difference of two sets whose images of one place share their seed, so that both leave out the same."""
         if self.value is None or other.value is None:
             return Estimate(None, reason=self.reason or other.reason)
-        if not paired or len(self.leave_out) != len(other.leave_out):
-            return Estimate(self.value - other.value)
-        leave_out = tuple(a - b for a, b in zip(self.leave_out, other.leave_out, strict=True))
-        return Estimate(self.value - other.value, leave_out)
+        pairs = zip(self.leave_out, other.leave_out, strict=True)
+        return Estimate(self.value - other.value, tuple(a - b for a, b in pairs))
 
 
 def assign_blocks(n: int, seed: int = 0, blocks: int = BLOCKS) -> npt.NDArray[np.int64]:

@@ -16,6 +16,7 @@ from svdit.evaluation.certainty import assign_blocks
 from svdit.evaluation.features import FeatureNetwork, Features, Track, cache_key, extract, features_folder
 from svdit.evaluation.figures import caption, overview, worst_pairs
 from svdit.evaluation.inputs import Inputs, Set, open_inputs
+from svdit.evaluation.lpips import load_lpips
 from svdit.evaluation.measures import Blocks, Found, measure
 from svdit.evaluation.options import Options
 from svdit.evaluation.paired import paired_metrics
@@ -49,8 +50,9 @@ def evaluate(
         found = _network_metrics(inputs, sets, network, options, blocks, track)
     pictures = {"grid_fake": overview(inputs.fake)}
     if inputs.partners is not None:
+        lpips = load_lpips(options.device) if "lpips" in (options.metrics or ()) else None
         for estimates, each in zip(found, sets, strict=True):
-            paired, psnrs = paired_metrics(each, inputs.partners, blocks, track)
+            paired, psnrs = paired_metrics(each, inputs.partners, blocks, track, lpips)
             estimates |= paired
             if each is inputs.fake:
                 pictures["grid_pairs"] = worst_pairs(each, inputs.partners, psnrs)
@@ -61,7 +63,7 @@ def evaluate(
     return Report(
         metrics=found[0],
         second=second,
-        difference={name: found[0][name].minus(other, paired=True) for name, other in second.items()},
+        difference={name: found[0][name].minus(other) for name, other in second.items()},
         protocol=protocol(inputs, network, options.seed),
         inputs={name: each.describe() for name, each in inputs.named.items()},
         versions=versions(),

@@ -2,8 +2,9 @@
 
     d² = |m₁ - m₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½,     tr (Σ₁ Σ₂)^½ = Σᵢ λᵢ(Fᵀ Σ₂ F)^½,   Σ₁ = F Fᵀ
 
-FᵀΣ₂F is symmetric, so no complex numbers and no general matrix square root appear. Eigenvalues below D ε λ_max are
-round-off of a singular product; their roots would add up to 1e-4 to FID, so they are dropped.
+FᵀΣ₂F is symmetric, so no complex numbers and no general matrix square root appear. Of its eigenvalues only as many
+as its rank are taken, the smaller of F's and of images less one: the rest is round-off, whose roots would add up to
+1e-4. (A threshold instead of the rank would cut true eigenvalues of an ill-conditioned product.)
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
     if reference.mean.shape != other.mean.shape:
         raise ValueError(f"features of width {reference.mean.size} and {other.mean.size} cannot be compared")
     F = reference.root
-    return _distance(reference, other.mean, float(np.trace(other.covariance)), F.T @ other.covariance @ F)
+    rank = F.shape[1] if other.count is None else min(F.shape[1], other.count - 1)
+    return _distance(reference, other.mean, np.trace(other.covariance), F.T @ other.covariance @ F, rank)
 
 
 def leave_out_distances(
@@ -57,12 +59,12 @@ def _leave_out_few(
         centred -= centred.mean(1, keepdims=True)
         mean = x[kept].mean(0)
         spread = np.square(x[kept]).sum() - len(kept) * (mean @ mean)
-        yield _distance(reference, mean, spread / (len(kept) - 1), centred / (len(kept) - 1))
+        rank = min(projected.shape[1], len(kept) - 1)
+        yield _distance(reference, mean, spread / (len(kept) - 1), centred / (len(kept) - 1), rank)
 
 
-def _distance(reference: Gaussian, mean: Array, trace: float, product: Array) -> float:
-    spectrum = np.linalg.eigvalsh(product)
-    floor = mean.size * np.finfo(np.float64).eps * spectrum.max(initial=0.0)
+def _distance(reference: Gaussian, mean: Array, trace: float, product: Array, rank: int) -> float:
+    spectrum = np.linalg.eigvalsh(product)[-rank:]  # ascending
+    cross = np.sqrt(spectrum.clip(0)).sum()
     shift = reference.mean - mean
-    cross = np.sqrt(spectrum[spectrum > floor]).sum()
     return float(shift @ shift + np.trace(reference.covariance) + trace - 2 * cross)

@@ -64,7 +64,7 @@ def open_inputs(real: str | Path | None, fake: str | Path, options: Options) -> 
 def open_set(path: str | Path, options: Options) -> Set:
     """The chosen images of a source; a reference of statistics has none."""
     source = open_source(path, options.resize_to)
-    if len(source) == 0:
+    if len(source) == 0 and source.gaussians:
         return Set(source, np.arange(0), (0, 0), sha256(source.path))
     if source.gaussians:
         return _checked(source, np.arange(len(source)))  # the images beside statistics are there as they are
@@ -94,15 +94,14 @@ def _checked(source: Source, indices: Indices, warnings: tuple[str, ...] = ()) -
 
 def _partners(reals: Set | None, fakes: Set, options: Options) -> str | Path | None:
     """What was given, or real images of exactly the fake ones' names; whether or not by name, if asked to pair."""
-    asked = options.metrics is not None and "paired" in options.metrics
-    if options.metrics is not None and not asked:
+    if options.metrics is not None and not options.wants_pairs:
         return None
     if options.paired is not None:
         return options.paired
     if reals is None:
-        raise UserError("paired metrics need counterparts; give --paired_dir")
+        raise UserError("paired metrics and LPIPS need counterparts; give --paired_dir")
     alike = bool(reals.source.files) and reals.size == fakes.size and reals.source.names == fakes.source.names
-    return reals.source.path if asked or alike else None
+    return reals.source.path if options.wants_pairs or alike else None
 
 
 def pair(fakes: Set, other: Source) -> Indices:

@@ -55,7 +55,7 @@ def _mind(real: Features, fake: Features, blocks: Blocks, device: torch.device) 
 
 
 def _fid_infinity(real: Features, fake: Features, blocks: Blocks, device: torch.device) -> Found:
-    return {"fid_infinity": metrics.fid_infinity(real.gaussians["pool"], fake.rows["pool"])}
+    return {"fid_inf": metrics.fid_infinity(real.gaussians["pool"], fake.rows["pool"])}
 
 
 MEASURES = {
@@ -65,7 +65,7 @@ MEASURES = {
     "is": Measure(_is),
     "prc": Measure(_prc, rows="pool"),
     "mind": Measure(_mind, rows="pool"),
-    "fid_infinity": Measure(_fid_infinity, sums="pool"),
+    "fid_inf": Measure(_fid_infinity, sums="pool"),
 }
 
 

@@ -8,8 +8,8 @@ import torch
 from svdit.distributed import default_device
 from svdit.errors import UserError
 
-NETWORK_METRICS = ("fid", "sfid", "kid", "is", "prc", "mind", "fid_infinity")
-METRICS = (*NETWORK_METRICS, "paired")
+NETWORK_METRICS = ("fid", "sfid", "kid", "is", "prc", "mind", "fid_inf")
+METRICS = (*NETWORK_METRICS, "paired", "lpips")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def wants_pairs(self) -> bool:
+        """Counterparts are asked for by name; without `metrics` they are welcome where they can be found."""
+        return bool({"paired", "lpips"} & set(self.metrics or ()))
 
     @property
     def network_metrics(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from svdit.distributed import all_sum, shard
 from svdit.evaluation.certainty import Estimate
 from svdit.evaluation.features import Track
 from svdit.evaluation.inputs import Set
+from svdit.evaluation.lpips import Distance
 from svdit.images import Pixels
 
 PSNR_CAP = 100.0
@@ -24,27 +25,24 @@ WINDOW, SIGMA = 11, 1.5
 
 
 def paired_metrics(
-    fake: Set, other: Set, blocks: npt.NDArray[np.int64], track: Track
+    fake: Set, other: Set, blocks: npt.NDArray[np.int64], track: Track, lpips: Distance | None = None
 ) -> tuple[dict[str, Estimate], npt.NDArray[np.float64]]:
-    """PSNR, SSIM and relative L2 averaged over pairs, how many are identical, and every pair's PSNR (N,).
+    """Averages over pairs, how many are identical, and every pair's PSNR (N,).
 
     Image n of one set belongs to image n of the other. The processes share the pairs.
     """
-    scores = torch.zeros(3, fake.count, dtype=torch.float64)
+    distances = DISTANCES | ({} if lpips is None else {"lpips": lpips})
+    scores = torch.zeros(len(distances), fake.count, dtype=torch.float64)
     mine = shard(fake.count)
     for n in track(mine, "pairs", len(mine)):
         a, b = fake.source.read(int(fake.indices[n])), other.source.read(int(other.indices[n]))
-        scores[:, n] = torch.tensor([psnr(a, b), ssim(a, b), relative_l2(a, b)])
-    psnrs, ssims, distances = all_sum(scores).numpy()
-    metrics = {
-        "psnr": _average(psnrs, blocks),
-        "ssim": _average(ssims, blocks),
-        "relative_l2": _average(distances, blocks),
-        "identical_pairs": Estimate(float((distances == 0).sum())),
-    }
-    if np.isnan(ssims).any():
+        scores[:, n] = torch.tensor([distance(a, b) for distance in distances.values()])
+    found = dict(zip(distances, all_sum(scores).numpy(), strict=True))
+    metrics = {name: _average(values, blocks) for name, values in found.items()}
+    if np.isnan(found["ssim"]).any():
         metrics["ssim"] = Estimate(None, reason=f"images must be at least {WINDOW}×{WINDOW}")
-    return metrics, psnrs
+    metrics["identical_pairs"] = Estimate(float((found["relative_l2"] == 0).sum()))
+    return metrics, found["psnr"]
 
 
 def _average(scores: npt.NDArray[np.float64], blocks: npt.NDArray[np.int64]) -> Estimate:
@@ -79,9 +77,17 @@ def ssim(a: Pixels, b: Pixels) -> float:
     return float((luminance * (2 * cov + c2) / (var_x + var_y + c2)).mean())
 
 
-def _blur(x: Tensor) -> Tensor:
-    offsets = torch.arange(WINDOW, dtype=x.dtype) - WINDOW // 2
+def _window() -> Tensor:
+    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    weights = (weights / weights.sum()).view(1, 1, WINDOW, 1)
-    blurred = F.conv2d(F.conv2d(x.view(-1, 1, *x.shape[2:]), weights), weights.transpose(2, 3))
+    return weights / weights.sum()
+
+
+def _blur(x: Tensor) -> Tensor:
+    """(A, B, H, W) to (A, B, H - 10, W - 10)."""
+    window = _window().view(1, 1, WINDOW, 1)
+    blurred = F.conv2d(F.conv2d(x.view(-1, 1, *x.shape[2:]), window), window.transpose(2, 3))
     return blurred.view(*x.shape[:2], *blurred.shape[2:])
+
+
+DISTANCES: dict[str, Distance] = {"psnr": psnr, "ssim": ssim, "relative_l2": relative_l2}

@@ -7,6 +7,9 @@ metric is {value, se, bias, leave_out, reason}; by its leave-one-block-out value
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +62,13 @@ class Report:
         return [self._row(name, estimate) for name, estimate in self.metrics.items()]
 
     def _row(self, name: str, estimate: Estimate) -> tuple[str, ...]:
-        row = (name, number(estimate.value) or "–", number(estimate.se), number(_debiased(name, estimate)))
+        value, se, debiased = estimate.value, estimate.se, _debiased(name, estimate)
+        row = (name, number(value, se) or "–", number(se, se), number(debiased, se))
         if not self.second:
             return row
         difference = self.difference[name]
-        return (*row, number(self.second[name].value), number(difference.value), number(difference.se))
+        value, se = self.second[name].value, difference.se
+        return (*row, number(value, self.second[name].se), number(difference.value, se), number(se, se))
 
     def notes(self) -> list[str]:
         """Why numbers are missing, and the warnings."""
@@ -72,7 +77,7 @@ class Report:
 
     def columns(self) -> tuple[str, ...]:
         second = ("second", "difference", "± se") if self.second else ()
-        return ("metric", "value", "± se", "without bias", *second)
+        return ("metric", "value", "± se", "debiased", *second)
 
     def markdown(self) -> str:
         """The table, its protocol and its warnings."""
@@ -84,7 +89,9 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """Write `metrics.json`, `metrics.md` and the pictures."""
-        texts = {"metrics.json": json.dumps(self.to_json(), indent=1) + "\n", "metrics.md": self.markdown()}
+        plain = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        one_line = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), plain)
+        texts = {"metrics.json": one_line + "\n", "metrics.md": self.markdown()}
         for name, text in texts.items():
             with atomic_path(folder / name) as temporary:
                 temporary.write_text(text)
@@ -105,13 +112,22 @@ def _debiased(name: str, estimate: Estimate) -> float | None:
     return estimate.value - estimate.bias
 
 
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}"
+def number(value: float | None, error: float | None = None) -> str:
+    """Five digits, or as many as the error leaves meaning to: two of the error's own."""
+    if value is None:
+        return ""
+    if not error:
+        return f"{value:.5g}"
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{decimals}f}"
 
 
-def markdown_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    lines = [columns, tuple("---" for _ in columns), *rows]
-    return ["| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines]
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its columns aligned."""
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return ["| " + " | ".join(line) + " |" for line in padded]
 
 
 def read_report(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -108,10 +109,10 @@ def _open_folder(path: Path, resize_to: int | None) -> Source:
 
 def _open_npz(path: Path, resize_to: int | None) -> Source:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            keys = set(archive.files)
+        with zipfile.ZipFile(path) as archive:
+            keys = {name.removesuffix(".npy") for name in archive.namelist()}
         gaussians, extractor = load_statistics(path)
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as an .npz ({error}); make or fetch it again") from None
     if not gaussians and "arr_0" not in keys:
         held = ", ".join(sorted(keys)) or "nothing"

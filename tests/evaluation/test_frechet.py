@@ -72,7 +72,7 @@ def test_leaving_blocks_out_equals_doing_without_them(n: int):
     rows, blocks, reference = sample(n, 48, seed=3), assign_blocks(n, blocks=7), gaussian(sample(300, 48))
     expected = [frechet_distance(reference, gaussian(rows[blocks != k])) for k in range(7)]
     assert list(_leave_out_many(reference, rows, blocks)) == pytest.approx(expected, abs=1e-9)
-    assert list(_leave_out_few(reference, rows, blocks)) == pytest.approx(expected, abs=1e-9)
+    assert list(_leave_out_few(reference, rows, blocks)) == pytest.approx(expected, abs=1e-7)
     assert np.std(expected) > 1e-3
 
 

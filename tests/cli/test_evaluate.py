@@ -1,0 +1,148 @@
+"""`svdit evaluate`, `compare` and `selftest` as a user meets them: flags, tables, files, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from svdit.cli import command, evaluate
+from svdit.evaluation import inception
+
+
+class Means:
+    """A network of a few numbers: the means of 4 × 4 patches, times what a layer makes of them."""
+
+    name, digest, comparable = "random", "means", False
+    widths = {"pool": 48, "spatial": 48, "logits": 48}  # noqa: RUF012
+
+    def to(self, device: torch.device) -> "Means":
+        return self
+
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        means = torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255, 4).flatten(1)
+        return {"pool": means, "spatial": means**2, "logits": 5 * means}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(inception, "random_extractor", Means)
+    monkeypatch.delenv("SVDIT_INCEPTION_WEIGHTS", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def folder(path: Path, n: int, seed: int, **manifest: object) -> str:
+    path.mkdir()
+    for i, image in enumerate(np.random.RandomState(seed).randint(0, 256, (n, 12, 12, 3)).astype(np.uint8)):
+        Image.fromarray(image).save(path / f"{i:03d}.png")
+    (path / "manifest.json").write_text(json.dumps({"seed": 0, "steps": 20} | manifest))
+    return str(path)
+
+
+def run(*argv: str) -> int:
+    """The exit code."""
+    try:
+        command(argv[0], list(argv[1:]))
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def flags(tmp_path: Path) -> list[str]:
+    return ["--feature-extractor", "random", "--cache-dir", str(tmp_path / "cache")]
+
+
+def test_documented_flags_with_underscores_and_with_dashes():
+    for dash in "_-":
+        names = [f"--{name}{dash}{'images' if name == 'num' else 'dir'}" for name in ("real", "fake", "num")]
+        args = evaluate.parser().parse_args([names[0], "r", names[1], "f", names[2], "5"])
+        assert (args.real_dir, args.fake_dir, args.num_images) == ("r", "f", 5)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "compare", "selftest"])
+def test_help_does_not_import_torch(name: str):
+    code = f"import sys; from svdit.cli.{name} import parser; parser().format_help(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_files_and_table_of_two_sets_then_their_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    real, full, fake = (folder(tmp_path / name, 12, i) for i, name in enumerate(("real", "full", "w4")))
+    for each in (full, fake):
+        target = str(tmp_path / f"out_{Path(each).name}")
+        common = ["--real_dir", real, "--fake_dir", each, "--paired_dir", full, "--output", target]
+        assert run("evaluate", *common, *flags(tmp_path)) == 0
+    said = capsys.readouterr()
+    for part in ("random_fid", "NOT comparable", "psnr", "12 generated images of", "no random_fid_inf", "± se"):
+        assert part in said.out
+    assert sorted(p.name for p in (tmp_path / "out_w4").iterdir()) == [
+        "grid_fake.png", "grid_pairs.png", "metrics.json", "metrics.md",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out_w4" / "metrics.json").read_text())["protocol"]["sample_steps"] == 20
+    assert run("compare", str(tmp_path / "out_full"), str(tmp_path / "out_w4")) == 0
+    assert "paired by seed" in capsys.readouterr().out
+
+
+def test_unlike_protocols_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    real, a, b = (
+        folder(tmp_path / "real", 12, 0),
+        folder(tmp_path / "a", 12, 1),
+        folder(tmp_path / "b", 12, 2, steps=50),
+    )
+    for each in (a, b):
+        run("evaluate", "--real_dir", real, "--fake_dir", each, "--output", each + "_out", *flags(tmp_path))
+    capsys.readouterr()
+    assert run("compare", a + "_out", b + "_out") == 2
+    assert "differ in sample_steps: 20 against 50" in capsys.readouterr().err
+    assert run("compare", a + "_out", b + "_out", "--force") == 0
+    assert "not comparable" in capsys.readouterr().out
+
+
+def test_second_set_adds_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    real, full, fake = (folder(tmp_path / name, 12, i) for i, name in enumerate(("real", "full", "w4")))
+    assert run("evaluate", "--real_dir", real, "--fake_dir", fake, "--compare_dir", full, *flags(tmp_path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["metric", "value", "±", "se", "debiased", "second", "difference", "±", "se"]
+    assert max(map(len, lines[:18])) <= 80
+
+
+def test_pairs_alone_need_neither_weights_nor_real_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    full, fake = folder(tmp_path / "full", 5, 0), folder(tmp_path / "fake", 5, 1)
+    assert run("evaluate", "--fake_dir", fake, "--paired_dir", full, "--metrics", "paired") == 0
+    assert "psnr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (["--cache-dir", "CACHE"], "need the 2015 Inception weights (95.6 MB), which were not found"),
+        (["--metrics", "fidd", "--feature-extractor", "random"], "there is no metric 'fidd'"),
+        (["--num_images", "99", "--feature-extractor", "random"], "holds 5 images, 99 were asked for"),
+        (["--num_images", "0", "--feature-extractor", "random"], "num_images is 0; it must be at least 1"),
+        (["--device", "tpu9", "--feature-extractor", "random"], "there is no device tpu9"),
+        (["--metrics", "lpips", "--cache-dir", ""], "LPIPS needs"),
+    ],
+)
+def test_what_the_user_can_mend_ends_with_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], sentence: str
+):
+    real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
+    extra = [str(tmp_path) if word == "CACHE" else word for word in extra]
+    assert run("evaluate", "--real_dir", real, "--fake_dir", fake, *extra) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("svdit evaluate: ")
+    assert sentence in said
+
+
+def test_a_named_metric_that_cannot_be_had_ends_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
+    assert run("evaluate", "--real_dir", real, "--fake_dir", fake, "--metrics", "fid,prc", *flags(tmp_path)) == 1
+    assert "asked for, but not to be had: prc" in capsys.readouterr().err
+
+
+def test_selftest_needs_both_adm_files(capsys: pytest.CaptureFixture[str]):
+    assert run("selftest", "--adm-samples", "x.npz") == 2
+    assert "needed together" in capsys.readouterr().err

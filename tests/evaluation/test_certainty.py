@@ -1,0 +1,69 @@
+"""The jackknife against theory and Monte Carlo."""
+
+import numpy as np
+import pytest
+
+from svdit.evaluation.certainty import Estimate, assign_blocks
+from svdit.evaluation.frechet import frechet_distance, leave_out_distances
+from svdit.evaluation.statistics import Gaussian
+
+
+def test_deleting_one_value_each_gives_the_textbook_error_of_a_mean():
+    x = np.random.RandomState(0).randn(50)
+    estimate = Estimate(x.mean(), tuple(np.delete(x, i).mean() for i in range(50)))
+    assert estimate.se == pytest.approx(x.std(ddof=1) / np.sqrt(50), rel=1e-10)
+    assert estimate.bias == pytest.approx(0, abs=1e-12)
+
+
+def test_bias_of_the_plug_in_variance_is_found():
+    x = np.random.RandomState(0).randn(50)
+    estimate = Estimate(x.var(), tuple(np.delete(x, i).var() for i in range(50)))
+    assert estimate.value - estimate.bias == pytest.approx(x.var(ddof=1), rel=1e-10)
+
+
+def test_difference_of_sets_in_step_is_surer_than_either():
+    noise = np.random.RandomState(0).randn(20)
+    a = Estimate(1.0, tuple(1 + noise))
+    b = Estimate(3.0, tuple(3 + noise + 0.01 * np.roll(noise, 1)))
+    difference = a.minus(b)
+    assert difference.value == -2.0
+    assert 0 < difference.se < 0.02 * a.se
+
+
+def test_nothing_comes_of_nothing():
+    assert Estimate(1.0).se is None
+    assert Estimate(1.0).bias is None
+    assert Estimate(1.0).minus(Estimate(None, reason="why")) == Estimate(None, reason="why")
+
+
+@pytest.mark.parametrize(("n", "blocks"), [(100, 20), (103, 20), (7, 20)])
+def test_blocks_are_even_shuffled_and_repeatable(n: int, blocks: int):
+    assigned = assign_blocks(n, blocks=blocks)
+    sizes = np.bincount(assigned)
+    assert len(sizes) == min(blocks, n)
+    assert sizes.max() - sizes.min() <= 1
+    np.testing.assert_array_equal(assigned, assign_blocks(n, blocks=blocks))
+    assert (assigned != np.arange(n) % blocks).any()
+
+
+def gaussian(x: np.ndarray) -> Gaussian:
+    return Gaussian(x.mean(0), np.cov(x, rowvar=False), len(x))
+
+
+def test_error_and_bias_of_fid_agree_with_monte_carlo():
+    """D = 16, n = 400, 300 seeds: the jackknife must know both the spread over seeds and the bias without them."""
+    D, n, seeds = 16, 400, 300
+    scale = 1 / np.arange(1, D + 1)
+    reference = Gaussian(np.full(D, 0.3), np.diag((1.3 * scale) ** 2))
+    truth = D * 0.3**2 + (0.3**2 * scale**2).sum()
+    blocks = assign_blocks(n)
+    estimates = []
+    for seed in range(seeds):
+        x = (np.random.RandomState(seed).randn(n, D) * scale).astype(np.float32)
+        estimates.append(Estimate(frechet_distance(reference, gaussian(x)), leave_out_distances(reference, x, blocks)))
+    values = np.array([e.value for e in estimates])
+    assert np.sqrt(np.mean([e.se**2 for e in estimates])) == pytest.approx(values.std(ddof=1), rel=0.2)
+    debiased = values - [e.bias for e in estimates]
+    plain_error, left = values.mean() - truth, debiased.mean() - truth
+    assert abs(left) < 3 * debiased.std() / np.sqrt(seeds)
+    assert abs(plain_error) > 3 * abs(left)

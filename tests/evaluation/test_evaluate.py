@@ -1,0 +1,233 @@
+"""The whole job: parity with torch-fidelity's, what is left empty and why, second sets, saved statistics, the cache."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from test_distributed import in_world
+
+from svdit.errors import UserError
+from svdit.evaluation.evaluate import evaluate
+from svdit.evaluation.inception import load_extractor, random_extractor
+from svdit.evaluation.options import METRICS, Options
+from svdit.evaluation.report import Report
+
+from .conftest import TinyNetwork, pictures, write_folder
+
+NAMES = ["fid", "sfid", "kid", "kid_std", "kid_full", "is", "precision", "recall", "density", "coverage", "mind"]
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "real", pictures(30, seed=1))
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "fake", pictures(26, noise=30))
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "full", pictures(26))
+
+
+def values(report: Report) -> dict[str, float | None]:
+    return {name: estimate.value for name, estimate in report.metrics.items()}
+
+
+def test_parity_with_torch_fidelity_on_the_same_weights_file(tmp_path: Path):
+    """Features are bit-equal, so IS and precision/recall are exact; torch-fidelity's FID of a singular covariance
+    carries round-off of 1e-6 relative itself."""
+    torch.save(random_extractor(fast=False).network.state_dict(), tmp_path / "w.pth")
+    real, fake = write_folder(tmp_path / "real", pictures(8, seed=1)), write_folder(tmp_path / "fake", pictures(7))
+    network = load_extractor(torch.load(tmp_path / "w.pth"), "digest", fast=False)
+    ours = values(evaluate(real, fake, network, Options(("fid", "kid", "is", "prc"))))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(fake), input2=str(real), cuda=False, verbose=False, cache=False,
+        fid=True, isc=True, kid=True, prc=True, isc_splits=1, kid_subset_size=7, save_cpu_ram=True,
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(tmp_path / "w.pth"),
+    )  # fmt: skip
+    assert ours["is"] == theirs["inception_score_mean"]
+    assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-5)
+    assert ours["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert ours["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
+    assert ours["fid"] > 1
+
+
+def test_everything_that_can_be_had_is_measured(real: Path, fake: Path, tiny_network: TinyNetwork):
+    report = evaluate(real, fake, tiny_network)
+    assert [name for name, value in values(report).items() if value is not None] == NAMES
+    assert report.metrics["fid_inf"].reason == "needs at least 4000 images for its line, found 26"
+    assert report.failed == ()
+    assert report.metrics["fid"].se > 0
+    assert report.inputs["fake"]["images"] == 26
+    assert tiny_network.pictures == 56  # one pass
+
+
+def test_what_is_named_and_cannot_be_had_is_failed(real: Path, fake: Path, tiny_network: TinyNetwork):
+    report = evaluate(real, fake, tiny_network, Options(("fid", "prc", "fid_inf")))
+    assert report.failed == ("fid_inf",)
+
+
+@pytest.mark.parametrize("metric", [name for name in METRICS if name not in ("lpips", "fid_inf", "paired")])
+def test_each_metric_can_be_asked_for_alone(real: Path, fake: Path, tiny_network: TinyNetwork, metric: str):
+    everything = evaluate(real, fake, tiny_network)
+    alone = evaluate(real, fake, tiny_network, Options((metric,)))
+    assert alone.failed == ()
+    assert alone.metrics
+    assert alone.metrics.items() <= everything.metrics.items()
+
+
+def test_real_images_as_npz_give_the_same_numbers(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
+    np.savez(tmp_path / "real.npz", pictures(30, seed=1))
+    np.savez_compressed(tmp_path / "fake.npz", np.stack([np.asarray(Image.open(p)) for p in sorted(fake.iterdir())]))
+    assert values(evaluate(tmp_path / "real.npz", tmp_path / "fake.npz", tiny_network)) == values(
+        evaluate(real, fake, tiny_network)
+    )
+
+
+def test_saved_statistics_stand_for_the_folder(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
+    direct = evaluate(real, fake, tiny_network, Options(save_stats=tmp_path / "stats.npz"))
+    stored = evaluate(tmp_path / "stats.npz", fake, tiny_network)
+    assert values(stored) == values(direct)
+    assert stored.protocol["n_real"] == 30
+    with pytest.raises(UserError, match=r"stats\.npz come from other weights"):
+        evaluate(tmp_path / "stats.npz", fake, TinyNetwork(digest="other"))
+
+
+def adm_reference(path: Path, real: Path, network: TinyNetwork, **arrays: np.ndarray) -> Path:
+    evaluate(real, real, network, Options(("fid",), save_stats=path))
+    with np.load(path) as ours:
+        np.savez(path, **{key: ours[key] for key in ("mu", "sigma", "mu_s", "sigma_s")}, **arrays)
+    return path
+
+
+def test_statistics_alone_leave_neighbour_metrics_empty(
+    tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork
+):
+    reference = adm_reference(tmp_path / "adm.npz", real, tiny_network)
+    report = evaluate(reference, fake, tiny_network)
+    direct = values(evaluate(real, fake, tiny_network))
+    assert values(report)["fid"] == pytest.approx(direct["fid"], rel=1e-12)
+    assert values(report)["sfid"] == pytest.approx(direct["sfid"], rel=1e-12)
+    for name in ("kid", "prc", "mind"):
+        assert report.metrics[name].value is None
+        assert report.metrics[name].reason == "the reference holds statistics only, no images"
+    assert report.failed == ()
+    assert evaluate(reference, fake, tiny_network, Options(("fid", "kid"))).failed == ("kid",)
+
+
+def test_adm_reference_gives_stored_statistics_and_neighbours_of_its_images(
+    tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork
+):
+    reference = adm_reference(tmp_path / "adm.npz", real, tiny_network, arr_0=pictures(30, seed=1)[:20])
+    some = write_folder(tmp_path / "some", pictures(30, seed=1)[:20])
+    found, whole, part = (
+        values(evaluate(each, fake, tiny_network, Options(num_images=None))) for each in (reference, real, some)
+    )
+    assert found["fid"] == pytest.approx(whole["fid"], rel=1e-12)
+    assert found["precision"] == part["precision"] != whole["precision"]
+    assert values(evaluate(reference, fake, tiny_network, Options(num_images=25)))["recall"] is not None
+
+
+def test_inceptions_statistics_and_random_features_do_not_mix(
+    tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork
+):
+    reference = adm_reference(tmp_path / "adm.npz", real, tiny_network)
+    with pytest.raises(UserError, match="come from other weights"):
+        evaluate(reference, fake, TinyNetwork(name="random"))
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UserError, match="have 3 pool features, the network 16"):
+        evaluate(tmp_path / "narrow.npz", fake, tiny_network)
+
+
+def test_random_features_are_labelled_everywhere(tmp_path: Path, real: Path, fake: Path):
+    report = evaluate(real, fake, TinyNetwork(name="random"), Options(("fid", "is")))
+    assert list(report.metrics) == ["random_fid", "random_is"]
+    assert report.failed == ()
+    report.save(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]["comparable"] is False
+    assert "NOT comparable" in (tmp_path / "out" / "metrics.md").read_text()
+    plain = evaluate(real, fake, TinyNetwork(), Options(("fid",))).pictures["grid_fake"]
+    assert report.pictures["grid_fake"].shape[0] > plain.shape[0]  # a line of text below
+
+
+def test_pairs_need_no_network(fake: Path, full: Path):
+    report = evaluate(None, fake, options=Options(("paired",), paired=full))
+    assert list(report.metrics) == ["psnr", "ssim", "relative_l2", "identical_pairs"]
+    assert sorted(report.pictures) == ["grid_fake", "grid_pairs"]
+
+
+def test_second_set_is_measured_as_if_alone_and_differences_are_surer(
+    real: Path, fake: Path, full: Path, tiny_network: TinyNetwork
+):
+    report = evaluate(real, fake, tiny_network, Options(("fid", "kid", "is", "prc"), compare=full))
+    alone = evaluate(real, full, tiny_network, Options(("fid", "kid", "is", "prc")))
+    assert report.second == alone.metrics
+    for name in ("fid", "kid_full"):
+        difference = report.difference[name]
+        assert difference.value == report.metrics[name].value - alone.metrics[name].value
+        assert 0 < difference.se < 0.7 * np.hypot(report.metrics[name].se, alone.metrics[name].se)
+
+
+def test_choice_is_the_same_in_both_sets(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
+    twin = write_folder(tmp_path / "twin", np.stack([np.asarray(Image.open(p)) for p in sorted(fake.iterdir())]))
+    report = evaluate(real, fake, tiny_network, Options(("fid",), num_images=20, compare=twin, seed=3))
+    assert report.difference["fid"].value == 0
+    assert report.protocol["n_fake"] == report.protocol["n_real"] == 20
+
+
+def test_cache_is_used_and_notices_a_changed_picture(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
+    options = Options(("fid",), cache=tmp_path / "cache")
+    first = evaluate(real, fake, tiny_network, options)
+    again = evaluate(real, fake, tiny_network, options)
+    assert tiny_network.pictures == 56
+    assert again.metrics == first.metrics
+    Image.fromarray(255 - pictures(1)[0]).save(fake / "000003.png")
+    changed = evaluate(real, fake, tiny_network, options)
+    assert tiny_network.pictures == 56 + 26
+    assert changed.metrics["fid"].value != first.metrics["fid"].value
+
+
+def test_what_should_be_looked_at_is_said(tmp_path: Path, real: Path, tiny_network: TinyNetwork):
+    lossy = write_folder(tmp_path / "lossy", pictures(10, 16), [f"{i}.jpg" for i in range(10)])
+    said = " ".join(evaluate(real, lossy, tiny_network, Options(("fid",))).warnings)
+    for part in (
+        "compression alone moves FID", "10 images of", "singular covariance of 16 features", "not the known 6726825d",
+        "(12, 12), the generated (16, 16)",
+    ):  # fmt: skip
+        assert part in said
+    assert "hold the same images" in " ".join(evaluate(real, real, tiny_network, Options(("fid",))).warnings)
+
+
+def test_a_network_is_needed_where_it_is(real: Path, fake: Path):
+    with pytest.raises(UserError, match="need a network"):
+        evaluate(real, fake)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_images_and_find_the_same_numbers(
+    tmp_path: Path, real: Path, fake: Path, full: Path, world: int
+):
+    wanted = tuple(name for name in METRICS if name not in ("fid_inf", "lpips"))
+    options = Options(wanted, paired=full, compare=full, num_images=23)
+    alone = evaluate(real, fake, TinyNetwork(), options)
+
+    def together() -> tuple[Report, int]:
+        network = TinyNetwork()
+        return evaluate(real, fake, network, options), network.pictures
+
+    found = in_world(world, together)
+    assert sum(pictures for _, pictures in found) == 3 * 23  # every image once, none padded
+    assert max(pictures for _, pictures in found) <= 3 * 8 + 3 * 4 * (world == 2)
+    for report, _ in found:
+        for name, estimate in alone.metrics.items():
+            assert report.metrics[name].value == pytest.approx(estimate.value, rel=1e-9), name
+            assert report.metrics[name].leave_out == pytest.approx(estimate.leave_out, rel=1e-9), name
+            assert report.difference[name].value == pytest.approx(alone.difference[name].value, rel=1e-6), name

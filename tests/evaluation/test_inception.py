@@ -1,0 +1,120 @@
+"""Against torch-fidelity's stock extractor on the same weights, and against walking its layers by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+from svdit.errors import UserError
+from svdit.evaluation.frechet import frechet_distance
+from svdit.evaluation.inception import Extractor, load_extractor, random_extractor
+from svdit.evaluation.statistics import Moments
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(random_extractor(fast=False).network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    stream = np.random.RandomState(0)
+    coarse = stream.randint(0, 256, (4, 3, 8, 8))
+    return torch.from_numpy(coarse.repeat(5, 2).repeat(5, 3).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def stock(weights_file: Path, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    network = FeatureExtractorInceptionV3("stock", ["2048", "logits_unbiased"], str(weights_file))
+    with torch.inference_mode():
+        return dict(zip(("pool", "logits"), network(pixels), strict=True))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_plain_network_is_the_stock_one_bit_for_bit(
+    weights_file: Path, pixels: torch.Tensor, stock: dict[str, torch.Tensor]
+):
+    network = load_extractor(torch.load(weights_file), "digest", fast=False)
+    with torch.inference_mode():
+        features = network(pixels)
+    for name, expected in stock.items():
+        assert torch.equal(features[name], expected)
+    assert {name: x.shape[1] for name, x in features.items()} == network.widths
+    assert (network.name, network.digest, network.comparable) == ("inception", "digest", True)
+
+
+def test_fast_network_differs_by_rounding_only(
+    random_network: Extractor, pixels: torch.Tensor, stock: dict[str, torch.Tensor]
+):
+    with torch.inference_mode():
+        features = random_network(pixels)
+    for name, expected in stock.items():
+        assert 0 < relative(features[name], expected) < 1e-5
+    assert not random_network.comparable
+
+
+def test_spatial_features_are_the_seven_first_channels_of_mixed_6_channel_last(pixels: torch.Tensor):
+    network = random_extractor(fast=False)
+    stages = [
+        "Conv2d_1a_3x3",
+        "Conv2d_2a_3x3",
+        "Conv2d_2b_3x3",
+        "MaxPool_1",
+        "Conv2d_3b_1x1",
+        "Conv2d_4a_3x3",
+        "MaxPool_2",
+    ]
+    stages += [f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d")]
+    with torch.inference_mode():
+        x = interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size=(299, 299), align_corners=False)
+        x = (x - 128) / 128
+        for stage in stages:
+            x = getattr(network.network, stage)(x)
+        spatial = network(pixels)["spatial"]
+    assert torch.equal(spatial, x[:, :7].permute(0, 2, 3, 1).flatten(1))
+    assert spatial.shape == (4, 17 * 17 * 7)
+    assert spatial.min() == 0
+    assert (spatial > 0).float().mean() > 0.1
+
+
+def test_another_layout_is_another_metric():
+    """Distance is blind to a permutation on both sides; with one side permuted, a set is far from itself."""
+    x = torch.from_numpy(np.random.RandomState(0).randn(40, 3 * 3 * 7).cumsum(1).astype(np.float32))
+    permuted = x.view(40, 3, 3, 7).permute(0, 3, 1, 2).flatten(1)
+    a, b = (Moments(63).add(y).gaussian() for y in (x, permuted))
+    assert abs(frechet_distance(a, a)) < 1e-6
+    assert abs(frechet_distance(b, b)) < 1e-6
+    assert frechet_distance(a, b) > 1
+
+
+@pytest.mark.parametrize("size", [8, 64, 256, 299, 400])
+def test_resize_rule_is_tensorflow_1s(size: int):
+    """Output i is the input at i · size / 299: no half-pixel offset, the last pixel repeated."""
+    ramp = torch.arange(size, dtype=torch.float32).view(1, 1, 1, size).expand(1, 1, size, size)
+    resized = interpolate_bilinear_2d_like_tensorflow1x(ramp, size=(299, 299), align_corners=False)
+    expected = (torch.arange(299) * (size / 299)).clamp(max=size - 1)
+    torch.testing.assert_close(resized[0, 0, 0], expected, atol=1e-4, rtol=0)
+
+
+def test_random_weights_are_a_fixed_stream(random_network: Extractor):
+    again = random_extractor()
+    assert again.digest == random_network.digest
+    assert torch.equal(
+        again.network.Mixed_7c.branch1x1.conv.weight, random_network.network.Mixed_7c.branch1x1.conv.weight
+    )
+    first = np.random.RandomState(0).standard_normal(3) * np.sqrt(2 / 27)
+    plain = random_extractor(fast=False).network.Conv2d_1a_3x3.conv.weight.flatten()[:3]
+    np.testing.assert_allclose(plain.numpy(), first, rtol=1e-6)
+
+
+def test_other_weights_are_refused():
+    with pytest.raises(UserError, match="not the 2015 Inception weights"):
+        load_extractor({"a": torch.ones(1)}, "digest")

@@ -1,0 +1,74 @@
+"""Against scikit-image and by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from svdit.evaluation.certainty import assign_blocks
+from svdit.evaluation.inputs import Set, open_counterparts, open_set
+from svdit.evaluation.options import Options
+from svdit.evaluation.paired import paired_metrics, psnr, relative_l2, ssim
+
+from .conftest import pictures, write_folder
+
+
+def noisy(image: np.ndarray, amount: float) -> np.ndarray:
+    return np.clip(image + np.random.RandomState(1).randn(*image.shape) * amount, 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(11, 11, 3), (24, 40, 3)])
+@pytest.mark.parametrize("amount", [1, 20, 100])
+def test_psnr_and_ssim_are_scikit_images(shape: tuple[int, int, int], amount: float):
+    a = np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+    b = noisy(a, amount)
+    assert psnr(a, b) == pytest.approx(peak_signal_noise_ratio(a, b), rel=1e-12)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
+    assert ssim(a, b) == pytest.approx(structural_similarity(a, b, channel_axis=2, **options), abs=1e-10)
+    assert ssim(a, b) < 1
+
+
+def test_identical_pictures():
+    a = pictures(1)[0]
+    assert (psnr(a, a), relative_l2(a, a)) == (100, 0)
+    assert ssim(a, a) == pytest.approx(1, abs=1e-12)
+
+
+def test_relative_l2_by_hand():
+    a, b = (np.full((2, 2, 3), level, np.uint8) for level in (255, 0))
+    assert relative_l2(a, b) == 2  # 1 against -1
+    assert relative_l2(b, b) == 0
+
+
+def test_ssim_has_no_value_where_its_window_does_not_fit():
+    a = np.zeros((10, 64, 3), np.uint8)
+    assert np.isnan(ssim(a, a))
+
+
+def sets(tmp_path: Path, size: int = 12) -> tuple[Set, Set]:
+    images = pictures(8, size)
+    other = images.copy()
+    other[2] = noisy(other[2], 30)
+    other[5] = noisy(other[5], 60)
+    fakes = open_set(write_folder(tmp_path / "fake", images), Options())
+    return fakes, open_counterparts(write_folder(tmp_path / "full", other), fakes, Options())
+
+
+def test_averages_over_pairs_and_counts_the_identical(tmp_path: Path):
+    fakes, others = sets(tmp_path)
+    found, psnrs = paired_metrics(fakes, others, assign_blocks(8), lambda items, name, count: items)
+    assert psnrs.argsort()[:2].tolist() == [5, 2]
+    assert (psnrs == 100).sum() == found["identical_pairs"].value == 6
+    assert found["psnr"].value == pytest.approx(psnrs.mean())
+    assert found["psnr"].se == pytest.approx(psnrs.std(ddof=1) / np.sqrt(8))
+    assert 0 < found["ssim"].value < 1
+
+
+def test_another_distance_can_be_added_and_small_pictures_have_no_ssim(tmp_path: Path):
+    fakes, others = sets(tmp_path, size=8)
+    distance = lambda a, b: float((a != b).any())  # noqa: E731
+    found, _ = paired_metrics(fakes, others, assign_blocks(8), lambda items, name, count: items, distance)
+    assert found["lpips"].value == 2 / 8
+    assert found["ssim"].value is None
+    assert "at least 11×11" in (found["ssim"].reason or "")

@@ -1,0 +1,63 @@
+"""What is written: JSON that keeps everything, tables that show as many digits as mean something, pictures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from svdit.evaluation.certainty import Estimate
+from svdit.evaluation.report import Report, markdown_table, number, read_report
+
+ESTIMATES = {
+    "fid": Estimate(12.3456, (12.0, 12.5, 12.6)),
+    "mind": Estimate(None, reason="too few"),
+    "psnr": Estimate(30.0),
+}
+
+
+def report(**more: object) -> Report:
+    protocol = {"comparable": True, "n_fake": 3, "sample_steps": None}
+    fake = {"images": 3, "path": "x"}
+    return Report(ESTIMATES, protocol, {"fake": fake}, {"torch": "2"}, ("look",), **more)  # type: ignore[arg-type]
+
+
+def test_json_keeps_every_number(tmp_path: Path):
+    picture = np.zeros((4, 4, 3), np.uint8)
+    report(pictures={"grid_fake": picture}).save(tmp_path / "new")
+    found = read_report(tmp_path / "new")
+    fid = found["metrics"]["fid"]
+    assert (fid["value"], fid["leave_out"]) == (12.3456, [12.0, 12.5, 12.6])
+    assert fid["se"] == ESTIMATES["fid"].se
+    assert fid["bias"] == ESTIMATES["fid"].bias
+    assert found["metrics"]["mind"] == {"value": None, "se": None, "bias": None, "leave_out": [], "reason": "too few"}
+    assert (found["warnings"], found["protocol"]["n_fake"]) == (["look"], 3)
+    assert Image.open(tmp_path / "new" / "grid_fake.png").size == (4, 4)
+    assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == found
+    assert len((tmp_path / "new" / "metrics.json").read_text().splitlines()) < 60  # lists stay on one line
+
+
+def test_table_and_notes():
+    table = report().markdown()
+    assert "| fid    | 12.35 | 0.37 | 12.30    |" in table
+    assert "- no mind: too few" in table
+    assert "- warning: look" in table
+    assert "NOT comparable" not in table
+    second = report(second=ESTIMATES, difference={name: each.minus(each) for name, each in ESTIMATES.items()})
+    assert second.columns() == ("metric", "value", "± se", "debiased", "second", "difference", "± se")
+    assert {len(row) for row in second.rows()} == {7}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [(12.3456, None, "12.346"), (12.3456, 0.37, "12.35"), (12.3456, 0.0, "12.346"), (1234.5, 21.0, "1234"),
+     (0.0123421, 0.00098, "0.01234"), (None, None, "")],
+)  # fmt: skip
+def test_digits_follow_the_error(value: float | None, error: float | None, text: str):
+    assert number(value, error) == text
+
+
+def test_columns_are_aligned():
+    lines = markdown_table(("a", "bb"), [("long", "1")])
+    assert lines == ["| a    | bb |", "| ---- | -- |", "| long | 1  |"]

@@ -1,0 +1,104 @@
+"""Against NumPy's mean and covariance; merging, taking out again, files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svdit.errors import UserError
+from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, pivoted_cholesky, save_statistics
+
+
+def rows(n: int, D: int = 6, seed: int = 0) -> np.ndarray:
+    return (np.random.RandomState(seed).randn(n, D) * np.arange(1, D + 1) + 3).astype(np.float32)
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 2))
+def test_any_cutting_into_batches_gives_numpys_mean_and_covariance(sizes: list[int]):
+    x = rows(sum(sizes))
+    sums = Moments(6)
+    for batch in np.split(x, np.cumsum(sizes)[:-1]):
+        sums.add(torch.from_numpy(batch))
+    gaussian = sums.gaussian()
+    assert gaussian.count == len(x)
+    np.testing.assert_allclose(gaussian.mean, x.astype(np.float64).mean(0), atol=1e-10)
+    np.testing.assert_allclose(gaussian.covariance, np.cov(x.astype(np.float64), rowvar=False), atol=1e-10)
+
+
+def test_without_takes_rows_out_and_leaves_the_whole_as_it_was():
+    x = torch.from_numpy(rows(20))
+    sums = Moments(6).add(x)
+    rest = sums.without(x[5:9]).gaussian()
+    expected = Moments(6).add(x[:5]).add(x[9:]).gaussian()
+    np.testing.assert_allclose(rest.covariance, expected.covariance, atol=1e-10)
+    assert (rest.count, sums.count) == (16, 20)
+    np.testing.assert_array_equal(sums.total, Moments(6).add(x).total)
+
+
+def test_sums_stay_in_float64_for_far_away_features():
+    """A mean of 1000 spreads: float32 sums would be wrong in the third digit of the covariance."""
+    x = rows(5000) + 1000
+    got = Moments(6).add(torch.from_numpy(x)).gaussian().covariance
+    np.testing.assert_allclose(got, np.cov(x.astype(np.float64), rowvar=False), rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_covariance_needs_two_images(n: int):
+    with pytest.raises(UserError, match=f"at least 2 images for a covariance, found {n}"):
+        Moments(6).add(torch.from_numpy(rows(n))).gaussian()
+
+
+@pytest.mark.parametrize(("n", "rank"), [(3, 2), (6, 5), (40, 6)])
+def test_root_is_a_factor_of_the_numerical_rank(n: int, rank: int):
+    covariance = np.cov(rows(n).astype(np.float64), rowvar=False)
+    root = pivoted_cholesky(covariance)
+    assert root.shape == (6, rank)
+    np.testing.assert_allclose(root @ root.T, covariance, atol=1e-12 * np.abs(covariance).max() * 10)
+
+
+def test_root_refuses_what_is_not_finite():
+    with pytest.raises(ValueError, match="not finite"):
+        pivoted_cholesky(np.full((2, 2), np.nan))
+
+
+def test_saved_statistics_come_back_bit_by_bit_with_adms_names(tmp_path: Path):
+    gaussians = {"pool": Moments(6).add(torch.from_numpy(rows(20))).gaussian()}
+    gaussians["spatial"] = Moments(4).add(torch.from_numpy(rows(20, 4, 1))).gaussian()
+    save_statistics(tmp_path / "s.npz", gaussians, "digest", features=rows(20))
+    with np.load(tmp_path / "s.npz") as archive:
+        assert {"mu", "sigma", "mu_s", "sigma_s", "features"} < set(archive.files)
+    loaded, extractor = load_statistics(tmp_path / "s.npz")
+    assert extractor == "digest"
+    for layer, gaussian in gaussians.items():
+        for name in ("mean", "covariance", "root"):
+            np.testing.assert_array_equal(getattr(loaded[layer], name), getattr(gaussian, name))
+        assert loaded[layer].count == 20
+
+
+def test_adms_own_file_is_read_as_float64_of_an_unknown_count(tmp_path: Path):
+    np.savez(tmp_path / "adm.npz", mu=np.ones(3, np.float32), sigma=np.eye(3), arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    gaussians, extractor = load_statistics(tmp_path / "adm.npz")
+    assert (list(gaussians), extractor, gaussians["pool"].count) == (["pool"], "inception", None)
+    assert gaussians["pool"].mean.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "sentence"),
+    [
+        (np.ones(3), np.eye(4), r"\(3,\) and \(4, 4\)"),
+        (np.ones((3, 1)), np.eye(3), r"\(3, 1\) and \(3, 3\)"),
+        (np.ones(3), np.full((3, 3), np.inf), "not finite"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(tmp_path: Path, mean: np.ndarray, covariance: np.ndarray, sentence: str):
+    np.savez(tmp_path / "bad.npz", mu=mean, sigma=covariance)
+    with pytest.raises(UserError, match=sentence):
+        load_statistics(tmp_path / "bad.npz")
+
+
+def test_a_saved_root_is_used():
+    root = np.eye(2)
+    assert Gaussian(np.zeros(2), 4 * np.eye(2), saved_root=root).root is root

@@ -1,0 +1,64 @@
+"""A world of one, and worlds of two and three real processes over gloo."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from svdit.distributed import all_sum, barrier, gather, rank, session, shard, world_size
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _member(function: Callable[[], Any], place: int, world: int, port: int, results: Any) -> None:
+    variables = {"RANK": place, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.set_num_threads(1)
+    with session(torch.device("cpu")):
+        results.put((place, function()))
+
+
+def in_world(world: int, function: Callable[[], Any]) -> list[Any]:
+    """What `function` returns in each of `world` processes, by rank."""
+    context = multiprocessing.get_context("fork")
+    results, port = context.Queue(), free_port()
+    members = [context.Process(target=_member, args=(function, i, world, port, results)) for i in range(world)]
+    for member in members:
+        member.start()
+    found = dict(results.get(timeout=120) for _ in members)
+    for member in members:
+        member.join()
+        assert member.exitcode == 0
+    return [found[i] for i in range(world)]
+
+
+def everything() -> tuple[Any, ...]:
+    barrier()
+    total = all_sum(torch.tensor([1.0, rank()], dtype=torch.float64))
+    return rank(), world_size(), list(shard(7)), total.tolist(), gather({"rank": rank()})
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_indices_and_agree_on_sums(world: int):
+    found = in_world(world, everything)
+    ranks = list(range(world))
+    assert [each[0] for each in found] == ranks
+    assert {each[1] for each in found} == {world}
+    assert sorted(i for each in found for i in each[2]) == list(range(7))  # none twice, none missing
+    for each in found:
+        assert each[3] == [world, sum(ranks)]
+        assert each[4] == [{"rank": i} for i in ranks]
+
+
+def test_one_process_needs_no_session():
+    assert (rank(), world_size(), list(shard(3)), gather("x")) == (0, 1, [0, 1, 2], ["x"])
+    assert all_sum(torch.ones(2)).tolist() == [1, 1]
+    barrier()

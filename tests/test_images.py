@@ -1,0 +1,153 @@
+"""Levels, files, grids, mapped archives; Pillow, NumPy and torchvision's rounding as the oracles."""
+
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from svdit.errors import UserError
+from svdit.images import (
+    center_crop,
+    grid,
+    image_header,
+    list_images,
+    map_npz,
+    natural_key,
+    read_image,
+    to_float,
+    to_uint8,
+    write_npz,
+    write_png,
+)  # fmt: skip
+
+
+def picture(height: int = 5, width: int = 7, seed: int = 0) -> np.ndarray:
+    return np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def test_every_level_survives_the_way_to_floats_and_back():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
+    np.testing.assert_array_equal(to_uint8(to_float(levels)), levels)
+
+
+def test_rounding_is_half_up_as_torchvision_saves():
+    x = torch.linspace(-1.2, 1.2, 4001).view(1, 1, 1, -1)
+    expected = ((x + 1) / 2 * 255 + 0.5).clamp(0, 255).to(torch.uint8)  # torchvision.utils.save_image
+    assert (to_uint8(x)[..., 0] != expected[:, 0].numpy()).mean() < 1e-3  # ties of float32 aside
+    assert to_uint8(torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3))[0, 0, :, 0].tolist() == [0, 128, 255]
+    assert to_uint8(x).shape == (1, 1, 4001, 3)  # grey is written as RGB
+
+
+def test_natural_order():
+    names = ["10.png", "9.png", "a2/1.png", "a10/1.png", "b.png", "01.png"]
+    assert sorted(names, key=lambda name: natural_key(Path(name))) == [
+        "01.png", "9.png", "10.png", "a2/1.png", "a10/1.png", "b.png",
+    ]  # fmt: skip
+
+
+def test_listing_goes_deep_and_passes_other_files_by(tmp_path: Path):
+    for name in ("b/2.PNG", "b/10.png", "a.jpeg", ".hidden.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)] == ["a.jpeg", "b/2.PNG", "b/10.png"]
+    with pytest.raises(UserError, match="no folder"):
+        list_images(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16"])
+def test_every_mode_is_read_as_rgb(tmp_path: Path, mode: str):
+    grey = np.zeros((4, 6), np.uint16) if mode == "I;16" else None
+    image = Image.fromarray(grey) if grey is not None else Image.fromarray(picture(4, 6)).convert(mode)
+    image.save(tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png").shape == (4, 6, 3)
+    assert image_header(tmp_path / "x.png")[0] == (4, 6)
+
+
+@pytest.mark.parametrize("read", [read_image, image_header])
+def test_what_is_no_image_is_named(tmp_path: Path, read):
+    (tmp_path / "x.png").write_text("hello")
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'x.png'} cannot be read as an image")):
+        read(tmp_path / "x.png")
+
+
+def test_png_is_lossless(tmp_path: Path):
+    write_png(tmp_path / "new" / "x.png", picture())
+    np.testing.assert_array_equal(read_image(tmp_path / "new" / "x.png"), picture())
+
+
+@given(st.integers(1, 7), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3))
+def test_grid_holds_every_picture_in_its_place(n: int, columns: int, pad: int, scale: int):
+    pictures = np.stack([picture(3, 2, seed=i) for i in range(n)])
+    canvas = grid(pictures, columns, pad, scale)
+    for i, each in enumerate(pictures):
+        top, left = (i // columns) * (3 * scale + pad) + pad, (i % columns) * (2 * scale + pad) + pad
+        np.testing.assert_array_equal(canvas[top : top + 3 * scale : scale, left : left + 2 * scale : scale], each)
+    rows = -(-n // columns)
+    assert canvas.shape == (rows * (3 * scale + pad) + pad, columns * (2 * scale + pad) + pad, 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 64), (64, 40), (16, 16), (15, 30), (100, 33)])
+def test_center_crop_is_the_middle_at_the_size(height: int, width: int):
+    ramp = np.add.outer(np.arange(height), np.arange(width)).astype(np.float64)
+    ramp = (ramp / ramp.max() * 255).astype(np.uint8)[..., None].repeat(3, 2)
+    cropped = center_crop(ramp, 16)
+    assert cropped.shape == (16, 16, 3)
+    assert float(cropped.mean()) == pytest.approx(float(ramp.mean()), abs=6)  # a ramp's middle has its mean
+    if (height, width) == (16, 16):
+        np.testing.assert_array_equal(cropped, ramp)
+
+
+def test_streamed_npz_is_numpys(tmp_path: Path):
+    pictures = np.stack([picture(seed=i) for i in range(5)])
+    write_npz(tmp_path / "x.npz", iter(pictures), 5)
+    with np.load(tmp_path / "x.npz") as archive:
+        np.testing.assert_array_equal(archive["arr_0"], pictures)
+
+
+@pytest.mark.parametrize(("shapes", "count"), [([(5, 7), (5, 7)], 3), ([(5, 7), (7, 5)], 2)])
+def test_streaming_refuses_other_counts_and_sizes_and_leaves_nothing(tmp_path: Path, shapes, count: int):
+    with pytest.raises(UserError):
+        write_npz(tmp_path / "x.npz", (picture(*shape) for shape in shapes), count)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize(
+    "array", [np.arange(24).reshape(2, 3, 4), np.asfortranarray(np.ones((3, 5))), np.zeros((0, 4))]
+)
+def test_mapped_array_is_the_stored_one(tmp_path: Path, save, array: np.ndarray):
+    save(tmp_path / "x.npz", first=np.ones(1000), arr_0=array)
+    mapped = map_npz(tmp_path / "x.npz")
+    np.testing.assert_array_equal(mapped, array)
+    assert mapped.dtype == array.dtype
+    assert isinstance(mapped, np.memmap) == (array.size > 0)
+
+
+def test_large_headers_are_read_too(tmp_path: Path):
+    """Version 2 of the .npy header, and a zip entry with an extra field, which shifts the data."""
+    array = picture()
+    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
+        info = zipfile.ZipInfo("arr_0.npy")
+        info.extra = b"\x99\x99\x04\x00abcd"
+        with archive.open(info, "w") as member:
+            np.lib.format.write_array(member, array, version=(2, 0))
+    np.testing.assert_array_equal(map_npz(tmp_path / "x.npz"), array)
+
+
+def test_mapping_does_not_write_back(tmp_path: Path):
+    np.savez(tmp_path / "x.npz", np.zeros(4))
+    map_npz(tmp_path / "x.npz")[0] = 1
+    assert map_npz(tmp_path / "x.npz")[0] == 0
+
+
+@pytest.mark.parametrize("key", ["arr_0", "arr_1"])
+def test_unmappable_archives_are_named(tmp_path: Path, key: str):
+    np.savez(tmp_path / "x.npz", np.array([{}], object))
+    with pytest.raises(UserError, match=r"x\.npz (cannot be read|holds no array arr_1)"):
+        map_npz(tmp_path / "x.npz", key)
