@@ -1,7 +1,6 @@
-"""Checkpoints in every layout load exactly, and every unsound file ends in one sentence with nothing executed."""
+"""Checkpoints of every layout load exactly, and what does not fit its model ends in one sentence."""
 
 import argparse
-import pickle
 import re
 import struct
 from collections.abc import Callable
@@ -45,18 +44,6 @@ def test_a_saved_model_loads_bit_for_bit(tiny: DiT, tmp_path: Path, suffix: str)
     header = read_header(path)
     assert header is not None
     assert (header["name"], header["config"], header["provenance"]) == ("DiT-tiny", asdict(tiny.config), {"seed": 3})
-
-
-def test_a_saved_file_is_alone_and_as_readable_as_any_other(tiny: DiT, tmp_path: Path) -> None:
-    save_model(tiny, tmp_path / "tiny.safetensors")
-    (tmp_path / "other").touch()
-    assert {path.name for path in tmp_path.iterdir()} == {"tiny.safetensors", "other"}
-    assert (tmp_path / "tiny.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
-    with pytest.raises(UserError, match=r"end its name in \.safetensors or \.pt"):
-        save_model(tiny, tmp_path / "tiny.bin")
-    with pytest.raises(TypeError):
-        save_model(tiny, tmp_path / "bad.pt", provenance={"x": object()})
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -131,7 +118,9 @@ def test_bare_published_weights_give_the_published_outputs(golden: Golden, tmp_p
 
 @pytest.mark.parametrize("name", ["DiT-S/2", "DiT-S/8"])
 def test_a_named_size_needs_no_heads(name: str, tmp_path: Path) -> None:
-    published = DiT_models[name](input_size=16, num_classes=3)
+    with torch.device("meta"):
+        published = DiT_models[name](input_size=16, num_classes=3)
+    published.to_empty(device="cpu")
     torch.save(published.state_dict(), tmp_path / "bare.pt", _use_new_zipfile_serialization=False)  # the old layout
     assert load_model(tmp_path / "bare.pt").config == published.config
     assert load_model(tmp_path / "bare.pt", name=name, input_size=16).config == published.config
@@ -173,88 +162,6 @@ def test_embedded_models_go_by_their_names(tiny: DiT, tmp_path: Path, monkeypatc
     assert same(load_model("letters").state_dict(), tiny.state_dict())
     with pytest.raises(UserError, match="no checkpoint nowhere; give a file or one of: letters"):
         load_model("nowhere")
-
-
-class Evil:
-    """Unpickled without care, it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.path,)
-
-
-@pytest.mark.parametrize("way", ["zip", "old", "pickle", "inside"])
-def test_pickled_code_is_never_run(tiny: DiT, tmp_path: Path, way: str) -> None:
-    path, proof = tmp_path / "evil.pt", tmp_path / "proof"
-    evil = Evil(proof)
-    if way == "pickle":
-        path.write_bytes(pickle.dumps(evil, protocol=2))
-    else:
-        content = {"ema": tiny.state_dict(), "args": evil} if way == "inside" else evil
-        torch.save(content, path, _use_new_zipfile_serialization=way != "old")
-    for function in (load_model, read_header):
-        with pytest.raises(UserError, match=r"could run code, so nothing of it was loaded; ask its author"):
-            function(path)
-    assert not proof.exists()
-    torch.load(path, weights_only=False) if way != "pickle" else pickle.loads(path.read_bytes())
-    assert proof.exists()  # the file is as malicious as this test believes
-
-
-FOREIGN = {
-    "empty": b"",
-    "text": b"hello world " * 50,
-    "a web page": b"<html>404</html>" * 20,
-    "short": b"abc",
-    "a zip of something else": b"PK\x03\x04" + b"junk" * 40,
-    "a header that lies about its length": struct.pack("<Q", 60) + b"{" + b"x" * 80,
-}
-
-
-@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
-def test_foreign_files_get_one_sentence(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "foreign.pt"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=rf"\({len(content)} bytes\) is no checkpoint, or only a part of one"):
-        load_model(path)
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"a": torch.ones(2)}, torch.ones(3)], ids=str)
-def test_other_contents_get_one_sentence(content: object, tmp_path: Path) -> None:
-    torch.save(content, tmp_path / "other.pt")
-    with pytest.raises(UserError, match=r"no state dict of tensors|no checkpoint of a DiT"):
-        load_model(tmp_path / "other.pt")
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("part", [0.001, 0.2, 0.9, 0.9999])
-def test_truncated_files_get_one_sentence(tiny: DiT, tmp_path: Path, suffix: str, part: float) -> None:
-    path = tmp_path / f"tiny{suffix}"
-    save_model(tiny, path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * part)])
-    with pytest.raises(UserError, match=r"only a part of one.* copy or download it again"):
-        load_model(path)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("where", ["first tensor byte", "last tensor byte", "configuration"])
-def test_one_changed_byte_is_noticed(tiny: DiT, tmp_path: Path, suffix: str, where: str) -> None:
-    path = tmp_path / f"tiny{suffix}"
-    weight = torch.nn.Parameter(torch.full((64, 64), 1.25))
-    tiny.blocks[1].attn.proj.weight = weight
-    save_model(tiny, path, name="two-headed")
-    content = bytearray(path.read_bytes())
-    if where == "configuration":
-        at = content.index(b"two-headed")
-    else:
-        data = bytes(weight.detach().numpy().tobytes())
-        at = content.index(data) + (0 if where == "first tensor byte" else len(data) - 1)
-    content[at] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="is damaged: its content does not match its own checksum"):
-        load_model(path)
 
 
 def broken(path: Path, tiny: DiT, edit: Callable[[State, State], None]) -> None:
@@ -303,15 +210,3 @@ def test_a_bare_file_that_lacks_a_tensor_says_which(golden_learned: Golden, tmp_
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(UserError, match=r"lacks 1 of its tensors \(first: blocks.1.mlp.fc2.bias\)"):
         load_model(tmp_path / "less.safetensors", num_heads=3)
-
-
-def test_the_header_is_read_without_the_tensors(tiny: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for suffix in SUFFIXES:
-        path = tmp_path / f"tiny{suffix}"
-        save_model(tiny, path)
-        content = bytearray(path.read_bytes())
-        content[content.index(tiny.pos_embed.numpy().tobytes())] ^= 1
-        path.write_bytes(content)
-        header = read_header(path)  # a read of the tensors would notice
-        assert header is not None
-        assert header["format_version"] == 1
