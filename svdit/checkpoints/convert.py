@@ -1,8 +1,9 @@
 """diffusers' DiTTransformer2DModel to the published names and layout, and back.
 
 diffusers splits the fused qkv projection, repeats both embedders in every block and stores no position table.
-Converted weights give the published model. diffusers' own forward differs a little from that: it spaces the timestep
-frequencies by 1/127 instead of 1/128, and adds 1e-5 instead of 1e-6 in each block's second norm unless told otherwise.
+The result computes what the published code does. diffusers' own forward does not quite: it spaces the timestep
+frequencies by 1/127 instead of 1/128 (a quarter of the output, with random weights), and adds 1e-5 instead of 1e-6 in
+each block's second norm unless told otherwise (a millionth); so weights trained inside diffusers lose a little here.
 """
 
 from collections.abc import Mapping
