@@ -1,9 +1,9 @@
 """diffusers' DiTTransformer2DModel to the published names and layout, and back.
 
 diffusers splits the fused qkv projection, repeats both embedders in every block and stores no position table.
-The result computes what the published code does. diffusers' own forward does not quite: it spaces the timestep
-frequencies by 1/127 instead of 1/128 (a quarter of the output, with random weights), and adds 1e-5 instead of 1e-6 in
-each block's second norm unless told otherwise (a millionth); so weights trained inside diffusers lose a little here.
+The result computes what the published code does. diffusers' own forward does not: it spaces the timestep frequencies
+by 1/127 instead of 1/128 (a quarter of the output, with random weights), and unless told otherwise adds 1e-5 instead
+of 1e-6 in the second norms (a millionth). Weights trained inside diffusers do not carry over exactly.
 """
 
 from collections.abc import Mapping
