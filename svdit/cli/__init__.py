@@ -14,6 +14,8 @@ COMMANDS = {
     "sample": "draw a grid of pictures",
     "generate": "draw many pictures into a folder and an .npz, alone or under torchrun",
     "quantize": "quantize a checkpoint",
+    "inspect": "say what a checkpoint is, layer by layer",
+    "verify": "check a quantized checkpoint against its source",
     "evaluate": "compare a set of pictures with another: FID and its family, paired differences",
     "compare": "put the metrics of several sets into one table, with differences and errors",
     "selftest": "check that the metrics are computed correctly here",

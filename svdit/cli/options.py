@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CFG_CHANNELS = {"three": 3, "all": None}
 PUBLISHED = "DiT-XL/2"
 LATENT_CHANNELS, LATENT_FACTOR = 4, 8
+LEAVES = 20
 
 
 class Checkpoint(NamedTuple):
@@ -85,6 +86,15 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     from svdit.sampling.generate import SamplingConfig
 
     return SamplingConfig(args.sampler, args.num_sampling_steps, args.cfg_scale, CFG_CHANNELS[args.cfg_channels])
+
+
+def flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts with dotted names, in order; a large dict of numbers counts as a leaf left out."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and len(value) <= LEAVES:
+            yield from flat(value, f"{above}{key}.")
+        elif not isinstance(value, dict):
+            yield f"{above}{key}", value
 
 
 def device(name: str | None) -> torch.device:

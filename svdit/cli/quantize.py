@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> None:
                 progress=tick,
             )
         if distributed.rank() == 0:
+            settings["weight_errors"] = {line.name: line.weight_error for line in report.layers}
             provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": settings}
             save_model(source.model, args.output, name=source.name, provenance=provenance)
             remove(work)

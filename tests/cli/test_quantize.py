@@ -34,7 +34,7 @@ def test_the_documented_mode(checkpoint: Path, capsys: pytest.CaptureFixture[str
     header = read_header(output)
     assert header is not None
     mode = {"mode": "rank_ratio", "rank_ratio": 0.95, "num_bits": 8, "whiten": False}
-    assert header["provenance"]["quantization"] == mode
+    assert header["provenance"]["quantization"].items() >= mode.items()
     assert {layer.spec.rank_ratio for layer in quantized_layers(load_model(output)).values()} == {0.95}
     printed = capsys.readouterr().out
     assert "more numbers than the weight" in " ".join(printed.split())

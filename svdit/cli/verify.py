@@ -1,0 +1,59 @@
+"""`svdit verify`: is a quantized checkpoint what its header says, made from this source?"""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from svdit.errors import UserError
+
+if TYPE_CHECKING:
+    from svdit.model.dit import DiT
+
+TOLERANCE = 1e-4  # of a recorded error; another CPU adds in another order
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of `svdit verify`."""
+    parser = argparse.ArgumentParser("svdit verify", description="Check a quantized checkpoint against its source.")
+    parser.add_argument("file", help="the quantized checkpoint")
+    parser.add_argument("--against", required=True, metavar="SOURCE", help="the checkpoint it was made from")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Recompute every layer's weight error; fail at the first that is not as recorded."""
+    from svdit.checkpoints.store import load_model, locate, read_header
+    from svdit.files import sha256
+
+    path, source = locate(args.file), locate(args.against)
+    provenance = (read_header(path) or {}).get("provenance", {})
+    recorded = provenance.get("quantization", {}).get("weight_errors")
+    if recorded is None:
+        raise UserError(f"{path} records no weight errors; give a file made by `svdit quantize`")
+    digest, expected = sha256(source), provenance["source"]["sha256"]
+    if digest != expected:
+        raise UserError(f"{source} is not the source of {path}: its sha256 is {digest[:16]}…, not {expected[:16]}…")
+    found = weight_errors(load_model(path), load_model(source))
+    for name in sorted(set(found) | set(recorded)):
+        one, two = found.get(name), recorded.get(name)
+        if one is None or two is None or abs(one - two) > TOLERANCE * two:
+            raise UserError(
+                f"{name} of {path} has a weight error of {one}, but {two} is recorded; do not use this file"
+            )
+    print(f"{path.name}: {len(found)} quantized layers as recorded, all else equal to {source.name}")
+
+
+def weight_errors(model: "DiT", source: "DiT") -> dict[str, float]:
+    """‖W − W'‖ / ‖W‖ of every quantized layer; a UserError where anything else differs from the source."""
+    import torch
+
+    from svdit.quant.linear import quantized_layers
+
+    layers, wanted = quantized_layers(model), source.state_dict()
+    for key, tensor in model.state_dict().items():
+        if key.rpartition(".")[0] not in layers and not torch.equal(tensor, wanted[key]):
+            raise UserError(f"{key} differs from the source's, though it was not quantized; do not use this file")
+    errors = {}
+    for name, layer in layers.items():
+        W = wanted[f"{name}.weight"].float()
+        errors[name] = float((layer.effective_weight() - W).norm() / W.norm())
+    return errors
