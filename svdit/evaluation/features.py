@@ -8,6 +8,7 @@ key of content, weights and choice: the real set is done once.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from svdit.distributed import barrier, gather, rank, shard
+from svdit.distributed import barrier, gather, rank, shard, world_size
 from svdit.evaluation.sources import Indices, Source
 from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, save_statistics
 
@@ -105,8 +106,7 @@ def _extract_into(
     rows = _create_rows(unfinished, {layer: (len(indices), network.widths[layer]) for layer in keep})
     moments = {layer: Moments(network.widths[layer], device) for layer in SUMMED}
     pictures = _Pictures(source, indices)
-    workers = 2 if len(pictures) >= WORKERS_FROM else 0
-    batches = DataLoader(pictures, batch_size, num_workers=workers)
+    batches = DataLoader(pictures, batch_size, num_workers=_workers(len(pictures), device))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         for places, pixels in track(batches, source.path.name, len(pictures)):
             features = network(pixels.to(device))
@@ -123,6 +123,13 @@ def _extract_into(
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     barrier()
+
+
+def _workers(count: int, device: torch.device) -> int:
+    """One keeps a CPU's network fed; a GPU's takes thousands of pictures a second, a core decodes about 500."""
+    if count < WORKERS_FROM:
+        return 0
+    return 1 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 1) // world_size() - 1))
 
 
 def _create_rows(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.memmap[Any, Any]]:

@@ -15,7 +15,7 @@ import torch
 
 from svdit.evaluation.statistics import Array, Gaussian, Moments
 
-TILE = 4096
+TILE = 2048
 
 
 def frechet_distance(reference: Gaussian, other: Gaussian) -> float:

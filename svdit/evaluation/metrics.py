@@ -110,18 +110,21 @@ def _kernel_statistic(real: Tensor, fake: Tensor, blocks: Blocks) -> Estimate:
 
 def _kernel_sums(a: Tensor, b: Tensor, blocks_a: Blocks, blocks_b: Blocks) -> npt.NDArray[np.float64]:
     """Sums of k(x, y) over the pairs of each two blocks, (K_a, K_b); a set with itself leaves i = j out."""
-    of_a, of_b = torch.from_numpy(blocks_a).to(a.device), torch.from_numpy(blocks_b).to(a.device)
-    sums = torch.zeros(int(of_a.max()) + 1, int(of_b.max()) + 1, dtype=torch.float64, device=a.device)
+    in_a, in_b = _memberships(blocks_a, a.device), _memberships(blocks_b, a.device)
+    sums = torch.zeros(in_a.shape[1], in_b.shape[1], dtype=torch.float64, device=a.device)
     for i in range(0, len(a), TILE):
         for j in range(0, len(b), TILE):
-            x, y = a[i : i + TILE], b[j : j + TILE]
-            kernel = ((x @ y.T).double() / a.shape[1] + 1) ** 3
+            base = (a[i : i + TILE] @ b[j : j + TILE].T).double().div_(a.shape[1]).add_(1)
+            kernel = base.square().mul_(base)
             if a is b and i == j:
                 kernel.fill_diagonal_(0)
-            columns = torch.zeros(len(x), sums.shape[1], dtype=torch.float64, device=a.device)
-            columns.index_add_(1, of_b[j : j + TILE], kernel)
-            sums.index_add_(0, of_a[i : i + TILE], columns)
+            sums += in_a[i : i + TILE].T @ (kernel @ in_b[j : j + TILE])
     return sums.cpu().numpy()
+
+
+def _memberships(blocks: Blocks, device: torch.device) -> Tensor:
+    """(N, K), one where image n is in block k."""
+    return torch.eye(int(blocks.max()) + 1, dtype=torch.float64)[torch.from_numpy(blocks)].to(device)
 
 
 def monge_distance(real: Tensor, fake: Tensor) -> Estimate:

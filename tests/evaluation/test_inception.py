@@ -1,16 +1,16 @@
 """Against torch-fidelity's stock extractor on the same weights, and against walking its layers by hand."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 from svdit.errors import UserError
 from svdit.evaluation.frechet import frechet_distance
-from svdit.evaluation.inception import Extractor, load_extractor, random_extractor
+from svdit.evaluation.inception import Extractor, load_extractor, random_extractor, resize, resize_fast
 from svdit.evaluation.statistics import Moments
 
 
@@ -61,26 +61,15 @@ def test_fast_network_differs_by_rounding_only(
     assert not random_network.comparable
 
 
-def test_spatial_features_are_the_seven_first_channels_of_mixed_6_channel_last(pixels: torch.Tensor):
-    network = random_extractor(fast=False)
-    stages = [
-        "Conv2d_1a_3x3",
-        "Conv2d_2a_3x3",
-        "Conv2d_2b_3x3",
-        "MaxPool_1",
-        "Conv2d_3b_1x1",
-        "Conv2d_4a_3x3",
-        "MaxPool_2",
-    ]
-    stages += [f"Mixed_{name}" for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d")]
+def test_spatial_features_are_the_first_branch_of_mixed_6_after_its_relu_channel_last(pixels: torch.Tensor):
+    """`mixed_6/conv` of the TensorFlow graph is Mixed_6d.branch1x1, convolution, batch norm and ReLU."""
+    network, seen = random_extractor(fast=False), []
+    network.network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
-        x = interpolate_bilinear_2d_like_tensorflow1x(pixels.float(), size=(299, 299), align_corners=False)
-        x = (x - 128) / 128
-        for stage in stages:
-            x = getattr(network.network, stage)(x)
         spatial = network(pixels)["spatial"]
-    assert torch.equal(spatial, x[:, :7].permute(0, 2, 3, 1).flatten(1))
-    assert spatial.shape == (4, 17 * 17 * 7)
+    for n, h, w, c in ((0, 0, 0, 0), (1, 3, 5, 2), (3, 16, 16, 6)):
+        assert spatial[n, (h * 17 + w) * 7 + c] == seen[0][n, c, h, w]
+    assert torch.equal(spatial.view(4, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
     assert spatial.min() == 0
     assert (spatial > 0).float().mean() > 0.1
 
@@ -96,12 +85,13 @@ def test_another_layout_is_another_metric():
 
 
 @pytest.mark.parametrize("size", [8, 64, 256, 299, 400])
-def test_resize_rule_is_tensorflow_1s(size: int):
+@pytest.mark.parametrize("rule", [resize, resize_fast])
+def test_resize_rule_is_tensorflow_1s(size: int, rule: Callable[[torch.Tensor], torch.Tensor]):
     """Output i is the input at i · size / 299: no half-pixel offset, the last pixel repeated."""
-    ramp = torch.arange(size, dtype=torch.float32).view(1, 1, 1, size).expand(1, 1, size, size)
-    resized = interpolate_bilinear_2d_like_tensorflow1x(ramp, size=(299, 299), align_corners=False)
+    ramp = torch.arange(size, dtype=torch.float32).expand(1, 3, size, size)
     expected = (torch.arange(299) * (size / 299)).clamp(max=size - 1)
-    torch.testing.assert_close(resized[0, 0, 0], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rule(ramp)[0, 0, 7], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(rule(ramp.mT)[0, 2, :, 9], expected, atol=1e-4, rtol=0)
 
 
 def test_random_weights_are_a_fixed_stream(random_network: Extractor):
