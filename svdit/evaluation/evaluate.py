@@ -59,7 +59,9 @@ def evaluate(
     if network is not None and not network.comparable:
         pictures = {name: caption(picture, NOT_COMPARABLE) for name, picture in pictures.items()}
     second = found[1] if len(found) > 1 else {}
-    warnings = [one for each in inputs.named.values() for one in each.warnings] + remarks(inputs, network)
+    warnings = [one for each in inputs.named.values() for one in each.warnings] + remarks(
+        inputs, network, options.network_metrics
+    )
     return Report(
         metrics=found[0],
         second=second,

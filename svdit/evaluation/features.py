@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from svdit.distributed import barrier, gather, rank, shard, world_size
+from svdit.errors import UserError
 from svdit.evaluation.sources import Indices, Source
 from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, save_statistics
 
@@ -106,7 +107,7 @@ def _extract_into(
     rows = _create_rows(unfinished, {layer: (len(indices), network.widths[layer]) for layer in keep})
     moments = {layer: Moments(network.widths[layer], device) for layer in SUMMED}
     pictures = _Pictures(source, indices)
-    batches = DataLoader(pictures, batch_size, num_workers=_workers(len(pictures), device))
+    batches = _batches(pictures, batch_size, _workers(len(pictures), device))
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
         for places, pixels in track(batches, source.path.name, len(pictures)):
             features = network(pixels.to(device))
@@ -123,6 +124,13 @@ def _extract_into(
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     barrier()
+
+
+def _batches(pictures: _Pictures, size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    try:
+        yield from DataLoader(pictures, size, num_workers=workers)
+    except UserError as error:  # a worker's comes wrapped in its traceback
+        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
 
 
 def _workers(count: int, device: torch.device) -> int:

@@ -19,12 +19,14 @@ TILE = 2048
 
 
 def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
-    """d² of two Gaussians of one width; the root F is `reference`'s, which keeps it."""
+    """d² of two Gaussians of one width. The root is `reference`'s, which keeps it, or a much thinner one of `other`."""
     if reference.mean.shape != other.mean.shape:
         raise ValueError(f"features of width {reference.mean.size} and {other.mean.size} cannot be compared")
-    F = reference.root
-    rank = F.shape[1] if other.count is None else min(F.shape[1], other.count - 1)
-    return _distance(reference, other.mean, np.trace(other.covariance), F.T @ other.covariance @ F, rank)
+    if 2 * (other.count or np.inf) < other.mean.size:
+        reference, other = other, reference
+    rank = reference.root.rank if other.count is None else min(reference.root.rank, other.count - 1)
+    product = reference.root.congruence(other.covariance)
+    return _distance(reference, other.mean, np.trace(other.covariance), product, rank)
 
 
 def leave_out_distances(
@@ -50,7 +52,7 @@ def _leave_out_few(
 ) -> Iterator[float]:
     """With fewer rows than columns, the same eigenvalues from the (N, N) products of the projected rows."""
     x = rows.astype(np.float64)
-    projected = x @ reference.root
+    projected = x[:, reference.root.order] @ reference.root.lower
     products = projected @ projected.T
     for k in range(blocks.max() + 1):
         kept = np.flatnonzero(blocks != k)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svdit.distributed import all_sum, shard
+from svdit.distributed import gather, shard
 from svdit.evaluation.certainty import Estimate
 from svdit.evaluation.features import Track
 from svdit.evaluation.inputs import Set
@@ -37,7 +37,7 @@ def paired_metrics(
     for n in track(mine, "pairs", len(mine)):
         a, b = fake.source.read(int(fake.indices[n])), other.source.read(int(other.indices[n]))
         scores[:, n] = torch.tensor([distance(a, b) for distance in distances.values()])
-    found = dict(zip(distances, all_sum(scores).numpy(), strict=True))
+    found = dict(zip(distances, torch.stack(gather(scores)).sum(0).numpy(), strict=True))
     metrics = {name: _average(values, blocks) for name, values in found.items()}
     if np.isnan(found["ssim"]).any():
         metrics["ssim"] = Estimate(None, reason=f"images must be at least {WINDOW}×{WINDOW}")

@@ -7,12 +7,14 @@ only with null.
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 from svdit import __version__
 from svdit.evaluation.features import FeatureNetwork
 from svdit.evaluation.inputs import Inputs
+from svdit.evaluation.metrics import KID_SUBSET_SIZE
 from svdit.evaluation.weights import SHA256
 
 SAMPLE_FIELDS = ("image_size", "sampler", "steps", "cfg_scale", "cfg_channels", "vae", "label_policy")
@@ -49,10 +51,10 @@ def versions() -> dict[str, str]:
     return {"svdit": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def remarks(inputs: Inputs, network: FeatureNetwork | None) -> list[str]:
+def remarks(inputs: Inputs, network: FeatureNetwork | None, metrics: Sequence[str]) -> list[str]:
     """Warnings about inputs that can be measured but should be looked at."""
     real, fake = inputs.real, inputs.fake
-    said = [] if network is None else _network_remarks(inputs, network)
+    said = [] if network is None else _network_remarks(inputs, network, metrics)
     if real is None or real.count == 0:
         return said
     if real.content == fake.content:
@@ -64,12 +66,15 @@ def remarks(inputs: Inputs, network: FeatureNetwork | None) -> list[str]:
     return said
 
 
-def _network_remarks(inputs: Inputs, network: FeatureNetwork) -> list[str]:
+def _network_remarks(inputs: Inputs, network: FeatureNetwork, metrics: Sequence[str]) -> list[str]:
     said, D = [], network.widths["pool"]
-    for each in (inputs.real, inputs.fake):
-        if each is not None and 0 < each.count <= D:
-            told = f"{each.count} images of {each.source.path} give a singular covariance of {D} features"
-            said.append(f"{told}; FID of so few is biased upwards and noisy")
+    sides = {"real": inputs.real, "generated": inputs.fake}
+    counts = {name: side.count for name, side in sides.items() if side is not None and side.count}
+    few = " and ".join(f"{count} {name}" for name, count in counts.items() if count <= D)
+    if few and {"fid", "sfid"} & set(metrics):
+        said.append(f"{few} images give a singular covariance of {D} features: FID is noisy and biased upwards")
+    if "kid" in metrics and min(counts.values()) < KID_SUBSET_SIZE:
+        said.append(f"KID's subsets are of {min(counts.values())} images, not {KID_SUBSET_SIZE}: there are no more")
     if network.comparable and network.digest != SHA256:
         said.append(f"the Inception weights have the SHA-256 {network.digest}, not the known {SHA256}")
     return said

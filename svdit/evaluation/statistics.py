@@ -28,31 +28,47 @@ ADM_SUFFIX = {"pool": "", "spatial": "_s"}
 
 
 @dataclass(frozen=True)
+class Root:
+    """A triangular factor in a permuted order: covariance[order][:, order] = lower lowerᵀ, `lower` (D, R)."""
+
+    lower: Array
+    order: npt.NDArray[np.int64]
+
+    @property
+    def rank(self) -> int:
+        return self.lower.shape[1]
+
+    def congruence(self, covariance: Array) -> Array:
+        """Fᵀ Σ F (R, R), of which only the lower triangle is right, for the factor F of the unpermuted matrix."""
+        permuted = covariance[np.ix_(self.order, self.order)]
+        if self.rank < len(permuted):
+            return self.lower.T @ permuted @ self.lower
+        return lapack.dsygst(permuted.T, self.lower, itype=2, lower=1, overwrite_a=1)[0]
+
+
+@dataclass(frozen=True)
 class Gaussian:
     """A feature set summed up: `mean` (D,), `covariance` (D, D), and from how many images (None: not told)."""
 
     mean: Array
     covariance: Array
     count: int | None = None
-    saved_root: Array | None = field(default=None, repr=False)
+    saved_root: Root | None = field(default=None, repr=False)
 
     @cached_property
-    def root(self) -> Array:
-        """F (D, R) with F Fᵀ = covariance, R its numerical rank."""
+    def root(self) -> Root:
         return pivoted_cholesky(self.covariance) if self.saved_root is None else self.saved_root
 
 
-def pivoted_cholesky(covariance: Array) -> Array:
-    """F (D, R) with F Fᵀ = `covariance`; R is the rank at which the remaining diagonal is round-off.
+def pivoted_cholesky(covariance: Array) -> Root:
+    """The root whose rank is where the remaining diagonal is round-off (LAPACK's dpstrf).
 
-    An exact factor for singular matrices too, at a tenth of the cost of an eigendecomposition (LAPACK's dpstrf).
+    An exact factor for singular matrices too, at a tenth of the cost of an eigendecomposition.
     """
     packed, pivots, rank, info = lapack.dpstrf(covariance, lower=1)
     if info < 0 or not np.isfinite(covariance).all():
         raise ValueError("the covariance matrix is not finite")
-    root = np.empty((len(covariance), rank))
-    root[pivots - 1] = np.tril(packed)[:, :rank]
-    return root
+    return Root(np.asfortranarray(np.tril(packed)[:, :rank]), pivots.astype(np.int64) - 1)
 
 
 class Moments:
@@ -98,7 +114,8 @@ def save_statistics(path: str | Path, gaussians: dict[str, Gaussian], extractor:
     arrays = {"extractor": np.array(extractor), **more}
     for layer, gaussian in gaussians.items():
         suffix = ADM_SUFFIX[layer]
-        arrays |= {"mu" + suffix: gaussian.mean, "sigma" + suffix: gaussian.covariance, "root" + suffix: gaussian.root}
+        arrays |= {"mu" + suffix: gaussian.mean, "sigma" + suffix: gaussian.covariance}
+        arrays |= {"root" + suffix: gaussian.root.lower, "order" + suffix: gaussian.root.order}
         if gaussian.count is not None:
             arrays["count"] = np.array(gaussian.count)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
@@ -113,7 +130,8 @@ def load_statistics(path: str | Path) -> tuple[dict[str, Gaussian], str]:
         for layer, suffix in ADM_SUFFIX.items():
             if "mu" + suffix in archive and "sigma" + suffix in archive:
                 mean, covariance = (archive[key + suffix].astype(np.float64) for key in ("mu", "sigma"))
-                root = archive.get("root" + suffix)
+                rooted = "root" + suffix in archive
+                root = Root(archive["root" + suffix], archive["order" + suffix]) if rooted else None
                 gaussians[layer] = Gaussian(mean, covariance, count, root)
         extractor = str(archive["extractor"]) if "extractor" in archive else "inception"
     for layer, gaussian in gaussians.items():

@@ -197,12 +197,16 @@ def test_cache_is_used_and_notices_a_changed_picture(tmp_path: Path, real: Path,
 
 def test_what_should_be_looked_at_is_said(tmp_path: Path, real: Path, tiny_network: TinyNetwork):
     lossy = write_folder(tmp_path / "lossy", pictures(10, 16), [f"{i}.jpg" for i in range(10)])
-    said = " ".join(evaluate(real, lossy, tiny_network, Options(("fid",))).warnings)
+    said = " ".join(evaluate(real, lossy, tiny_network, Options(("fid", "kid"))).warnings)
     for part in (
-        "compression alone moves FID", "10 images of", "singular covariance of 16 features", "not the known 6726825d",
-        "(12, 12), the generated (16, 16)",
+        "compression alone moves FID", "10 generated images give a singular covariance of 16 features",
+        "KID's subsets are of 10 images, not 1000", "not the known 6726825d", "(12, 12), the generated (16, 16)",
     ):  # fmt: skip
         assert part in said
+    assert (
+        evaluate(real, lossy, TinyNetwork(name="random"), Options(("is",))).warnings
+        == evaluate(real, lossy, options=Options(("paired",), paired=lossy)).warnings
+    )
     assert "hold the same images" in " ".join(evaluate(real, real, tiny_network, Options(("fid",))).warnings)
 
 

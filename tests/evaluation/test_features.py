@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from svdit.errors import UserError
 from svdit.evaluation.features import Features, cache_key, extract, features_folder
 from svdit.evaluation.sources import Source, open_source
 
@@ -99,3 +100,13 @@ def test_workers_change_nothing(
     monkeypatch.setattr("svdit.evaluation.features.WORKERS_FROM", 1)
     helped = run(source, tiny_network, tmp_path / "b")
     np.testing.assert_array_equal(alone.rows["pool"], helped.rows["pool"])
+
+
+def test_a_workers_complaint_is_one_sentence(
+    source: Source, tiny_network: TinyNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("svdit.evaluation.features.WORKERS_FROM", 1)
+    source.files[3].write_text("hello")
+    with pytest.raises(UserError, match=r"000003\.png cannot be read as an image") as caught:
+        run(source, tiny_network, tmp_path / "f")
+    assert "\n" not in str(caught.value)

@@ -58,7 +58,7 @@ def test_singular_covariances_get_no_round_off(n1: int, n2: int):
     a, b = gaussian(x), gaussian(y)
     exact = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance) - 2 * exact_cross(x, y)
     assert frechet_distance(a, b) == pytest.approx(exact, abs=1e-7)
-    assert a.root.shape == (256, min(256, n1 - 1))
+    assert a.root.rank == min(256, n1 - 1)
 
 
 def test_a_set_is_at_distance_zero_from_itself():
@@ -79,3 +79,10 @@ def test_leaving_blocks_out_equals_doing_without_them(n: int):
 def test_widths_must_agree():
     with pytest.raises(ValueError, match="width 3 and 4"):
         frechet_distance(Gaussian(np.zeros(3), np.eye(3)), Gaussian(np.zeros(4), np.eye(4)))
+
+
+def test_a_set_of_one_picture_repeated_has_no_spread():
+    still, moving = gaussian(np.ones((5, 16), np.float32)), gaussian(sample(40, 16))
+    expected = ((still.mean - moving.mean) ** 2).sum() + np.trace(moving.covariance)
+    assert frechet_distance(still, moving) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(moving, still) == pytest.approx(expected, rel=1e-12)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdit.errors import UserError
-from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, pivoted_cholesky, save_statistics
+from svdit.evaluation.statistics import Gaussian, Moments, Root, load_statistics, pivoted_cholesky, save_statistics
 
 
 def rows(n: int, D: int = 6, seed: int = 0) -> np.ndarray:
@@ -55,8 +55,12 @@ def test_a_covariance_needs_two_images(n: int):
 def test_root_is_a_factor_of_the_numerical_rank(n: int, rank: int):
     covariance = np.cov(rows(n).astype(np.float64), rowvar=False)
     root = pivoted_cholesky(covariance)
-    assert root.shape == (6, rank)
-    np.testing.assert_allclose(root @ root.T, covariance, atol=1e-12 * np.abs(covariance).max() * 10)
+    factor = np.empty((6, rank))
+    factor[root.order] = root.lower
+    np.testing.assert_allclose(factor @ factor.T, covariance, atol=1e-11 * np.abs(covariance).max())
+    other = np.cov(rows(40, seed=1).astype(np.float64), rowvar=False)
+    np.testing.assert_allclose(np.tril(root.congruence(other)), np.tril(factor.T @ other @ factor), rtol=1e-9)
+    assert root.rank == rank
 
 
 def test_root_refuses_what_is_not_finite():
@@ -73,8 +77,10 @@ def test_saved_statistics_come_back_bit_by_bit_with_adms_names(tmp_path: Path):
     loaded, extractor = load_statistics(tmp_path / "s.npz")
     assert extractor == "digest"
     for layer, gaussian in gaussians.items():
-        for name in ("mean", "covariance", "root"):
+        for name in ("mean", "covariance"):
             np.testing.assert_array_equal(getattr(loaded[layer], name), getattr(gaussian, name))
+        np.testing.assert_array_equal(loaded[layer].root.lower, gaussian.root.lower)
+        np.testing.assert_array_equal(loaded[layer].root.order, gaussian.root.order)
         assert loaded[layer].count == 20
 
 
@@ -100,5 +106,5 @@ def test_statistics_that_cannot_be_are_refused(tmp_path: Path, mean: np.ndarray,
 
 
 def test_a_saved_root_is_used():
-    root = np.eye(2)
+    root = Root(np.eye(2), np.arange(2))
     assert Gaussian(np.zeros(2), 4 * np.eye(2), saved_root=root).root is root
