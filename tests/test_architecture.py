@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sampling": GROUND | {"model", "diffusion"},
     "evaluation": GROUND,
     "training": GROUND | {"model", "diffusion"},
+    "runtime": GROUND | {"model", "quant", "kernels"},
     "compat": {"quant", "model"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

@@ -144,7 +144,15 @@ def hadamard_matrix(size: int, device: torch.device | None = None, dtype: torch.
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
-    """x (…, K) times the block-diagonal Hadamard matrix; its own inverse. `block` 0 changes nothing."""
+    """x (…, K) times the block-diagonal Hadamard matrix; its own inverse. `block` 0 changes nothing.
+
+    Sums and differences of neighbours at distance 1, 2, 4 … in turn: the order is part of the definition, so that
+    codes of what comes out are the same everywhere.
+    """
     if not block:
         return x
-    return (x.reshape(*x.shape[:-1], -1, block) @ hadamard_matrix(block, x.device, x.dtype)).flatten(-2)
+    rows = x.reshape(-1, block)
+    for _ in range(block.bit_length() - 1):
+        a, b = rows[:, 0::2], rows[:, 1::2]
+        rows = torch.cat([a + b, a - b], dim=1)
+    return (rows * (1 / math.sqrt(block))).view(x.shape)

@@ -1,0 +1,271 @@
+"""The C kernels as operations on tensors: a packed layer, attention. Instruction sets are chosen at run time.
+
+Every pointer that goes down is taken from a tensor whose type, shape and layout were asserted in `pointer`.
+Integers are those of reference.py. Where the processor has bf16 dot products (avx512bf16, and portable, which
+mirrors it), the low-rank branch rounds x̂ and x̂ L2ᵀ to bf16; elsewhere it is fp32.
+"""
+
+import os
+from ctypes import POINTER, Structure, c_int64, c_void_p, sizeof
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from svdit.errors import UserError
+from svdit.kernels.build import MissingKernelsError, library
+from svdit.kernels.formats import Format
+from svdit.kernels.layer import Composed, Layer, Modulation, Residual
+from svdit.kernels.reference import Scales
+
+DEPTH_STEP = 16
+ISAS: dict[str, tuple[str, ...]] = {  # best first; what torch.cpu.get_capabilities() must say
+    "avx512bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16", "fma3"),
+    "avx512vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3"),
+    "avxvnni": ("avx2", "fma3", "avx_vnni"),
+    "avx2": ("avx2", "fma3"),
+    "portable": (),
+}
+
+
+def _structure(name: str, integers: str, pointers: str) -> type[Structure]:
+    fields = [(field, c_int64) for field in integers.split()] + [(field, c_void_p) for field in pointers.split()]
+    return type(name, (Structure,), {"_fields_": fields})
+
+
+# As in csrc/kernels.h.
+Rows = _structure(
+    "Rows", "rows depth tokens stride hadamard rank", "x shift scale in_shift in_scale l2 codes steps low"
+)
+Product = _structure(
+    "Product",
+    "rows depth outputs tokens stride rank bits group gelu",
+    "codes steps low weight multiples offsets channel bias l1 gate residual out",
+)
+
+
+@cache
+def isas() -> list[str]:
+    """Instruction sets of this processor, best first."""
+    has = torch.cpu.get_capabilities()
+    return [isa for isa, needs in ISAS.items() if all(has.get(need, False) for need in needs)]
+
+
+Attention = _structure("Attention", "images tokens heads head", "qkv out")
+WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
+SIGNATURES = {
+    "quantize_rows": [POINTER(Rows)],
+    "multiply": [POINTER(Product)],
+    "attend": [POINTER(Attention)],
+    "weigh": [POINTER(WeightOnly)],
+    "pack_weight": [c_void_p, c_int64, c_int64, c_int64, c_void_p],
+    "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
+    "geometry": [POINTER(c_int64 * 8)],
+}
+
+
+class Kernels:
+    """The functions of one instruction set and the shapes of its tiles."""
+
+    def __init__(self, isa: str) -> None:
+        self.isa, self.lib = isa, library()
+        numbers = (c_int64 * 8)()
+        self.call("geometry", numbers)
+        self.panel, self.low_panel, self.offset, pairs, *sizes = numbers
+        assert sizes == [sizeof(kind) for kind in (Rows, Product, Attention, WeightOnly)], "kernels.h says otherwise"
+        self.low_dtype = torch.bfloat16 if pairs else torch.float32
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """The function `name` of this instruction set."""
+        function = getattr(self.lib, f"{name}_{self.isa}")
+        function.argtypes, function.restype = SIGNATURES[name], None
+        function(*arguments)
+
+    def pack_weight(self, codes: Tensor, bits: int) -> Tensor:
+        """int8 codes (O, I) to bytes in panels."""
+        O, I = codes.shape
+        count = padded(O, self.panel) * padded(I, DEPTH_STEP) * bits // 8
+        packed = torch.full((count,), 0x88 if bits == 4 else 0, dtype=torch.uint8)
+        self.call("pack_weight", pointer(codes, torch.int8, (O, I)), O, I, bits, packed.data_ptr())
+        return packed
+
+    def pack_factor(self, factor: Tensor, width: int, step: int) -> Tensor:
+        """bf16 (O, R) to panels of `width` outputs, R padded to a multiple of `step`."""
+        O, R = factor.shape
+        depth = padded(R, step)
+        packed = torch.zeros(padded(O, width) * depth, dtype=torch.bfloat16)
+        self.call("pack_factor", pointer(factor, torch.bfloat16, (O, R)), O, R, depth, width, packed.data_ptr())
+        return packed
+
+
+@cache
+def kernels(isa: str | None = None) -> Kernels:
+    """Those of `isa`, or of SVDIT_ISA, or the best of this processor. MissingKernelsError where there is no library."""
+    isa = isa or os.environ.get("SVDIT_ISA") or isas()[0]
+    if isa not in isas():
+        raise UserError(f"SVDIT_ISA is {isa}, but this processor has {', '.join(isas())}")
+    return Kernels(isa)
+
+
+def why_not() -> str:
+    """Why the kernels cannot be used here; empty where they can."""
+    try:
+        kernels()
+    except MissingKernelsError as missing:
+        return str(missing)
+    return ""
+
+
+def padded(n: int, step: int) -> int:
+    """n, or the next multiple of `step`."""
+    return -(-n // step) * step
+
+
+def pad(x: Tensor, length: int, value: float = 0) -> Tensor:
+    """x (n,) followed by `value`s, (length,) fp32."""
+    out = torch.full((length,), value, dtype=torch.float32)
+    out[: len(x)] = x
+    return out
+
+
+def pointer(x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int | None:
+    """The address of x, checked; None for None."""
+    if x is None:
+        return None
+    assert x.device.type == "cpu" and x.dtype == dtype, f"{x.dtype} on {x.device} where {dtype} is needed on the CPU"
+    assert x.shape == shape and x.is_contiguous(), f"{tuple(x.shape)} with strides {x.stride()} where {shape} is needed"
+    return x.data_ptr()
+
+
+def row_pointer(x: Tensor, images: int, columns: int, stride: int) -> int:
+    """The address of x (images, columns), whose rows lie `stride` apart, checked."""
+    assert x.device.type == "cpu" and x.dtype == torch.float32 and x.shape == (images, columns), f"{x.dtype} {x.shape}"
+    assert x.stride(1) == 1 and (images == 1 or x.stride(0) == stride), f"strides {x.stride()} where {stride} is needed"
+    return x.data_ptr()
+
+
+class IntegerLinear:
+    """W8A8 and W4A8: codes of activations and low-rank projection, then the integer product with its epilogue."""
+
+    def __init__(self, layer: Layer, kernels: Kernels) -> None:
+        self.kernels, self.shape = kernels, tuple(layer.codes.shape)
+        O, I = self.shape
+        self.depth, self.outputs = padded(I, DEPTH_STEP), padded(O, kernels.panel)
+        self.rank = 0 if layer.l1 is None else layer.l1.shape[1]
+        self._keep(layer)
+        static = {"depth": I, "rank": self.rank}
+        inputs = {name: None if x is None else x.data_ptr() for name, x in self.inputs.items()}
+        weights = {name: None if x is None else x.data_ptr() for name, x in self.weights.items()}
+        bits, group = layer.weight.bits, layer.weight.group
+        self.rows = Rows(hadamard=layer.hadamard, **static, **inputs)
+        self.product = Product(outputs=O, bits=bits, group=group, **static, **weights)
+
+    @staticmethod
+    def takes(layer: Layer) -> bool:
+        """Whether the kernels compute such a layer: integers of one step a row, 8-bit tokens, bf16 factors."""
+        form = layer.weight
+        stored = form.bits in (4, 8) and (form.scale == "fp32" or form.group % 8 == 0)
+        factors = layer.l1 is None or layer.l1.dtype == torch.bfloat16
+        return layer.act == Format(8) and layer.has_integers and stored and factors
+
+    def _keep(self, layer: Layer) -> None:
+        """Everything the kernels read, packed; `layer` itself is not kept."""
+        kernels, integers, low = self.kernels, layer.integers(), layer.low_rank()
+        bias = torch.zeros(0) if layer.bias is None else layer.bias
+        offsets = torch.zeros(self.outputs, dtype=torch.int32)
+        offsets[: len(integers)] = kernels.offset * integers.sum(1, dtype=torch.int32)
+        self.inputs = {
+            "in_shift": None if layer.in_shift is None else pad(layer.in_shift, self.depth),
+            "in_scale": None if layer.in_scale is None else pad(layer.in_scale, self.depth, 1),
+            "l2": kernels.pack_factor(low[1].contiguous(), kernels.low_panel, DEPTH_STEP) if low else None,
+        }
+        self.weights = {
+            "weight": kernels.pack_weight(layer.codes.contiguous(), layer.weight.bits),
+            "multiples": self._multiples(layer) if layer.weight.group else None,
+            "offsets": offsets,
+            "channel": pad(layer.steps(), self.outputs),
+            "bias": pad(bias, self.outputs),
+            "l1": kernels.pack_factor(low[0].contiguous(), kernels.panel, 2) if low else None,
+        }
+
+    def _multiples(self, layer: Layer) -> Tensor:
+        """(O, G) int8 to (panels, G, panel)"""
+        groups = layer.scales.groups
+        whole = torch.zeros(self.outputs, groups.shape[1], dtype=torch.int8)
+        whole[: len(groups)] = groups
+        return whole.view(-1, self.kernels.panel, groups.shape[1]).transpose(1, 2).contiguous()
+
+    def quantize(self, x: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, I) to codes (M, padded I) with the offset, steps (M,) and x̂ L2ᵀ (M, padded R)."""
+        N, T, I = x.shape
+        codes, steps = torch.empty(N * T, self.depth, dtype=torch.uint8), torch.empty(N * T)
+        low = torch.empty(N * T, padded(self.rank, self.kernels.low_panel), dtype=self.kernels.low_dtype)
+        call = Rows.from_buffer_copy(self.rows)
+        call.rows, call.tokens = N * T, T
+        call.x = pointer(x, torch.float32, (N, T, self.shape[1]))
+        call.codes, call.steps, call.low = codes.data_ptr(), steps.data_ptr(), low.data_ptr()
+        if modulation is not None:
+            call.stride = modulation.shift.stride(0)
+            call.shift = row_pointer(modulation.shift, N, I, call.stride)
+            call.scale = row_pointer(modulation.scale, N, I, call.stride)
+        self.kernels.call("quantize_rows", call)
+        return codes, steps, low
+
+    def __call__(
+        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
+    ) -> Tensor:
+        N, T, _ = x.shape
+        out = torch.empty(N, T, self.shape[0]) if residual is None else residual.x
+        codes, steps, low = self.quantize(x.contiguous(), modulation)
+        call = Product.from_buffer_copy(self.product)
+        call.rows, call.tokens, call.gelu = N * T, T, gelu
+        call.codes, call.steps, call.low, call.out = (t.data_ptr() for t in (codes, steps, low, out))
+        if residual is not None:
+            call.stride = residual.gate.stride(0)
+            call.gate = row_pointer(residual.gate, N, self.shape[0], call.stride)
+            call.residual = pointer(out, torch.float32, (N, T, self.shape[0]))
+        self.kernels.call("multiply", call)
+        return out
+
+
+class WeightOnlyLinear(Composed):
+    """Quantized weights, float activations: rows of weights are decoded where they are used, and stay small."""
+
+    def __init__(self, layer: Layer, kernels: Kernels) -> None:
+        O, I = layer.codes.shape
+        self.kernels, self.shape = kernels, (O, I)
+        codes = layer.codes.contiguous()
+        self.weight = codes if layer.weight.bits == 8 else codes[:, 0::2] + 8 | codes[:, 1::2] + 8 << 4
+        self.scales = layer.scales.values().contiguous()
+        self.layer = replace(layer, codes=codes[:0], scales=Scales(self.scales[:0]))
+        self.bits = layer.weight.bits
+
+    @staticmethod
+    def takes(layer: Layer) -> bool:
+        """Whether the kernels compute such a layer: floats in, 8- or 4-bit integer codes."""
+        form, I = layer.weight, layer.codes.shape[1]
+        whole = form.bits == 8 or (form.bits == 4 and I // form.groups(I) % 2 == 0)
+        return layer.act is None and form.element == "int" and whole
+
+    def core(self, x: Tensor) -> Tensor:
+        (O, I), layer = self.shape, self.layer
+        hat = layer.transform(x).flatten(0, -2).contiguous()
+        out = torch.empty(len(hat), O)
+        call = WeightOnly(rows=len(hat), depth=I, outputs=O, bits=self.bits, groups=self.scales.shape[1])
+        call.x, call.out = pointer(hat, torch.float32, (len(hat), I)), out.data_ptr()
+        call.weight, call.scales = self.weight.data_ptr(), self.scales.data_ptr()
+        call.bias = None if layer.bias is None else pointer(layer.bias, torch.float32, (O,))
+        self.kernels.call("weigh", call)
+        return layer.plus_low_rank(out, hat).view(*x.shape[:-1], O)
+
+
+def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:
+    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D), in fp32."""
+    N, T, width = qkv.shape
+    out = torch.empty(N, T, width // 3)
+    call = Attention(images=N, tokens=T, heads=heads, head=width // 3 // heads, out=out.data_ptr())
+    call.qkv = pointer(qkv, torch.float32, (N, T, width))
+    kernels.call("attend", call)
+    return out

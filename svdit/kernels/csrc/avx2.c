@@ -1,0 +1,17 @@
+/* AVX2 and FMA. */
+#ifdef __x86_64__
+#define ISA avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define TILE_ROWS 4
+#define TILE_VECTORS 2
+#define OFFSET 0
+#define PAIRS 0
+#define USE_AVX2
+#include "lanes.h"
+#include "rows.h"
+#include "product.h"
+#include "attention.h"
+#include "weights.h"
+#include "packing.h"
+#endif

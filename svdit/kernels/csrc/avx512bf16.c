@@ -1,0 +1,18 @@
+/* AVX-512 with VNNI and BF16. */
+#ifdef __x86_64__
+#define ISA avx512bf16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")))
+#define LANES 16
+#define TILE_ROWS 6
+#define TILE_VECTORS 4
+#define OFFSET 128
+#define PAIRS 1
+#define USE_VNNI "vpdpbusd"
+#define USE_BF16
+#include "lanes.h"
+#include "rows.h"
+#include "product.h"
+#include "attention.h"
+#include "weights.h"
+#include "packing.h"
+#endif

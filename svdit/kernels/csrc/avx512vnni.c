@@ -1,0 +1,17 @@
+/* AVX-512 with VNNI. */
+#ifdef __x86_64__
+#define ISA avx512vnni
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")))
+#define LANES 16
+#define TILE_ROWS 6
+#define TILE_VECTORS 4
+#define OFFSET 128
+#define PAIRS 0
+#define USE_VNNI "vpdpbusd"
+#include "lanes.h"
+#include "rows.h"
+#include "product.h"
+#include "attention.h"
+#include "weights.h"
+#include "packing.h"
+#endif

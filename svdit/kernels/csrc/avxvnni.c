@@ -1,0 +1,17 @@
+/* AVX-VNNI: the dot product of bytes on 256 bits. */
+#ifdef __x86_64__
+#define ISA avxvnni
+#define TARGET __attribute__((target("avx2,fma,avxvnni")))
+#define LANES 8
+#define TILE_ROWS 4
+#define TILE_VECTORS 2
+#define OFFSET 128
+#define PAIRS 0
+#define USE_VNNI "%{vex%} vpdpbusd"
+#include "lanes.h"
+#include "rows.h"
+#include "product.h"
+#include "attention.h"
+#include "weights.h"
+#include "packing.h"
+#endif

@@ -1,0 +1,56 @@
+/* What Python hands over, once for each call. Pointers come from torch tensors that cpu.py has checked:
+   contiguous, of the type named here, and of the shape in the comment. Sizes are counts of elements.
+   `depth` K is padded with zeros to a multiple of 16 in codes, weights and the vectors of an input's transform. */
+#ifndef SVDIT_KERNELS_H
+#define SVDIT_KERNELS_H
+#include <stdint.h>
+
+enum { DEPTH_STEP = 16 };
+
+/* x to codes and steps, x̂ = ((x − in_shift) / in_scale) H; with `shift` first LayerNorm and modulation. */
+typedef struct {
+    int64_t rows, depth, tokens, stride, hadamard, rank; /* stride: between images of shift and of scale */
+    const float *x;                                      /* (rows, depth) */
+    const float *shift, *scale;                          /* (images, depth) with `stride`, or null */
+    const float *in_shift, *in_scale;                    /* (padded depth), or null */
+    const uint16_t *l2;                                  /* as packed by pack_factor */
+    uint8_t *codes;                                      /* (rows, padded depth), code + OFFSET */
+    float *steps;                                        /* (rows) */
+    void *low;                                           /* (rows, padded rank) x̂ L2ᵀ, float or bf16 */
+} Rows;
+
+/* out = residual + gate · gelu(steps · codes · weightᵀ · channel + low · l1ᵀ + bias); every part after · optional. */
+typedef struct {
+    int64_t rows, depth, outputs, tokens, stride, rank, bits, group, gelu; /* stride: between images of gate */
+    const uint8_t *codes;                                                  /* from Rows */
+    const float *steps;
+    const void *low;
+    const uint8_t *weight;     /* as packed by pack_weight */
+    const int8_t *multiples;   /* (panels, depth / group, panel), or null */
+    const int32_t *offsets;    /* (padded outputs): OFFSET · the sum of each row of integers */
+    const float *channel;      /* (padded outputs) fp32 step of each row */
+    const float *bias;         /* (padded outputs) */
+    const uint16_t *l1;        /* as packed by pack_factor */
+    const float *gate;         /* (images, outputs) with `stride`, or null */
+    const float *residual;     /* (rows, outputs), or null */
+    float *out;                /* (rows, outputs), may be the residual itself */
+} Product;
+
+/* softmax(q kᵀ / √head) v of qkv (images, tokens, 3, heads, head) to out (images, tokens, heads, head). */
+typedef struct {
+    int64_t images, tokens, heads, head;
+    const float *qkv;
+    float *out;
+} Attention;
+
+/* y = x wᵀ + bias for few rows; w stays as stored: codes of 8 bits, or two 4-bit codes + 8 a byte, low one first. */
+typedef struct {
+    int64_t rows, depth, outputs, bits, groups;
+    const float *x;        /* (rows, depth) */
+    const uint8_t *weight; /* (outputs, depth · bits / 8) */
+    const float *scales;   /* (outputs, groups) */
+    const float *bias;     /* (outputs), or null */
+    float *out;            /* (rows, outputs) */
+} WeightOnly;
+
+#endif

@@ -1,0 +1,14 @@
+/* Any processor; computes what avx512bf16 computes, with its shapes, in plain C. */
+#define ISA portable
+#define TARGET
+#define LANES 16
+#define TILE_ROWS 2
+#define TILE_VECTORS 2
+#define OFFSET 128
+#define PAIRS 1
+#include "lanes.h"
+#include "rows.h"
+#include "product.h"
+#include "attention.h"
+#include "weights.h"
+#include "packing.h"

@@ -1,0 +1,164 @@
+/* Activations to codes: LayerNorm, modulation, in_shift, in_scale, Hadamard, one step a row, low-rank projection.
+   TILE_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the order of
+   reference.rotate, and divisions are divisions, so that the codes are the reference's bit for bit. */
+
+#if PAIRS
+typedef uint16_t Low;
+#else
+typedef float Low;
+#endif
+
+/* acc[i][j] += Σ_k a[i][k] b[k][j]: a of `pairs` · 2 numbers a row, b packed (pairs, vectors · LANES, 2) bf16 */
+FN void low_rank_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS], const uint16_t *b,
+                      int64_t pairs, int vectors)
+{
+    for (int64_t k = 0; k < pairs; k++) {
+        UNROLL for (int j = 0; j < vectors; j++) {
+            VI both = load_int(b + ((size_t)k * vectors + j) * LANES * 2);
+#if PAIRS
+            UNROLL for (int i = 0; i < TILE_ROWS; i++) acc[i][j] = dot2(acc[i][j], broadcast(a[i] + 2 * k), both);
+#else
+            VF even = (VF)(both << 16), odd = (VF)(both & splat_int((int32_t)0xffff0000));
+            UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+                acc[i][j] += splat(a[i][2 * k]) * even;
+                acc[i][j] += splat(a[i][2 * k + 1]) * odd;
+            }
+#endif
+        }
+    }
+}
+
+FN void to_low(Low *to, VF x)
+{
+#if PAIRS
+    VH h = __builtin_convertvector(bf16_bits(x), VH);
+    memcpy(to, &h, sizeof h);
+#else
+    store(to, x);
+#endif
+}
+
+/* One stage of the transform inside a vector: lanes i and i ^ h become their sum and difference. */
+FN VF butterfly(VF x, int h)
+{
+    VI partner;
+    VF sign, other;
+    UNROLL for (int i = 0; i < LANES; i++) partner[i] = i ^ h, sign[i] = i & h ? -1.f : 1.f;
+#ifdef __clang__
+    for (int i = 0; i < LANES; i++) other[i] = x[partner[i]];
+#else
+    other = __builtin_shuffle(x, partner);
+#endif
+    return other + x * sign;
+}
+
+FN void hadamard(float *x, int64_t columns, int64_t block)
+{
+    for (int64_t h = 1; h < block; h *= 2)
+        for (int64_t k = 0; k < columns; k += 2 * h)
+            for (int64_t i = k; i < k + h; i++) {
+                float a = x[i], b = x[i + h];
+                x[i] = a + b, x[i + h] = a - b;
+            }
+    float root = (float)(1 / sqrt((double)block));
+    for (int64_t k = 0; k < columns; k++) x[k] *= root;
+}
+
+/* The published block size, in registers. */
+FN void hadamard64(float *x, int64_t columns)
+{
+    enum { V = 64 / LANES };
+    for (int64_t k = 0; k < columns; k += 64) {
+        VF v[V];
+        UNROLL for (int i = 0; i < V; i++) {
+            v[i] = load(x + k + i * LANES);
+            UNROLL for (int h = 1; h < LANES; h *= 2) v[i] = butterfly(v[i], h);
+        }
+        UNROLL for (int h = 1; h < V; h *= 2)
+            UNROLL for (int i = 0; i < V; i++) if (!(i & h)) {
+                VF a = v[i], b = v[i + h];
+                v[i] = a + b, v[i + h] = a - b;
+            }
+        UNROLL for (int i = 0; i < V; i++) store(x + k + i * LANES, v[i] * 0.125f);
+    }
+}
+
+FN void normalize(float *x, int64_t n, const float *shift, const float *scale)
+{
+    int64_t whole = n / LANES * LANES, k;
+    VF total = {0};
+    for (k = 0; k < n; k += LANES) total += load(x + k); /* zeros behind n */
+    float mean = sum(total) / (float)n, rest = 0;
+    total = (VF){0};
+    for (k = 0; k < whole; k += LANES) { VF d = load(x + k) - mean; total += d * d; }
+    for (; k < n; k++) rest += (x[k] - mean) * (x[k] - mean);
+    float inverse = 1.f / sqrtf((sum(total) + rest) / (float)n + 1e-6f);
+    for (k = 0; k < n; k += LANES) {
+        VF v = (load(x + k) - mean) * inverse;
+        store(x + k, v * (load_upto(scale + k, n - k) + 1.f) + load_upto(shift + k, n - k));
+    }
+    for (k = n; k < padded(n, DEPTH_STEP); k++) x[k] = 0;
+}
+
+/* x̂ of one row into `hat`, padded with zeros. */
+FN void transform_row(const Rows *r, int64_t m, float *hat)
+{
+    int64_t K = r->depth, image = m / r->tokens, k;
+    memcpy(hat, r->x + m * K, 4 * (size_t)K);
+    for (k = K; k < padded(K, DEPTH_STEP); k++) hat[k] = 0;
+    if (r->shift) normalize(hat, K, r->shift + image * r->stride, r->scale + image * r->stride);
+    if (r->in_shift)
+        for (k = 0; k < K; k += LANES) store(hat + k, load(hat + k) - load(r->in_shift + k));
+    if (r->in_scale)
+        for (k = 0; k < K; k += LANES) store(hat + k, load(hat + k) / load(r->in_scale + k));
+    if (r->hadamard == 64) hadamard64(hat, K);
+    else if (r->hadamard) hadamard(hat, K, r->hadamard);
+}
+
+/* Codes of one row; its step is returned, not a number where the row holds one that is not finite. */
+FN float quantize_row(const float *hat, int64_t columns, uint8_t *codes)
+{
+    VF most = {0}, poison = {0};
+    for (int64_t k = 0; k < columns; k += LANES) {
+        VF v = load(hat + k);
+        most = at_least(magnitude(v), most), poison += v * 0.f;
+    }
+    float step = largest(most) / 127.f;
+    if (step == 0) step = 1;
+    for (int64_t k = 0; k < columns; k += LANES) {
+        VF ratio = load(hat + k) / step;
+        VI code = nearest(at_least(at_most(ratio, splat(127.f)), splat(-127.f))) + OFFSET;
+        VB bytes = __builtin_convertvector(code, VB);
+        memcpy(codes + k, &bytes, sizeof bytes);
+    }
+    return step + sum(poison);
+}
+
+WORK void quantize_some(const Rows *r, int thread, int threads)
+{
+    int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), blocks = padded(r->rows, TILE_ROWS) / TILE_ROWS;
+    float *hat = malloc(TILE_ROWS * (size_t)Kp * sizeof(float));
+    Low *half = malloc(TILE_ROWS * (size_t)Kp * sizeof(Low));
+    for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
+        int64_t m0 = block * TILE_ROWS, rows = least(TILE_ROWS, r->rows - m0);
+        const Low *a[TILE_ROWS];
+        for (int64_t i = 0; i < rows; i++) {
+            float *row = hat + i * Kp;
+            transform_row(r, m0 + i, row);
+            r->steps[m0 + i] = quantize_row(row, Kp, r->codes + (m0 + i) * Kp);
+            if (r->rank && PAIRS) for (int64_t k = 0; k < Kp; k += LANES) to_low(half + i * Kp + k, load(row + k));
+        }
+        for (int64_t i = 0; i < TILE_ROWS; i++) a[i] = (PAIRS ? half : (Low *)hat) + least(i, rows - 1) * Kp;
+        for (int64_t c = 0; c < Rp; c += LOW_PANEL) {
+            VF acc[TILE_ROWS][TILE_VECTORS] = {0};
+            low_rank_tile(acc, a, r->l2 + c * Kp, Kp / 2, 2);
+            UNROLL for (int i = 0; i < TILE_ROWS; i++)
+                if (i < rows) UNROLL for (int j = 0; j < 2; j++)
+                    to_low((Low *)r->low + (m0 + i) * Rp + c + j * LANES, acc[i][j]);
+        }
+    }
+    free(hat);
+    free(half);
+}
+
+void EXPORT(quantize_rows)(const Rows *r) { PARALLEL(quantize_some, r); }

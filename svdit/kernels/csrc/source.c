@@ -1,0 +1,5 @@
+/* Which sources this library was made from; build.py compares. */
+#ifndef SVDIT_SOURCE
+#define SVDIT_SOURCE ""
+#endif
+__attribute__((visibility("default"))) const char *svdit_source(void) { return SVDIT_SOURCE; }

@@ -1,0 +1,282 @@
+"""The C kernels against the definition: integers bit for bit, floats within the bound of their arithmetic.
+
+u is the unit roundoff. A product of integers is exact; turning it into a number rounds four times. A sum of n
+products in any order is off by at most n·u times the sum of magnitudes.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from svdit.errors import UserError
+from svdit.kernels import build, cpu
+from svdit.kernels import reference as ref
+from svdit.kernels.formats import WEIGHT_FORMATS, Format
+from svdit.kernels.layer import Dequantized, Layer, Modulation, Residual
+
+U, U_BF16 = 2.0**-24, 2.0**-9
+INT8 = Format(8)
+
+pytestmark = pytest.mark.skipif(bool(cpu.why_not()), reason=cpu.why_not() or "-")
+
+
+@pytest.fixture(scope="module", params=cpu.isas())
+def kernels(request: pytest.FixtureRequest) -> cpu.Kernels:
+    return cpu.Kernels(request.param)
+
+
+def random_layer(O: int, I: int, R: int, weight: Format, seed: int, hadamard: int = 0) -> Layer:
+    g = torch.Generator().manual_seed(seed)
+    codes, scales = ref.quantize(torch.randn(O, I, generator=g) / I**0.5, weight)
+    transformed = seed % 3 > 0
+    return Layer(
+        codes,
+        scales,
+        weight,
+        INT8,
+        bias=torch.randn(O, generator=g) if seed % 2 else None,
+        in_shift=torch.randn(I, generator=g) if transformed else None,
+        in_scale=torch.rand(I, generator=g) + 0.1 if transformed else None,
+        hadamard=hadamard,
+        l1=torch.randn(O, R, generator=g).bfloat16() if R else None,
+        l2=(torch.randn(R, I, generator=g) / I**0.5).bfloat16() if R else None,
+    )
+
+
+def shapes(count: int, seed: int) -> Iterator[tuple[int, int, int, int]]:
+    """(M, O, I, R): half of them anything from 1 to 300, half around the sizes of tiles."""
+    draw = random.Random(seed)
+    edges = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300]
+    for _ in range(count):
+        M, O, I, R = (draw.choice(edges) if draw.random() < 0.5 else draw.randint(1, 300) for _ in range(4))
+        yield M, O, I, 0 if draw.random() < 0.3 else R
+
+
+def check(layer: Layer, x: torch.Tensor, kernels: cpu.Kernels) -> None:
+    """Codes and steps equal; every output within its bound of the float64 value, and not all of them exact."""
+    packed, I = cpu.IntegerLinear(layer, kernels), x.shape[1]
+    hat = layer.transform(x)
+    codes, scales = ref.quantize(hat, INT8)
+    got, steps, _ = packed.quantize(x[None])
+    assert torch.equal((got[:, :I].int() - kernels.offset).to(torch.int8), codes)
+    assert (got[:, I:] == kernels.offset).all()
+    assert torch.equal(steps, scales.groups.flatten())
+    integers = layer.integers()
+    main = codes.double() @ integers.double().T * scales.groups.double() * layer.steps().double()
+    low, low_bound = torch.zeros_like(main), torch.zeros_like(main)
+    if layer.l1 is not None and layer.l2 is not None:
+        l1, l2 = layer.l1.double(), layer.l2.double()
+        low = hat.double() @ l2.T @ l1.T
+        roundings = (I + layer.l1.shape[1] + 4) * U + (2.1 * U_BF16 if kernels.low_dtype == torch.bfloat16 else 0)
+        low_bound = roundings * (hat.abs().double() @ l2.abs().T @ l1.abs().T)
+    bias = torch.zeros(len(layer.codes)) if layer.bias is None else layer.bias
+    y = packed(x[None])[0].double()
+    rank = 0 if layer.l1 is None else layer.l1.shape[1]  # its sums run on top of what is there already
+    bound = (5 + rank) * U * (main.abs() + bias.abs()) + low_bound + U * low.abs() + 1e-30
+    error = (y - (main + low + bias)).abs()
+    assert (error <= bound).all(), f"{float((error / bound).max())} of the bound"
+    assert y.numel() < 50 or error.max() > 0
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
+def test_any_shape(kernels: cpu.Kernels, name: str) -> None:
+    form = WEIGHT_FORMATS[name]
+    for seed, (M, O, I, R) in enumerate(shapes(40, seed=len(name))):
+        columns = 64 * (1 + I // 64) if form.group else I
+        hadamard = next((b for b in (64, 16, 4, 2) if columns % b == 0 and seed % 4), 0)
+        x = torch.randn(M, columns, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 5 - 2)
+        check(random_layer(O, columns, R, form, seed, hadamard), x, kernels)
+
+
+@pytest.mark.parametrize("block", [2, 4, 8, 16, 32, 64, 128, 256])
+def test_every_hadamard_block(kernels: cpu.Kernels, block: int) -> None:
+    x = torch.randn(9, 512, generator=torch.Generator().manual_seed(block))
+    check(random_layer(70, 512, 8, INT8, 1, block), x, kernels)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
+def test_sums_of_the_largest_codes_are_exact(kernels: cpu.Kernels, name: str) -> None:
+    form, g = WEIGHT_FORMATS[name], torch.Generator().manual_seed(1)
+    weights = torch.randint(0, 2, (67, 256), generator=g, dtype=torch.int8)
+    codes = weights * (form.hi - form.lo) + form.lo
+    groups = torch.full((67, form.groups(256)), 15.0 if form.group else 1.0) * (1 - 2 * (torch.arange(67) % 2))[:, None]
+    scales = ref.Scales(groups.to(ref.SCALE_DTYPES[form.scale]), torch.ones(67, 1) if form.group else None)
+    layer = Layer(codes, scales, form, INT8)
+    x = torch.randint(0, 2, (13, 256), generator=g) * 254.0 - 127
+    x[0], x[1] = 127, -127
+    integers = layer.integers()
+    expected = x.long() @ (integers.long() * layer.steps().long()[:, None]).T
+    assert expected.abs().max() < 2**24  # so that float32 holds the sums exactly
+    assert torch.equal(cpu.IntegerLinear(layer, kernels)(x[None])[0].long(), expected)
+
+
+def test_extreme_rows(kernels: cpu.Kernels) -> None:
+    layer = random_layer(40, 128, 0, INT8, 3)  # no transform
+    x = torch.zeros(8, 128)
+    x[1], x[2] = 1e-40, 2e-45  # subnormal: 2e-45 / 127 is zero
+    x[3, 5], x[4] = 3e38, torch.finfo(torch.float32).tiny
+    x[5, 7], x[6, 9] = torch.nan, torch.inf
+    x[7] = torch.linspace(-1, 1, 128)
+    finite = x[[0, 1, 2, 3, 4, 7]]
+    check(layer, finite, kernels)
+    y = cpu.IntegerLinear(layer, kernels)(x[None])[0]
+    assert layer.bias is not None
+    assert torch.equal(y[0], layer.bias)
+    assert y[5].isnan().all() and y[6].isnan().all()
+    assert y[[0, 1, 2, 3, 4, 7]].isfinite().all()
+
+
+def test_everything_around_a_layer(kernels: cpu.Kernels) -> None:
+    g = torch.Generator().manual_seed(0)
+    for N, T, I, O in ((2, 7, 96, 100), (1, 1, 5, 3), (3, 4, 17, 64)):
+        layer = random_layer(O, I, 4, INT8, 1)
+        modulations, gates = torch.randn(N, 2 * I, generator=g), torch.randn(N, 2 * O, generator=g)
+        modulation = Modulation(*modulations.chunk(2, dim=1))  # not contiguous
+        x, stream = torch.randn(N, T, I, generator=g) + 3, torch.randn(N, T, O, generator=g)
+        packed, definition = cpu.IntegerLinear(layer, kernels), Dequantized(layer)
+        for gelu in (False, True):
+            calls: list[torch.Tensor] = []
+            for linear in (packed, definition):
+                residual = Residual(stream.clone(), gates[:, O:])
+                calls.append(linear(x, modulation=modulation, gelu=gelu, residual=residual))
+                assert calls[-1] is residual.x
+            # A code may move by one where the normalized number lies on the edge between two.
+            error = (calls[0] - calls[1]).norm() / (calls[1] - stream).norm()
+            assert error < 5e-3 and (error > 0 or T == 1)
+
+
+def test_layer_norm_and_gelu_are_precise(kernels: cpu.Kernels) -> None:
+    """Looked at through a weight that hands single codes on."""
+    identity = Layer(torch.eye(64, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8)
+    x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(2)) * 40 + 1000
+    ones = torch.ones(1, 64)
+    got = cpu.IntegerLinear(identity, kernels)(x, modulation=Modulation(0 * ones, 0 * ones))
+    expected = F.layer_norm(x.double(), (64,), eps=1e-6)
+    step = expected.abs().amax(-1, keepdim=True) / 127
+    assert ((got - expected).abs() <= step * 0.5 + 2e-5).all()
+    y = torch.linspace(-12, 12, 64)
+    wide = torch.cat([y, torch.tensor([127.0 * 12 / 12])])[None, None]
+    layer = Layer(torch.eye(64, 65, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8)
+    rounded = wide[0, :, :64].round().double()
+    got = cpu.IntegerLinear(layer, kernels)(wide, gelu=True)[0]
+    assert (got - F.gelu(rounded, approximate="tanh")).abs().max() < 2e-6
+
+
+def test_weight_only(kernels: cpu.Kernels) -> None:
+    for seed, (M, O, I, _) in enumerate(shapes(30, seed=5)):
+        form = (INT8, WEIGHT_FORMATS["int4-channel"], WEIGHT_FORMATS["int4-bf16"], WEIGHT_FORMATS["int4"])[seed % 4]
+        columns = 64 * (1 + I // 64) if form.bits == 4 else I
+        layer = random_layer(O, columns, 0, form, seed)
+        layer = Layer(layer.codes, layer.scales, form, None, layer.bias)
+        assert cpu.WeightOnlyLinear.takes(layer)
+        x = torch.randn(M, columns, generator=torch.Generator().manual_seed(seed))
+        weight = ref.decode(layer.codes, layer.scales.values(), form).double()
+        bias = torch.zeros(O) if layer.bias is None else layer.bias
+        got = cpu.WeightOnlyLinear(layer, kernels)(x[None])[0].double()
+        bound = (columns + 2) * U * (x.abs().double() @ weight.abs().T) + U * bias.abs()
+        assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
+
+
+def test_attention(kernels: cpu.Kernels) -> None:
+    g = torch.Generator().manual_seed(0)
+    for N, T, heads, head in (
+        (2, 16, 2, 32),
+        (1, 1, 1, 1),
+        (1, 5, 3, 7),
+        (2, 64, 4, 72),
+        (1, 67, 1, 100),
+        (1, 130, 2, 16),
+    ):
+        qkv = torch.randn(N, T, 3 * heads * head, generator=g) * 2
+        q, k, v = qkv.double().view(N, T, 3, heads, head).permute(2, 0, 3, 1, 4)
+        expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, -1)
+        scores = (q.abs() @ k.abs().transpose(2, 3)).amax() / head**0.5
+        bound = U * ((2 * head + 20) * scores + 2 * T + 20) * v.abs().max()
+        error = (cpu.attention(qkv, heads, kernels) - expected).abs().max()
+        assert error <= bound and (error > 0 or T == 1)
+
+
+def test_attention_lets_no_bad_number_vanish(kernels: cpu.Kernels) -> None:
+    for bad in (torch.nan, torch.inf):
+        for column in (0, 16, 32):  # in q, k, v
+            qkv = torch.ones(1, 9, 48)
+            qkv[0, 4, column] = bad
+            y = cpu.attention(qkv, 1, kernels)
+            assert not y[0, 4].isfinite().all()
+            assert not y.isfinite().all()
+
+
+def test_threads_do_not_change_a_bit(kernels: cpu.Kernels) -> None:
+    layer = random_layer(300, 256, 16, WEIGHT_FORMATS["int4"], 1, 64)
+    packed, x = cpu.IntegerLinear(layer, kernels), torch.randn(1, 37, 256)
+    one, before = packed(x), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(packed(x), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pointers_are_checked() -> None:
+    x = torch.zeros(4, 6)
+    assert cpu.pointer(None, torch.float32, (1,)) is None
+    assert cpu.pointer(x, torch.float32, (4, 6)) == x.data_ptr()
+    for bad, dtype, shape in (
+        (x.t(), torch.float32, (6, 4)), (x, torch.float64, (4, 6)), (x, torch.float32, (4, 5)),
+        (x.to("meta"), torch.float32, (4, 6)),
+    ):  # fmt: skip
+        with pytest.raises(AssertionError):
+            cpu.pointer(bad, dtype, shape)
+    for part in (x.t()[:4], x.double()[:, :4], x[:, ::2]):
+        with pytest.raises(AssertionError):
+            cpu.row_pointer(part, 4, part.shape[1], 6)
+
+
+def test_one_openmp_runtime() -> None:
+    build.library()
+    assert len(build.openmp_runtimes()) == 1
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVDIT_ISA", "sse9")
+    with pytest.raises(UserError, match="SVDIT_ISA is sse9, but this processor has"):
+        cpu.kernels.__wrapped__()
+
+
+@pytest.mark.parametrize(("variable", "value", "message"), [
+    ("CC", "no-such-compiler", "no-such-compiler cannot be run"),
+    ("CC", "false", "did not compile"),
+    ("PATH", "", "there is no C compiler"),
+    ("SVDIT_KERNELS", "/nowhere.so", "/nowhere.so cannot be loaded"),
+    ("XDG_CACHE_HOME", "/proc", "cannot be written"),
+])  # fmt: skip
+def test_without_a_library_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho > "$2"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, "_installed", lambda: None)
+    monkeypatch.delenv("SVDIT_KERNELS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if variable == "PATH":
+        monkeypatch.delenv("CC", raising=False)
+    else:
+        monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(build.MissingKernelsError, match=message):
+        build.library.__wrapped__()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build.library()._name
+    monkeypatch.setattr(build, "source_hash", lambda: "0" * 16)
+    assert build._load(path) is None
+    monkeypatch.setenv("SVDIT_KERNELS", path)
+    with pytest.raises(build.MissingKernelsError, match="was not made from these sources"):
+        build.library.__wrapped__()
