@@ -19,8 +19,8 @@ from svdit.cli import command
 from svdit.images import grid, list_images, read_image
 
 PRESETS = ("w8a8", "w4a8", "w4a4", "svdquant-w4a4")
-COUNT = 500
-WALK = "--sampler ddim --num-sampling-steps 50 --cfg-scale 1.5"
+COUNT = 200
+WALK = "--sampler ddim --num-sampling-steps 50 --cfg-scale 1.5 --per-proc-batch-size 100"
 
 
 def run(line: str) -> None:

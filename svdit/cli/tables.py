@@ -1,7 +1,9 @@
 """Tables for the terminal."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.table import Table
 
@@ -9,14 +11,60 @@ if TYPE_CHECKING:
     from svdit.quant.linear import SVDLinear
     from svdit.quant.recipe import LayerReport
 
+Named = TypeVar("Named", str, "LayerReport")
+MANY = 40  # layers, above which a table shows kinds of layers
+
+
+def place(name: str) -> tuple[str, int | None]:
+    """A layer's kind and the number of its block, ("fc1", 3); None for one outside of numbered blocks."""
+    name = name.replace("adaLN_modulation.1", "adaLN")
+    found = re.search(r"\.(\d+)\.(?:.+\.)?(.+)", name)
+    return (found[2], int(found[1])) if found else (name, None)
+
+
+def by_kind(layers: Iterable[Named]) -> dict[str, list[Named]]:
+    """Layers, or their names, by kind, in order."""
+    kinds: dict[str, list[Named]] = {}
+    for layer in layers:
+        kinds.setdefault(place(layer if isinstance(layer, str) else layer.name)[0], []).append(layer)
+    return kinds
+
 
 def layer_table(layers: Sequence["LayerReport"]) -> Table:
+    """One row a quantized layer, or where there are many, a kind of layer."""
+    return kind_table(layers) if len(layers) > MANY else single_table(layers)
+
+
+def kind_table(layers: Sequence["LayerReport"]) -> Table:
+    """One row a kind of layer: how many, their weight together, the median and the worst, and in which block it is."""
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("layers", no_wrap=True)
+    for column in ("weights", "inputs", "rank"):
+        table.add_column(column)
+    for column in ("MB", "SQNR, dB", "worst"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for kind, lines in by_kind(layers).items():
+        known = sorted((line.sqnr, line.name) for line in lines if line.sqnr is not None)
+        before, after = sum(line.bytes_before for line in lines), sum(line.bytes_after for line in lines)
+        table.add_row(
+            f"{len(lines)} {kind}",
+            ", ".join(sorted({line.weight for line in lines})),
+            ", ".join(sorted({line.act for line in lines})),
+            ", ".join(map(str, sorted({line.rank for line in lines}))),
+            f"{before / 1e6:.1f} → {after / 1e6:.1f}",
+            f"{median(sqnr for sqnr, _ in known):.1f}" if known else "–",
+            f"{known[0][0]:.1f} in {place(known[0][1])[1]}" if known else "–",
+        )
+    return table
+
+
+def single_table(layers: Sequence["LayerReport"]) -> Table:
     """One row a quantized layer."""
     table = Table(box=None, header_style="bold")
     table.add_column("layer", no_wrap=True)
     for column in ("weights", "inputs"):
         table.add_column(column)
-    for column in ("rank", "KB before", "KB after", "weight error", "output SQNR, dB", "α, β"):
+    for column in ("rank", "KB", "weight error", "SQNR, dB"):
         table.add_column(column, justify="right")
     for line in layers:
         table.add_row(
@@ -24,11 +72,9 @@ def layer_table(layers: Sequence["LayerReport"]) -> Table:
             line.weight,
             line.act,
             str(line.rank),
-            f"{line.bytes_before / 1e3:.1f}",
             f"{line.bytes_after / 1e3:.1f}",
             f"{line.weight_error:.4f}",
             "–" if line.sqnr is None else f"{line.sqnr:.1f}",
-            f"{line.alpha:.2f}, {line.beta:.2f}",
         )
     return table
 

@@ -1,0 +1,146 @@
+"""The documented commands, read out of the README and run as a user would: in a shell, from the repository's root."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+DOCUMENTED = [line for line in BLOCKS[1][1].splitlines() if line]
+SMALL = [  # what stands in for weights that are not here: the embedded model, a few pictures, a few steps
+    ("pretrained_models/DiT-XL-2-256x256.pt", "digits"),
+    ("DiT-XL/2", "DiT-digits"),
+    ("--image-size 256", "--image-size 8"),
+    ("--num-classes 1000", "--num-classes 10"),
+    ("--num-fid-samples 5000", "--num-fid-samples 6"),
+    ("--num_images 5000", "--num_images 6"),
+    ("--nproc_per_node=4", "--nproc_per_node=2"),
+]
+
+
+def small(line: str, folder: Path) -> str:
+    for old, new in [
+        *SMALL,
+        ("./generated", f"{folder}/generated"),
+        ("quantized_model.pt", f"{folder}/quantized_model.pt"),
+    ]:
+        line = line.replace(old, new)
+    return line.replace("/path/to/", f"{folder}/")
+
+
+def run(line: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The command with this Python and one thread."""
+    words = shlex.split(line)
+    start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [*start, *words[1:], *more]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands leave their files; the quantized model is made first, as the README has it."""
+    folder = tmp_path_factory.mktemp("documented")
+    done = run(small(DOCUMENTED[2], folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_the_readme_holds_the_documented_commands_verbatim() -> None:
+    assert DOCUMENTED == [
+        "python sample.py --image-size 256 --seed 1",
+        "python sample.py --model DiT-XL/2 --image-size 256 --ckpt pretrained_models/DiT-XL-2-256x256.pt",
+        "python quantize_ptq.py --ckpt pretrained_models/DiT-XL-2-256x256.pt --model DiT-XL/2 --num-classes 1000 "
+        "--rank-ratio 0.95 --num-bits 8 --output quantized_model.pt",
+        "torchrun --nnodes=1 --nproc_per_node=4 sample_ddp.py --model DiT-XL/2 --ckpt quantized_model.pt "
+        "--num-fid-samples 5000 --image-size 256 --rank-ratio 0.95 --sample-dir ./generated",
+        "python evaluate_metrics.py --real_dir /path/to/real --fake_dir /path/to/generated --num_images 5000",
+    ]
+    assert "from models import DiT_models, SVDLinear, apply_svd_to_dit" in README
+    assert "conda env create -f environment.yml" in README
+
+
+@pytest.mark.parametrize("line", DOCUMENTED[:2])
+def test_sample(line: str, tmp_path: Path) -> None:
+    more = [] if "--ckpt" in line else ["--ckpt", "digits"]
+    output = tmp_path / "sample.png"
+    done = run(small(line, tmp_path), *more, "--num-sampling-steps", "4", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert np.asarray(Image.open(output)).std() > 10
+
+
+def test_quantize(folder: Path) -> None:
+    size = (folder / "quantized_model.pt").stat().st_size
+    assert 1e6 < size < 4e6
+
+
+def test_generate_then_evaluate(folder: Path) -> None:
+    done = run(small(DOCUMENTED[3], folder), "--num-sampling-steps", "4")
+    assert done.returncode == 0, done.stderr
+    assert np.load(folder / "generated.npz")["arr_0"].shape == (6, 8, 8, 3)
+    (folder / "generated").rename(folder / "real")
+    done = run(small(DOCUMENTED[3], folder), "--num-sampling-steps", "4", "--global-seed", "1")
+    assert done.returncode == 0, done.stderr
+    evaluate = small(DOCUMENTED[4], folder)
+    without = {key: os.environ.pop(key) for key in ("SVDIT_INCEPTION_WEIGHTS",) if key in os.environ}
+    done = run(evaluate)
+    os.environ.update(without)
+    if done.returncode:  # no Inception weights on this machine
+        assert done.returncode == 2
+        assert "--feature-extractor random" in done.stderr
+        assert "Traceback" not in done.stderr
+    done = run(evaluate, "--feature-extractor", "random", "--cache-dir", "")
+    assert done.returncode == 0, done.stderr
+    assert "NOT comparable" in done.stdout
+
+
+def test_a_rank_ratio_that_is_not_the_files_is_an_error(folder: Path) -> None:
+    line = small(DOCUMENTED[3], folder).replace("--rank-ratio 0.95", "--rank-ratio 0.5")
+    done = run("python " + line[line.index("sample_ddp.py") :])
+    assert done.returncode == 2
+    assert "0.95" in done.stderr
+    assert "0.5" in done.stderr
+
+
+def test_the_python_example_runs() -> None:
+    example = next(text for language, text in BLOCKS if language == "python" and "from models import" in text)
+    done = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_offline_examples_run(tmp_path: Path) -> None:
+    for line in BLOCKS[3][1].splitlines():
+        line = line.replace("digits-w4a8", f"{tmp_path}/digits-w4a8").replace(
+            "--sample-dir ", f"--sample-dir {tmp_path}/"
+        )
+        more = ["--output", f"{tmp_path}/sample.png"] if "sample.py" in line else []
+        done = run(line, *more)
+        assert done.returncode == 0, done.stderr
+
+
+def test_conda_environment_names_the_pins() -> None:
+    text = (ROOT / "environment.yml").read_text()
+    pin = re.search(r'"(torch==[\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    assert pin is not None
+    assert text.startswith("name: DiT\n")
+    assert pin[1] in text
+    assert "--editable ." in text
+
+
+@pytest.mark.parametrize("name", ["sample", "sample_ddp", "quantize_ptq", "evaluate_metrics", "train"])
+def test_help_answers_without_torch(name: str) -> None:
+    code = f"import sys, runpy; sys.argv = ['{name}.py', '--help']\n"
+    code += f"try: runpy.run_path('{name}.py', run_name='__main__')\n"
+    code += "except SystemExit as end: assert end.code == 0\nassert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "usage: svdit" in done.stdout
