@@ -6,6 +6,7 @@ sees the same examples whatever the number of processes. Pixels are float32 (C, 
 """
 
 import io
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -79,15 +80,20 @@ def folder(path: Path, image_size: int) -> Pictures:
 
 def archive(path: Path, image_size: int) -> Pictures:
     """Pictures and labels of an .npz; JPEG ones stay compressed in memory."""
-    with np.load(path) as data:
-        arrays = {key: data[key] for key in ("arr_0", "jpeg", "offsets", "labels") if key in data}
+    try:
+        with np.load(path) as data:
+            arrays = {key: data[key] for key in ("arr_0", "jpeg", "offsets", "labels") if key in data}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as an .npz ({error}); write it again with numpy.savez") from None
     if "labels" not in arrays or not ("arr_0" in arrays or {"jpeg", "offsets"} <= set(arrays)):
-        raise UserError(
-            f"{path} holds {', '.join(arrays) or 'nothing known'}; it needs labels, and arr_0 or jpeg, offsets"
-        )
+        found = ", ".join(arrays) or "nothing known"
+        raise UserError(f"{path} holds {found}; it needs labels, and arr_0 or jpeg, offsets")
     labels = arrays["labels"].astype(np.int64)
     if "arr_0" in arrays:
-        read, count = partial(_read_array, arrays["arr_0"], image_size), len(arrays["arr_0"])
+        pixels = arrays["arr_0"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+            raise UserError(f"arr_0 of {path} is {pixels.dtype} {pixels.shape}; it must be uint8 (N, H, W, 3)")
+        read, count = partial(_read_array, pixels, image_size), len(pixels)
     else:
         read, count = partial(_read_jpeg, arrays["jpeg"], arrays["offsets"], image_size), len(arrays["offsets"]) - 1
     if count != len(labels):
@@ -100,7 +106,7 @@ def _read_file(paths: tuple[Path, ...], size: int, i: int) -> Tensor:
 
 
 def _read_array(pixels: Any, size: int, i: int) -> Tensor:
-    return center_crop(Image.fromarray(pixels[i]).convert("RGB"), size)
+    return center_crop(Image.fromarray(pixels[i]), size)
 
 
 def _read_jpeg(files: Any, offsets: Any, size: int, i: int) -> Tensor:
@@ -165,4 +171,4 @@ def share(step: int, batch_size: int) -> range:
 def batches(examples: Examples, steps: range, batch_size: int, workers: int) -> DataLoader[tuple[Tensor, int]]:
     """Pictures (N, C, H, W) and labels (N,) of each step, this process's share."""
     numbers = (list(share(step, batch_size)) for step in steps)
-    return DataLoader(examples, batch_sampler=numbers, num_workers=workers)
+    return DataLoader(examples, batch_sampler=numbers, num_workers=workers, pin_memory=torch.cuda.is_available())

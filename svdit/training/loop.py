@@ -4,6 +4,7 @@ Timestep, noise and whether the label is hidden are functions of (seed, n), as t
 run goes on from `last.pt` as if nothing had happened, and the number of processes changes only rounding.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -49,6 +50,9 @@ class TrainOptions:
     workers: int = 4
 
     def __post_init__(self) -> None:
+        for name, most in (("lr", math.inf), ("ema_decay", 1), ("label_dropout", 1), ("workers", math.inf)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"{name} cannot be {getattr(self, name)}; it lies between 0 and {most}")
         if self.global_batch_size % distributed.world_size():
             raise UserError(
                 f"a global batch of {self.global_batch_size} cannot be shared by {distributed.world_size()} processes; "

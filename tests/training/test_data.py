@@ -149,3 +149,9 @@ def test_what_is_no_data(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", arr_0=COLOURS, labels=[1])
     with pytest.raises(UserError, match="6 pictures and 1 labels"):
         load(str(tmp_path / "a.npz"), 8)
+    np.savez(tmp_path / "a.npz", arr_0=COLOURS[..., 0], labels=range(6))
+    with pytest.raises(UserError, match=r"is uint8 \(6, 8, 8\); it must be uint8 \(N, H, W, 3\)"):
+        load(str(tmp_path / "a.npz"), 8)
+    (tmp_path / "a.npz").write_bytes(b"PK no archive")
+    with pytest.raises(UserError, match="cannot be read as an"):
+        load(str(tmp_path / "a.npz"), 8)

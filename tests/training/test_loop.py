@@ -136,6 +136,12 @@ def test_what_a_checkpoint_leaves(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 0
 
 
+@pytest.mark.parametrize("wrong", [{"lr": -1.0}, {"lr": float("nan")}, {"ema_decay": 1.1}, {"workers": -1}])
+def test_impossible_options(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(wrong))} cannot be {next(iter(wrong.values()))}"):
+        TrainOptions(**wrong)
+
+
 def test_batches_that_cannot_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svdit.distributed.world_size", lambda: 3)
     with pytest.raises(UserError, match="batch of 4 cannot be shared by 3 processes"):
