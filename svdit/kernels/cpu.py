@@ -37,7 +37,7 @@ def _structure(name: str, integers: str, pointers: str) -> type[Structure]:
 
 # As in csrc/kernels.h.
 Rows = _structure(
-    "Rows", "rows depth tokens stride hadamard rank", "x shift scale in_shift in_scale l2 codes steps low"
+    "Rows", "rows depth tokens stride hadamard rank offset", "x shift scale in_shift in_inverse l2 codes steps low"
 )
 Product = _structure(
     "Product",
@@ -62,7 +62,7 @@ SIGNATURES = {
     "weigh": [POINTER(WeightOnly)],
     "pack_weight": [c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
-    "geometry": [POINTER(c_int64 * 8)],
+    "geometry": [POINTER(c_int64 * 9)],
 }
 
 
@@ -71,10 +71,11 @@ class Kernels:
 
     def __init__(self, isa: str) -> None:
         self.isa, self.lib = isa, library()
-        numbers = (c_int64 * 8)()
+        numbers = (c_int64 * 9)()
         self.call("geometry", numbers)
-        self.panel, self.low_panel, self.offset, pairs, *sizes = numbers
+        self.panel, self.low_panel, byte_offset, nibble_offset, pairs, *sizes = numbers
         assert sizes == [sizeof(kind) for kind in (Rows, Product, Attention, WeightOnly)], "kernels.h says otherwise"
+        self.offsets = {8: byte_offset, 4: nibble_offset}  # added to activation codes, by bits of the weight
         self.low_dtype = torch.bfloat16 if pairs else torch.float32
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -123,9 +124,9 @@ def padded(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def pad(x: Tensor, length: int, value: float = 0) -> Tensor:
-    """x (n,) followed by `value`s, (length,) fp32."""
-    out = torch.full((length,), value, dtype=torch.float32)
+def pad(x: Tensor, length: int) -> Tensor:
+    """x (n,) followed by zeros, (length,) fp32."""
+    out = torch.zeros(length)
     out[: len(x)] = x
     return out
 
@@ -154,12 +155,13 @@ class IntegerLinear:
         O, I = self.shape
         self.depth, self.outputs = padded(I, DEPTH_STEP), padded(O, kernels.panel)
         self.rank = 0 if layer.l1 is None else layer.l1.shape[1]
+        self.offset = kernels.offsets[layer.weight.bits]
         self._keep(layer)
         static = {"depth": I, "rank": self.rank}
         inputs = {name: None if x is None else x.data_ptr() for name, x in self.inputs.items()}
         weights = {name: None if x is None else x.data_ptr() for name, x in self.weights.items()}
         bits, group = layer.weight.bits, layer.weight.group
-        self.rows = Rows(hadamard=layer.hadamard, **static, **inputs)
+        self.rows = Rows(hadamard=layer.hadamard, offset=self.offset, **static, **inputs)
         self.product = Product(outputs=O, bits=bits, group=group, **static, **weights)
 
     @staticmethod
@@ -175,10 +177,10 @@ class IntegerLinear:
         kernels, integers, low = self.kernels, layer.integers(), layer.low_rank()
         bias = torch.zeros(0) if layer.bias is None else layer.bias
         offsets = torch.zeros(self.outputs, dtype=torch.int32)
-        offsets[: len(integers)] = kernels.offset * integers.sum(1, dtype=torch.int32)
+        offsets[: len(integers)] = self.offset * integers.sum(1, dtype=torch.int32)
         self.inputs = {
             "in_shift": None if layer.in_shift is None else pad(layer.in_shift, self.depth),
-            "in_scale": None if layer.in_scale is None else pad(layer.in_scale, self.depth, 1),
+            "in_inverse": None if layer.in_scale is None else pad(layer.in_scale.reciprocal(), self.depth),
             "l2": kernels.pack_factor(low[1].contiguous(), kernels.low_panel, DEPTH_STEP) if low else None,
         }
         self.weights = {

@@ -27,7 +27,7 @@ class Residual(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized linear: y = Qa(x̂) Wᵀ + (x̂ L2ᵀ) L1ᵀ + bias, x̂ = ((x − shift) / scale) H."""
+    """A quantized linear: y = Qa(x̂) Wᵀ + (x̂ L2ᵀ) L1ᵀ + bias, x̂ = ((x − shift) · (1/scale)) H."""
 
     codes: Tensor  # (O, I) int8, or float8 for E4M3
     scales: ref.Scales
@@ -44,7 +44,7 @@ class Layer:
         """x̂, fp32"""
         x = x.float()
         x = x if self.in_shift is None else x - self.in_shift
-        x = x if self.in_scale is None else x / self.in_scale
+        x = x if self.in_scale is None else x * self.in_scale.reciprocal()
         return ref.rotate(x, self.hadamard)
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:

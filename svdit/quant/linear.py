@@ -163,7 +163,7 @@ class SVDLinear(nn.Module):
         if self.in_shift is not None:
             x = x - self.in_shift
         if self.in_scale is not None:
-            x = x / self.in_scale
+            x = x * self.in_scale.reciprocal()  # as every backend does: codes are equal bit for bit
         return ref.rotate(x, self.spec.hadamard)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@
 #define TILE_ROWS 4
 #define TILE_VECTORS 2
 #define OFFSET 0
+#define SMALL_CODES 1
 #define PAIRS 0
 #define USE_AVX2
 #include "lanes.h"

@@ -6,6 +6,7 @@
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
 #define OFFSET 128
+#define SMALL_CODES 0
 #define PAIRS 0
 #define USE_VNNI "vpdpbusd"
 #include "lanes.h"

@@ -6,6 +6,7 @@
 #define TILE_ROWS 4
 #define TILE_VECTORS 2
 #define OFFSET 128
+#define SMALL_CODES 0
 #define PAIRS 0
 #define USE_VNNI "%{vex%} vpdpbusd"
 #include "lanes.h"

@@ -1,7 +1,8 @@
 /* A vector of LANES floats or 32-bit integers, and the few operations that differ between instruction sets.
    Everything else is written with GCC's vector extensions, which compile for any processor. An instruction set is
-   a file that defines ISA, TARGET, LANES, TILE_ROWS, TILE_VECTORS, OFFSET, PAIRS and includes this one.
-   OFFSET is added to activation codes where the dot product wants them unsigned; PAIRS: bf16 dot products exist. */
+   a file that defines ISA, TARGET, LANES, TILE_ROWS, TILE_VECTORS, OFFSET, PAIRS, SMALL_CODES and includes this one.
+   OFFSET is added to activation codes where the dot product wants them unsigned; PAIRS: bf16 dot products exist;
+   SMALL_CODES: products of 4-bit weights have a faster way of their own, which wants an offset of 128. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +24,7 @@
 typedef float VF __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
 typedef uint32_t VU __attribute__((vector_size(4 * LANES)));
+typedef int16_t VS __attribute__((vector_size(4 * LANES)));
 typedef uint8_t VB __attribute__((vector_size(LANES)));
 typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
 
@@ -46,6 +48,21 @@ FN float sum(VF v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; ret
 FN float largest(VF v) { float m = v[0]; for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m; return m; }
 FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FN int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+FN int any(VI mask) { int32_t bits = 0; for (int i = 0; i < LANES; i++) bits |= mask[i]; return bits != 0; }
+
+/* The low byte of each lane. */
+FN void store_bytes(uint8_t *to, VI v)
+{
+#if LANES == 8
+    __m256i low = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
+    int32_t halves[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
+    memcpy(to, halves, sizeof halves);
+#else
+    VB bytes = __builtin_convertvector(v, VB);
+    memcpy(to, &bytes, sizeof bytes);
+#endif
+}
 
 /* Half to even, for |x| < 2^22: adding 1.5 · 2^23 leaves the integer in the low bits. */
 FN VI nearest(VF x) { return (VI)(x + 12582912.f) - 0x4b400000; }

@@ -1,6 +1,6 @@
 /* Activations to codes: LayerNorm, modulation, in_shift, in_scale, Hadamard, one step a row, low-rank projection.
    TILE_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the order of
-   reference.rotate, and divisions are divisions, so that the codes are the reference's bit for bit. */
+   reference.rotate, so that without LayerNorm the codes are the reference's bit for bit. */
 
 #if PAIRS
 typedef uint16_t Low;
@@ -12,19 +12,25 @@ typedef float Low;
 FN void low_rank_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS], const uint16_t *b,
                       int64_t pairs, int vectors)
 {
-    for (int64_t k = 0; k < pairs; k++) {
-        UNROLL for (int j = 0; j < vectors; j++) {
-            VI both = load_int(b + ((size_t)k * vectors + j) * LANES * 2);
+    for (int64_t k = 0; k < pairs; k++, b += 2 * LANES * vectors) {
 #if PAIRS
+        UNROLL for (int j = 0; j < vectors; j++) {
+            VI both = load_int(b + 2 * LANES * j);
             UNROLL for (int i = 0; i < TILE_ROWS; i++) acc[i][j] = dot2(acc[i][j], broadcast(a[i] + 2 * k), both);
-#else
-            VF even = (VF)(both << 16), odd = (VF)(both & splat_int((int32_t)0xffff0000));
-            UNROLL for (int i = 0; i < TILE_ROWS; i++) {
-                acc[i][j] += splat(a[i][2 * k]) * even;
-                acc[i][j] += splat(a[i][2 * k + 1]) * odd;
-            }
-#endif
         }
+#else
+        UNROLL for (int odd = 0; odd < 2; odd++) {
+            VF column[TILE_VECTORS];
+            UNROLL for (int j = 0; j < vectors; j++) {
+                VI both = load_int(b + 2 * LANES * j);
+                column[j] = (VF)(odd ? both & splat_int((int32_t)0xffff0000) : both << 16);
+            }
+            UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+                VF row = splat(a[i][2 * k + odd]);
+                UNROLL for (int j = 0; j < vectors; j++) acc[i][j] += row * column[j];
+            }
+        }
+#endif
     }
 }
 
@@ -83,53 +89,66 @@ FN void hadamard64(float *x, int64_t columns)
     }
 }
 
-FN void normalize(float *x, int64_t n, const float *shift, const float *scale)
+/* Mean and one over the standard deviation. */
+FN void moments(const float *x, int64_t n, float *mean, float *inverse)
 {
     int64_t whole = n / LANES * LANES, k;
     VF total = {0};
-    for (k = 0; k < n; k += LANES) total += load(x + k); /* zeros behind n */
-    float mean = sum(total) / (float)n, rest = 0;
+    float rest = 0;
+    for (k = 0; k < n; k += LANES) total += load_upto(x + k, n - k);
+    *mean = sum(total) / (float)n;
     total = (VF){0};
-    for (k = 0; k < whole; k += LANES) { VF d = load(x + k) - mean; total += d * d; }
-    for (; k < n; k++) rest += (x[k] - mean) * (x[k] - mean);
-    float inverse = 1.f / sqrtf((sum(total) + rest) / (float)n + 1e-6f);
-    for (k = 0; k < n; k += LANES) {
-        VF v = (load(x + k) - mean) * inverse;
-        store(x + k, v * (load_upto(scale + k, n - k) + 1.f) + load_upto(shift + k, n - k));
-    }
-    for (k = n; k < padded(n, DEPTH_STEP); k++) x[k] = 0;
+    for (k = 0; k < whole; k += LANES) { VF d = load(x + k) - *mean; total += d * d; }
+    for (; k < n; k++) rest += (x[k] - *mean) * (x[k] - *mean);
+    *inverse = 1.f / sqrtf((sum(total) + rest) / (float)n + 1e-6f);
 }
 
-/* x̂ of one row into `hat`, padded with zeros. */
+/* x̂ of row m into `hat`, padded with zeros. */
 FN void transform_row(const Rows *r, int64_t m, float *hat)
 {
-    int64_t K = r->depth, image = m / r->tokens, k;
-    memcpy(hat, r->x + m * K, 4 * (size_t)K);
-    for (k = K; k < padded(K, DEPTH_STEP); k++) hat[k] = 0;
-    if (r->shift) normalize(hat, K, r->shift + image * r->stride, r->scale + image * r->stride);
-    if (r->in_shift)
-        for (k = 0; k < K; k += LANES) store(hat + k, load(hat + k) - load(r->in_shift + k));
-    if (r->in_scale)
-        for (k = 0; k < K; k += LANES) store(hat + k, load(hat + k) / load(r->in_scale + k));
+    int64_t K = r->depth, image = r->shift ? m / r->tokens * r->stride : 0;
+    const float *x = r->x + m * K;
+    float mean = 0, inverse = 1;
+    if (r->shift) moments(x, K, &mean, &inverse);
+    for (int64_t k = 0; k < K; k += LANES) {
+        VF v = load_upto(x + k, K - k);
+        if (r->shift) {
+            VF scale = load_upto(r->scale + image + k, K - k), shift = load_upto(r->shift + image + k, K - k);
+            v = (v - mean) * inverse * (scale + 1.f) + shift;
+        }
+        if (r->in_shift) v -= load(r->in_shift + k);
+        if (r->in_inverse) v *= load(r->in_inverse + k);
+        store(hat + k, v);
+    }
+    for (int64_t k = K; k < padded(K, DEPTH_STEP); k++) hat[k] = 0;
     if (r->hadamard == 64) hadamard64(hat, K);
     else if (r->hadamard) hadamard(hat, K, r->hadamard);
 }
 
-/* Codes of one row; its step is returned, not a number where the row holds one that is not finite. */
-FN float quantize_row(const float *hat, int64_t columns, uint8_t *codes)
+/* Codes of one row; its step is returned, not a number where the row holds one that is not finite.
+   Products with 1 / step round as quotients do unless they lie within 2.3e-5 of the middle between two integers;
+   rows with such a number are divided. */
+FN float quantize_row(const float *hat, int64_t columns, int32_t offset, uint8_t *codes)
 {
     VF most = {0}, poison = {0};
     for (int64_t k = 0; k < columns; k += LANES) {
         VF v = load(hat + k);
         most = at_least(magnitude(v), most), poison += v * 0.f;
     }
-    float step = largest(most) / 127.f;
-    if (step == 0) step = 1;
+    float step = largest(most) / 127.f, inverse = 1.f / step;
+    VI doubt = {0};
     for (int64_t k = 0; k < columns; k += LANES) {
-        VF ratio = load(hat + k) / step;
-        VI code = nearest(at_least(at_most(ratio, splat(127.f)), splat(-127.f))) + OFFSET;
-        VB bytes = __builtin_convertvector(code, VB);
-        memcpy(codes + k, &bytes, sizeof bytes);
+        VF ratio = load(hat + k) * inverse;
+        VI code = nearest(ratio);
+        doubt |= magnitude(ratio - __builtin_convertvector(code, VF)) > 0.49997f;
+        store_bytes(codes + k, code + offset);
+    }
+    if (any(doubt) || !(step > 1e-30f && step < 1e30f)) {
+        if (step == 0) step = 1;
+        for (int64_t k = 0; k < columns; k += LANES) {
+            VF ratio = at_least(at_most(load(hat + k) / step, splat(127.f)), splat(-127.f));
+            store_bytes(codes + k, nearest(ratio) + offset);
+        }
     }
     return step + sum(poison);
 }
@@ -145,7 +164,7 @@ WORK void quantize_some(const Rows *r, int thread, int threads)
         for (int64_t i = 0; i < rows; i++) {
             float *row = hat + i * Kp;
             transform_row(r, m0 + i, row);
-            r->steps[m0 + i] = quantize_row(row, Kp, r->codes + (m0 + i) * Kp);
+            r->steps[m0 + i] = quantize_row(row, Kp, (int32_t)r->offset, r->codes + (m0 + i) * Kp);
             if (r->rank && PAIRS) for (int64_t k = 0; k < Kp; k += LANES) to_low(half + i * Kp + k, load(row + k));
         }
         for (int64_t i = 0; i < TILE_ROWS; i++) a[i] = (PAIRS ? half : (Low *)hat) + least(i, rows - 1) * Kp;
