@@ -55,14 +55,16 @@ def isas() -> list[str]:
 
 Attention = _structure("Attention", "images tokens heads head", "qkv out")
 WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
+Packing = _structure("Packing", "outputs depth bits group", "stored multiples weight sums")
+STRUCTURES = (Rows, Product, Attention, WeightOnly, Packing)
 SIGNATURES = {
     "quantize_rows": [POINTER(Rows)],
     "multiply": [POINTER(Product)],
     "attend": [POINTER(Attention)],
     "weigh": [POINTER(WeightOnly)],
-    "pack_weight": [c_void_p, c_int64, c_int64, c_int64, c_void_p],
+    "pack_weight": [POINTER(Packing)],
     "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
-    "geometry": [POINTER(c_int64 * 9)],
+    "geometry": [POINTER(c_int64 * 10)],
 }
 
 
@@ -71,10 +73,10 @@ class Kernels:
 
     def __init__(self, isa: str) -> None:
         self.isa, self.lib = isa, library()
-        numbers = (c_int64 * 9)()
+        numbers = (c_int64 * 10)()
         self.call("geometry", numbers)
         self.panel, self.low_panel, byte_offset, nibble_offset, pairs, *sizes = numbers
-        assert sizes == [sizeof(kind) for kind in (Rows, Product, Attention, WeightOnly)], "kernels.h says otherwise"
+        assert sizes == [sizeof(kind) for kind in STRUCTURES], "kernels.h says otherwise"
         self.offsets = {8: byte_offset, 4: nibble_offset}  # added to activation codes, by bits of the weight
         self.low_dtype = torch.bfloat16 if pairs else torch.float32
 
@@ -84,13 +86,23 @@ class Kernels:
         function.argtypes, function.restype = SIGNATURES[name], None
         function(*arguments)
 
-    def pack_weight(self, codes: Tensor, bits: int) -> Tensor:
-        """int8 codes (O, I) to bytes in panels."""
-        O, I = codes.shape
+    def pack_weight(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """The weight in panels, and the sums of its integers (O,) int32."""
+        (O, I), bits = layer.shape, layer.weight.bits
         count = padded(O, self.panel) * padded(I, DEPTH_STEP) * bits // 8
-        packed = torch.full((count,), 0x88 if bits == 4 else 0, dtype=torch.uint8)
-        self.call("pack_weight", pointer(codes, torch.int8, (O, I)), O, I, bits, packed.data_ptr())
-        return packed
+        packed, sums = (
+            torch.full((count,), 0x88 if bits == 4 else 0, dtype=torch.uint8),
+            torch.empty(O, dtype=torch.int32),
+        )
+        call = Packing(outputs=O, depth=I, bits=bits, group=layer.weight.group)
+        stored = layer.stored.contiguous()
+        call.stored = pointer(stored, torch.int8 if bits == 8 else torch.uint8, (O, -(-I * bits // 8)))
+        if layer.weight.group:
+            groups = layer.scales.groups.contiguous()
+            call.multiples = pointer(groups, torch.int8, (O, layer.weight.groups(I)))
+        call.weight, call.sums = packed.data_ptr(), sums.data_ptr()
+        self.call("pack_weight", call)
+        return packed, sums
 
     def pack_factor(self, factor: Tensor, width: int, step: int) -> Tensor:
         """bf16 (O, R) to panels of `width` outputs, R padded to a multiple of `step`."""
@@ -151,7 +163,7 @@ class IntegerLinear:
     """W8A8 and W4A8: codes of activations and low-rank projection, then the integer product with its epilogue."""
 
     def __init__(self, layer: Layer, kernels: Kernels) -> None:
-        self.kernels, self.shape = kernels, tuple(layer.codes.shape)
+        self.kernels, self.shape = kernels, layer.shape
         O, I = self.shape
         self.depth, self.outputs = padded(I, DEPTH_STEP), padded(O, kernels.panel)
         self.rank = 0 if layer.l1 is None else layer.l1.shape[1]
@@ -174,21 +186,21 @@ class IntegerLinear:
 
     def _keep(self, layer: Layer) -> None:
         """Everything the kernels read, packed; `layer` itself is not kept."""
-        kernels, integers, low = self.kernels, layer.integers(), layer.low_rank()
-        bias = torch.zeros(0) if layer.bias is None else layer.bias
+        kernels, low = self.kernels, layer.low_rank()
+        weight, sums = kernels.pack_weight(layer)
         offsets = torch.zeros(self.outputs, dtype=torch.int32)
-        offsets[: len(integers)] = self.offset * integers.sum(1, dtype=torch.int32)
+        offsets[: len(sums)] = self.offset * sums
         self.inputs = {
             "in_shift": None if layer.in_shift is None else pad(layer.in_shift, self.depth),
             "in_inverse": None if layer.in_scale is None else pad(layer.in_scale.reciprocal(), self.depth),
             "l2": kernels.pack_factor(low[1].contiguous(), kernels.low_panel, DEPTH_STEP) if low else None,
         }
         self.weights = {
-            "weight": kernels.pack_weight(layer.codes.contiguous(), layer.weight.bits),
+            "weight": weight,
             "multiples": self._multiples(layer) if layer.weight.group else None,
             "offsets": offsets,
             "channel": pad(layer.steps(), self.outputs),
-            "bias": pad(bias, self.outputs),
+            "bias": torch.zeros(self.outputs) if layer.bias is None else pad(layer.bias, self.outputs),
             "l1": kernels.pack_factor(low[0].contiguous(), kernels.panel, 2) if low else None,
         }
 
@@ -236,18 +248,14 @@ class WeightOnlyLinear(Composed):
     """Quantized weights, float activations: rows of weights are decoded where they are used, and stay small."""
 
     def __init__(self, layer: Layer, kernels: Kernels) -> None:
-        O, I = layer.codes.shape
-        self.kernels, self.shape = kernels, (O, I)
-        codes = layer.codes.contiguous()
-        self.weight = codes if layer.weight.bits == 8 else codes[:, 0::2] + 8 | codes[:, 1::2] + 8 << 4
-        self.scales = layer.scales.values().contiguous()
-        self.layer = replace(layer, codes=codes[:0], scales=Scales(self.scales[:0]))
-        self.bits = layer.weight.bits
+        self.kernels, self.shape, self.bits = kernels, layer.shape, layer.weight.bits
+        self.weight, self.scales = layer.stored.contiguous(), layer.scales.values().contiguous()
+        self.layer = replace(layer, stored=self.weight[:0], scales=Scales(self.scales[:0]))
 
     @staticmethod
     def takes(layer: Layer) -> bool:
         """Whether the kernels compute such a layer: floats in, 8- or 4-bit integer codes."""
-        form, I = layer.weight, layer.codes.shape[1]
+        form, I = layer.weight, layer.columns
         whole = form.bits == 8 or (form.bits == 4 and I // form.groups(I) % 2 == 0)
         return layer.act is None and form.element == "int" and whole
 

@@ -29,7 +29,8 @@ class Residual(NamedTuple):
 class Layer:
     """A quantized linear: y = Qa(x̂) Wᵀ + (x̂ L2ᵀ) L1ᵀ + bias, x̂ = ((x − shift) · (1/scale)) H."""
 
-    codes: Tensor  # (O, I) int8, or float8 for E4M3
+    stored: Tensor  # (O, bytes) as reference.pack gives codes (O, I)
+    columns: int  # I
     scales: ref.Scales
     weight: Format
     act: Format | None = None
@@ -39,6 +40,15 @@ class Layer:
     hadamard: int = 0
     l1: Tensor | None = None  # (O, R), float32 or bfloat16
     l2: Tensor | None = None  # (R, I)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)"""
+        return len(self.stored), self.columns
+
+    def codes(self) -> Tensor:
+        """(O, I) int8, or float8 for E4M3"""
+        return ref.unpack(self.stored, self.weight, self.columns)
 
     def transform(self, x: Tensor) -> Tensor:
         """x̂, fp32"""
@@ -65,8 +75,8 @@ class Layer:
     def integers(self) -> Tensor:
         """(O, I) int8 numbers whose fp32 scale is one a row, `steps()`. Only where `has_integers`."""
         if self.weight.scale == "int8":
-            return (ref.grouped(self.codes, self.weight) * self.scales.groups.unsqueeze(-1)).flatten(-2)
-        return self.codes
+            return (ref.grouped(self.codes(), self.weight) * self.scales.groups.unsqueeze(-1)).flatten(-2)
+        return self.codes()
 
     def steps(self) -> Tensor:
         """(O,) fp32, for `integers`"""
@@ -104,7 +114,7 @@ class Dequantized(Composed):
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.weight = ref.decode(layer.codes, layer.scales.values(), layer.weight)
+        self.weight = ref.decode(layer.codes(), layer.scales.values(), layer.weight)
 
     def core(self, x: Tensor) -> Tensor:
         layer, hat = self.layer, self.layer.transform(x)

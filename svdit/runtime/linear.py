@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from svdit.errors import UserError
 from svdit.kernels import ops
 from svdit.kernels.layer import Composed, Layer, Linear, Modulation, Residual
-from svdit.kernels.reference import Scales, unpack
+from svdit.kernels.reference import Scales
 from svdit.quant.linear import SVDLinear
 
 
@@ -17,7 +17,8 @@ def stored(layer: SVDLinear) -> Layer:
     factors = layer.low_rank() if spec.factors and spec.rank else (layer.l1, layer.l2)
     l1, l2 = (None if factor is None else factor.detach() for factor in factors)
     return Layer(
-        codes=unpack(layer.get_buffer("residual_codes"), spec.weight, layer.in_features),
+        stored=layer.get_buffer("residual_codes"),
+        columns=layer.in_features,
         scales=Scales(layer.get_buffer("residual_scales"), getattr(layer, "residual_steps", None)),
         weight=spec.weight,
         act=spec.act,

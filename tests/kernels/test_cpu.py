@@ -34,7 +34,8 @@ def random_layer(O: int, I: int, R: int, weight: Format, seed: int, hadamard: in
     codes, scales = ref.quantize(torch.randn(O, I, generator=g) / I**0.5, weight)
     transformed = seed % 3 > 0
     return Layer(
-        codes,
+        ref.pack(codes, weight),
+        I,
         scales,
         weight,
         INT8,
@@ -73,7 +74,7 @@ def check(layer: Layer, x: torch.Tensor, kernels: cpu.Kernels) -> None:
         low = hat.double() @ l2.T @ l1.T
         roundings = (I + layer.l1.shape[1] + 4) * U + (2.1 * U_BF16 if kernels.low_dtype == torch.bfloat16 else 0)
         low_bound = roundings * (hat.abs().double() @ l2.abs().T @ l1.abs().T)
-    bias = torch.zeros(len(layer.codes)) if layer.bias is None else layer.bias
+    bias = torch.zeros(layer.shape[0]) if layer.bias is None else layer.bias
     y = packed(x[None])[0].double()
     rank = 0 if layer.l1 is None else layer.l1.shape[1]  # its sums run on top of what is there already
     bound = (5 + rank) * U * (main.abs() + bias.abs()) + low_bound + U * low.abs() + 1e-30
@@ -105,7 +106,7 @@ def test_sums_of_the_largest_codes_are_exact(kernels: cpu.Kernels, name: str) ->
     codes = weights * (form.hi - form.lo) + form.lo
     groups = torch.full((67, form.groups(256)), 15.0 if form.group else 1.0) * (1 - 2 * (torch.arange(67) % 2))[:, None]
     scales = ref.Scales(groups.to(ref.SCALE_DTYPES[form.scale]), torch.ones(67, 1) if form.group else None)
-    layer = Layer(codes, scales, form, INT8)
+    layer = Layer(ref.pack(codes, form), 256, scales, form, INT8)
     x = torch.randint(0, 2, (13, 256), generator=g) * 254.0 - 127
     x[0], x[1] = 127, -127
     integers = layer.integers()
@@ -151,7 +152,7 @@ def test_everything_around_a_layer(kernels: cpu.Kernels) -> None:
 
 def test_layer_norm_and_gelu_are_precise(kernels: cpu.Kernels) -> None:
     """Looked at through a weight that hands single codes on."""
-    identity = Layer(torch.eye(64, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8)
+    identity = Layer(torch.eye(64, dtype=torch.int8), 64, ref.Scales(torch.ones(64, 1)), INT8, INT8)
     x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(2)) * 40 + 1000
     ones = torch.ones(1, 64)
     got = cpu.IntegerLinear(identity, kernels)(x, modulation=Modulation(0 * ones, 0 * ones))
@@ -160,7 +161,7 @@ def test_layer_norm_and_gelu_are_precise(kernels: cpu.Kernels) -> None:
     assert ((got - expected).abs() <= step * 0.5 + 2e-5).all()
     y = torch.linspace(-12, 12, 64)
     wide = torch.cat([y, torch.tensor([127.0 * 12 / 12])])[None, None]
-    layer = Layer(torch.eye(64, 65, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8)
+    layer = Layer(torch.eye(64, 65, dtype=torch.int8), 65, ref.Scales(torch.ones(64, 1)), INT8, INT8)
     rounded = wide[0, :, :64].round().double()
     got = cpu.IntegerLinear(layer, kernels)(wide, gelu=True)[0]
     assert (got - F.gelu(rounded, approximate="tanh")).abs().max() < 2e-6
@@ -171,10 +172,10 @@ def test_weight_only(kernels: cpu.Kernels) -> None:
         form = (INT8, WEIGHT_FORMATS["int4-channel"], WEIGHT_FORMATS["int4-bf16"], WEIGHT_FORMATS["int4"])[seed % 4]
         columns = 64 * (1 + I // 64) if form.bits == 4 else I
         layer = random_layer(O, columns, 0, form, seed)
-        layer = Layer(layer.codes, layer.scales, form, None, layer.bias)
+        layer = Layer(layer.stored, columns, layer.scales, form, None, layer.bias)
         assert cpu.WeightOnlyLinear.takes(layer)
         x = torch.randn(M, columns, generator=torch.Generator().manual_seed(seed))
-        weight = ref.decode(layer.codes, layer.scales.values(), form).double()
+        weight = ref.decode(layer.codes(), layer.scales.values(), form).double()
         bias = torch.zeros(O) if layer.bias is None else layer.bias
         got = cpu.WeightOnlyLinear(layer, kernels)(x[None])[0].double()
         bound = (columns + 2) * U * (x.abs().double() @ weight.abs().T) + U * bias.abs()

@@ -22,7 +22,16 @@ def layer(weight: str, act: str | None, rank: int = 4) -> Layer:
     low = [torch.randn(shape, generator=g).bfloat16() / 11 for shape in ((48, rank), (rank, 128))]
     rest = (torch.randn(48, generator=g), torch.randn(128, generator=g), torch.rand(128, generator=g) + 0.5)
     form = None if act is None else ACT_FORMATS[act]
-    return Layer(codes, scales, WEIGHT_FORMATS[weight], form, *rest, 64, *(low if rank else (None, None)))
+    return Layer(
+        ref.pack(codes, WEIGHT_FORMATS[weight]),
+        128,
+        scales,
+        WEIGHT_FORMATS[weight],
+        form,
+        *rest,
+        64,
+        *(low if rank else (None, None)),
+    )
 
 
 @pytest.mark.parametrize("act", [None, *ACT_FORMATS])
@@ -34,7 +43,7 @@ def test_every_format_on_every_backend(backend: str, weight: str, act: str | Non
     stored = layer(weight, act)
     packed, hat = ops.pack(stored, backend), stored.transform(x).double()
     rounded = ref.fake_quantize(hat.float(), stored.act).double() if stored.act else hat
-    weights = ref.decode(stored.codes, stored.scales.values(), stored.weight).double()
+    weights = ref.decode(stored.codes(), stored.scales.values(), stored.weight).double()
     assert stored.l1 is not None and stored.l2 is not None and stored.bias is not None
     expected = rounded @ weights.T + hat @ stored.l2.double().T @ stored.l1.double().T + stored.bias
     assert 0 < relative(packed(x).double(), expected) < 1e-3
@@ -47,7 +56,8 @@ def test_every_format_on_every_backend(backend: str, weight: str, act: str | Non
 def test_the_integer_product_of_torch() -> None:
     """With codes so small that nothing saturates, on any processor."""
     stored = layer("int4-channel", "int8")
-    stored = replace(stored, codes=stored.codes.clamp(-1, 1), in_shift=None, in_scale=None, hadamard=0)
+    small = ref.pack(stored.codes().clamp(-1, 1), stored.weight)
+    stored = replace(stored, stored=small, in_shift=None, in_scale=None, hadamard=0)
     assert TorchInt8.takes(stored)
     assert not TorchInt8.takes(layer("int8", None)) and not TorchInt8.takes(layer("fp8", "int8"))
     x = torch.zeros(2, 5, 128)

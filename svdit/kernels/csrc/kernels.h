@@ -53,4 +53,13 @@ typedef struct {
     float *out;            /* (rows, outputs) */
 } WeightOnly;
 
+/* A stored weight to panels and the sums of its integers. */
+typedef struct {
+    int64_t outputs, depth, bits, group;
+    const uint8_t *stored;   /* (outputs, bytes): 8-bit codes, or two 4-bit codes + 8 a byte, low one first */
+    const int8_t *multiples; /* (outputs, depth / group), or null */
+    uint8_t *weight;         /* zeroed, or 0x88 for 4 bits: panels · PANEL · padded depth · bits / 8 bytes */
+    int32_t *sums;           /* (outputs) */
+} Packing;
+
 #endif

@@ -1,21 +1,40 @@
-/* Stored layouts to panels, once for each layer. Destinations are zeroed and as large as cpu.py's sizes say. */
+/* Stored layouts to panels, once for each layer. */
 
-/* codes (outputs, depth) int8, 8 or 4 bits wide, to panels of `bits`; 4-bit destinations are filled with 0x88. */
-TARGET void EXPORT(pack_weight)(const int8_t *codes, int64_t outputs, int64_t depth, int64_t bits, uint8_t *to)
+FN int32_t pack_bytes(const Packing *p, const int8_t *row, uint8_t *to)
 {
-    int64_t Kp = padded(depth, DEPTH_STEP);
-    for (int64_t n = 0; n < outputs; n++)
-        for (int64_t k = 0; k < depth; k++) {
-            int8_t code = codes[n * depth + k];
-            int64_t panel = n / PANEL * PANEL * Kp, lane = n % PANEL;
-            if (bits == 8) {
-                to[panel + (k / 4 * PANEL + lane) * 4 + k % 4] = (uint8_t)code;
-                continue;
-            }
-            uint8_t *byte = to + panel / 2 + (k / 8 * PANEL + lane) * 4 + k % 4;
-            *byte = (uint8_t)(k & 4 ? (*byte & 15) | (code + 8) << 4 : (*byte & 0xf0) | (code + 8));
-        }
+    int32_t total = 0;
+    for (int64_t k = 0; k < p->depth; k++) total += row[k];
+    for (int64_t k = 0; k < p->depth; k += 4) memcpy(to + k * PANEL, row + k, (size_t)least(4, p->depth - k));
+    return total;
 }
+
+/* Eight codes c₀ … c₇ of four bytes become the bytes c₀c₄ c₁c₅ c₂c₆ c₃c₇: one `and` and one shift undo it. */
+FN int32_t pack_nibbles(const Packing *p, const uint8_t *row, const int8_t *multiples, uint8_t *to)
+{
+    int32_t total = 0;
+    for (int64_t k = 0; k < p->depth; k += 8) {
+        uint8_t codes[8];
+        for (int64_t i = 0; i < 8; i++) codes[i] = k + i < p->depth ? row[(k + i) / 2] >> (4 * (i & 1)) & 15 : 8;
+        int32_t part = -64;
+        for (int64_t i = 0; i < 8; i++) part += codes[i];
+        total += multiples ? part * multiples[k / p->group] : part;
+        for (int64_t t = 0; t < 4; t++) to[k / 2 * PANEL + t] = (uint8_t)(codes[t] | codes[t + 4] << 4);
+    }
+    return total;
+}
+
+WORK void pack_some(const Packing *p, int thread, int threads)
+{
+    int64_t Kp = padded(p->depth, DEPTH_STEP), bytes = (p->depth * p->bits + 7) / 8;
+    for (int64_t n = p->outputs * thread / threads; n < p->outputs * (thread + 1) / threads; n++) {
+        const uint8_t *row = p->stored + n * bytes;
+        uint8_t *to = p->weight + n / PANEL * PANEL * Kp * p->bits / 8 + n % PANEL * 4;
+        const int8_t *multiples = p->multiples ? p->multiples + n * (p->depth / p->group) : 0;
+        p->sums[n] = p->bits == 8 ? pack_bytes(p, (const int8_t *)row, to) : pack_nibbles(p, row, multiples, to);
+    }
+}
+
+void EXPORT(pack_weight)(const Packing *p) { PARALLEL(pack_some, p); }
 
 /* bf16 (outputs, depth) to panels (…, padded depth / 2, width, 2): width PANEL for L1, LOW_PANEL for L2. */
 TARGET void EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t depth, int64_t padded_depth,
@@ -29,6 +48,7 @@ TARGET void EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t
 /* What cpu.py must know and agree with: shapes of tiles, the offsets, whether `low` holds bf16, sizes of arguments. */
 void EXPORT(geometry)(int64_t *to)
 {
-    int64_t numbers[] = {PANEL, LOW_PANEL, OFFSET, SMALL_CODES ? 128 : OFFSET, PAIRS, sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly)};
+    int64_t numbers[] = {PANEL, LOW_PANEL, OFFSET, SMALL_CODES ? 128 : OFFSET, PAIRS, sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly),
+                         sizeof(Packing)};
     memcpy(to, numbers, sizeof numbers);
 }
