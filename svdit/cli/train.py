@@ -4,6 +4,7 @@ torchrun --nproc-per-node 8 train.py --model DiT-XL/2 --data imagenet/train --bf
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from svdit.files import writable_folder
     from svdit.model.autoencoder import load_autoencoder
     from svdit.model.dit import DiT
+    from svdit.model.zoo import CONFIGS
     from svdit.training import data
     from svdit.training.loop import train
     from svdit.training.state import State
@@ -94,6 +96,7 @@ def run(args: argparse.Namespace) -> None:
         pictures = data.load(args.data, image_size)
         autoencoder = load_autoencoder("none" if pixels else VAE if args.vae == "auto" else args.vae, device)
         config = model_config(args, pictures, image_size // autoencoder.factor, autoencoder.channels)
+        name = args.model if CONFIGS[args.model].items() <= asdict(config).items() else ""  # else it is another model
         course = train_options(args, len(pictures))
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
         def export(state: State) -> None:
             provenance = {"data": Path(args.data).name, "step": state.step, "training": course.binding()}
-            save_model(state.ema, args.results_dir / "ema.safetensors", name=args.model, provenance=provenance)
+            save_model(state.ema, args.results_dir / "ema.safetensors", name=name, provenance=provenance)
 
         train(
             DiT(config).to(device),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from svdit.checkpoints.store import load_model, read_header
 from svdit.cli import command
+from svdit.shims import allow_cpu_torchvision
 from svdit.training.progress import read_curve
 
 DOOR = Path(__file__).parents[2] / "train.py"
@@ -20,9 +21,14 @@ DIGITS = ["--data", "digits", "--model", "DiT-digits", "--augment", "none", "--n
 SHORT = [*DIGITS, "--global-batch-size", "4", "--steps", "3", "--log-every", "1", "--lr", "1e-3"]
 
 
-def run(*command: str, **environment: str) -> str:
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=variables, check=True, capture_output=True, text=True).stdout
+def run(*command: str) -> None:
+    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def no_grids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling takes longer than these few steps."""
+    monkeypatch.setattr("svdit.training.loop.sample_grid", lambda *arguments: None)
 
 
 def test_help_answers_without_torch() -> None:
@@ -30,6 +36,7 @@ def test_help_answers_without_torch() -> None:
     run(sys.executable, "-c", code)
 
 
+@pytest.mark.usefixtures("no_grids")
 def test_trains_on_digits_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("train", [*SHORT, "--results-dir", str(tmp_path)])
     assert capsys.readouterr().out.splitlines()[-1] == str(tmp_path / "ema.safetensors")
@@ -49,10 +56,11 @@ def test_trains_on_digits_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixt
     assert relative(later.final_layer.linear.weight, model.final_layer.linear.weight) > 0
 
 
+@pytest.mark.usefixtures("no_grids")
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     run(*torchrun, str(DOOR), *SHORT, "--results-dir", str(tmp_path / "two"))
-    run(sys.executable, str(DOOR), *SHORT, "--results-dir", str(tmp_path / "one"))
+    command("train", [*SHORT, "--results-dir", str(tmp_path / "one")])
     states = [torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "two")]
     errors = [relative(states[1][key], weight) for key, weight in states[0].items() if weight.norm() > 0]
     assert 0 < max(errors) < 1e-4
@@ -70,13 +78,26 @@ def class_folders(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_pictures_as_pixels(tmp_path: Path) -> None:
-    flags = ["--data", str(class_folders(tmp_path / "data")), "--model", "DiT-S/4", "--vae", "none"]
-    flags += ["--image-size", "8", "--global-batch-size", "2", "--epochs", "1", "--num-workers", "0", "--device", "cpu"]
+def tiny_vae(folder: Path) -> str:
+    allow_cpu_torchvision()
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    AutoencoderKL(block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4, **blocks).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("latent", "size", "expected"), [(False, 8, (3, 8, 2)), (True, 64, (4, 8, 2))])
+def test_a_folder_of_pictures(tmp_path: Path, latent: bool, size: int, expected: tuple[int, int, int]) -> None:
+    vae = tiny_vae(tmp_path / "vae") if latent else "none"
+    flags = ["--data", str(class_folders(tmp_path / "data")), "--model", "DiT-digits", "--vae", vae, "--device", "cpu"]
+    flags += ["--image-size", str(size), "--global-batch-size", "2", "--epochs", "1", "--num-workers", "0"]
     command("train", [*flags, "--results-dir", str(tmp_path / "out")])
-    config = load_model(tmp_path / "out" / "ema.safetensors", name="DiT-S/4").config
-    assert (config.in_channels, config.input_size, config.num_classes) == (3, 8, 2)
+    config = load_model(tmp_path / "out" / "ema.safetensors").config
+    assert (config.in_channels, config.input_size, config.num_classes) == expected
+    assert (read_header(tmp_path / "out" / "ema.safetensors") or {})["name"] == ""  # no longer the digits' shape
     assert read_curve(tmp_path / "out" / "loss.csv")[-1]["step"] == "2"
+    assert Image.open(tmp_path / "out" / "samples" / "0000002.png").size == (2 * 66 + 2, 4 * 66 + 2)
 
 
 @pytest.mark.parametrize(
