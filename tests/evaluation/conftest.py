@@ -43,6 +43,16 @@ def write_folder(folder: Path, images: np.ndarray, names: list[str] | None = Non
     return folder
 
 
+class Touch:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return (Path.touch, (self.path,))
+
+
 @pytest.fixture
 def tiny_network() -> TinyNetwork:
     return TinyNetwork()
@@ -51,3 +61,16 @@ def tiny_network() -> TinyNetwork:
 @pytest.fixture(scope="session")
 def random_network() -> Extractor:
     return random_extractor()
+
+
+@pytest.fixture(scope="session")
+def plain_network() -> Extractor:
+    return random_extractor(fast=False)
+
+
+@pytest.fixture(scope="session")
+def weights_file(tmp_path_factory: pytest.TempPathFactory, plain_network: Extractor) -> Path:
+    """The random weights as a file of the published layout."""
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(plain_network.network.state_dict(), path)
+    return path

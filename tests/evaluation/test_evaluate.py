@@ -12,7 +12,7 @@ from test_distributed import in_world
 
 from svdit.errors import UserError
 from svdit.evaluation.evaluate import evaluate
-from svdit.evaluation.inception import load_extractor, random_extractor
+from svdit.evaluation.inception import load_extractor
 from svdit.evaluation.options import METRICS, Options
 from svdit.evaluation.report import Report
 
@@ -40,17 +40,16 @@ def values(report: Report) -> dict[str, float | None]:
     return {name: estimate.value for name, estimate in report.metrics.items()}
 
 
-def test_parity_with_torch_fidelity_on_the_same_weights_file(tmp_path: Path):
+def test_parity_with_torch_fidelity_on_the_same_weights_file(tmp_path: Path, weights_file: Path):
     """Features are bit-equal, so IS and precision/recall are exact; torch-fidelity's FID of a singular covariance
     carries round-off of 1e-6 relative itself."""
-    torch.save(random_extractor(fast=False).network.state_dict(), tmp_path / "w.pth")
     real, fake = write_folder(tmp_path / "real", pictures(8, seed=1)), write_folder(tmp_path / "fake", pictures(7))
-    network = load_extractor(torch.load(tmp_path / "w.pth"), "digest", fast=False)
+    network = load_extractor(torch.load(weights_file), "digest", fast=False)
     ours = values(evaluate(real, fake, network, Options(("fid", "kid", "is", "prc"))))
     theirs = torch_fidelity.calculate_metrics(
         input1=str(fake), input2=str(real), cuda=False, verbose=False, cache=False,
         fid=True, isc=True, kid=True, prc=True, isc_splits=1, kid_subset_size=7, save_cpu_ram=True,
-        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(tmp_path / "w.pth"),
+        feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(weights_file),
     )  # fmt: skip
     assert ours["is"] == theirs["inception_score_mean"]
     assert ours["kid"] == pytest.approx(theirs["kernel_inception_distance_mean"], abs=1e-6)

@@ -10,15 +10,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from svdit.errors import UserError
 from svdit.evaluation.frechet import frechet_distance
-from svdit.evaluation.inception import Extractor, load_extractor, random_extractor, resize, resize_fast
+from svdit.evaluation.inception import Extractor, load_extractor, resize, resize_fast
 from svdit.evaluation.statistics import Moments
-
-
-@pytest.fixture(scope="module")
-def weights_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    torch.save(random_extractor(fast=False).network.state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +54,16 @@ def test_fast_network_differs_by_rounding_only(
     assert not random_network.comparable
 
 
-def test_spatial_features_are_the_first_branch_of_mixed_6_after_its_relu_channel_last(pixels: torch.Tensor):
+def test_spatial_features_are_the_first_branch_of_mixed_6_after_its_relu_channel_last(
+    plain_network: Extractor, pixels: torch.Tensor
+):
     """`mixed_6/conv` of the TensorFlow graph is Mixed_6d.branch1x1, convolution, batch norm and ReLU."""
-    network, seen = random_extractor(fast=False), []
-    network.network.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    seen: list[torch.Tensor] = []
+    branch = plain_network.network.Mixed_6d.branch1x1
+    handle = branch.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.inference_mode():
-        spatial = network(pixels)["spatial"]
+        spatial = plain_network(pixels)["spatial"]
+    handle.remove()
     for n, h, w, c in ((0, 0, 0, 0), (1, 3, 5, 2), (3, 16, 16, 6)):
         assert spatial[n, (h * 17 + w) * 7 + c] == seen[0][n, c, h, w]
     assert torch.equal(spatial.view(4, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
@@ -94,15 +91,11 @@ def test_resize_rule_is_tensorflow_1s(size: int, rule: Callable[[torch.Tensor], 
     torch.testing.assert_close(rule(ramp.mT)[0, 2, :, 9], expected, atol=1e-4, rtol=0)
 
 
-def test_random_weights_are_a_fixed_stream(random_network: Extractor):
-    again = random_extractor()
-    assert again.digest == random_network.digest
-    assert torch.equal(
-        again.network.Mixed_7c.branch1x1.conv.weight, random_network.network.Mixed_7c.branch1x1.conv.weight
-    )
-    first = np.random.RandomState(0).standard_normal(3) * np.sqrt(2 / 27)
-    plain = random_extractor(fast=False).network.Conv2d_1a_3x3.conv.weight.flatten()[:3]
-    np.testing.assert_allclose(plain.numpy(), first, rtol=1e-6)
+def test_random_weights_are_a_fixed_stream(plain_network: Extractor, random_network: Extractor):
+    first = np.random.RandomState(0).standard_normal(864) * np.sqrt(2 / 27)
+    np.testing.assert_allclose(plain_network.network.Conv2d_1a_3x3.conv.weight.flatten(), first, rtol=1e-6)
+    assert plain_network.digest == random_network.digest
+    assert (plain_network.name, plain_network.comparable) == ("random", False)
 
 
 def test_other_weights_are_refused():

@@ -1,6 +1,5 @@
 """The wiring of torch-fidelity's LPIPS, with random VGG features in place of half a gigabyte of weights."""
 
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ from torch_fidelity import sample_similarity_lpips
 from svdit.errors import UserError
 from svdit.evaluation.lpips import URLS, load_lpips
 
-from .conftest import pictures
+from .conftest import Touch, pictures
 
 CPU = torch.device("cpu")
 
@@ -37,9 +36,11 @@ def test_each_missing_file_is_named_with_its_address(checkpoints: Path, url: str
 
 @pytest.mark.parametrize("url", URLS)
 def test_files_with_code_are_refused(checkpoints: Path, url: str):
-    (checkpoints / url.rsplit("/", 1)[1]).write_bytes(pickle.dumps(print))
+    trace = checkpoints / "trace"
+    torch.save(Touch(trace), checkpoints / url.rsplit("/", 1)[1])
     with pytest.raises(UserError, match="is not a weights file"):
         load_lpips(CPU)
+    assert not trace.exists()
 
 
 def test_distance_is_the_formula_over_unit_features(checkpoints: Path, monkeypatch: pytest.MonkeyPatch):

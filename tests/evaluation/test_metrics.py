@@ -63,6 +63,14 @@ def test_scores_left_out_equal_scores_without_the_rows():
     assert np.std(left) > 0
 
 
+def test_scores_left_out_keep_their_splits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "IS_SPLIT_SIZE", 20)
+    logits, blocks = rows(60, 8), assign_blocks(60, blocks=6)
+    splits = np.random.RandomState(2020).permutation(60).reshape(3, 20)
+    expected = [np.mean([adm_inception_score(logits[s[blocks[s] != k]], 5000) for s in splits]) for k in range(6)]
+    assert metrics.inception_score(logits, blocks)["is"].leave_out == pytest.approx(expected, rel=1e-10)
+
+
 def test_kid_is_torch_fidelitys(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 100)
     real, fake = (torch.from_numpy(rows(n, seed=n, shift=s)) for n, s in ((150, 0.0), (120, 0.3)))

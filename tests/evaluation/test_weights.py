@@ -1,6 +1,5 @@
 """Where weights are looked for, what is said when they are nowhere, and what is refused."""
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,8 @@ from svdit.errors import UserError
 from svdit.evaluation import weights
 from svdit.evaluation.weights import NAMES, VARIABLE, find_weights, load_weights
 from svdit.files import sha256
+
+from .conftest import Touch
 
 
 @pytest.fixture(autouse=True)
@@ -69,23 +70,13 @@ def test_state_comes_with_the_files_hash(tmp_path: Path):
     assert digest == sha256(tmp_path / "w.pth")
 
 
-class Touch:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[Path]]:
-        return (Path.touch, (self.path,))
-
-
 @pytest.mark.parametrize("how", ["text", "code", "no state dict"])
 def test_foreign_and_malicious_files_are_refused_and_not_run(tmp_path: Path, how: str):
     path, trace = tmp_path / "w.pth", tmp_path / "trace"
     if how == "text":
         path.write_text("hello")
     elif how == "code":
-        path.write_bytes(pickle.dumps(Touch(trace)))
+        torch.save(Touch(trace), path)
     else:
         torch.save({"model": {"a": torch.ones(1)}}, path)
     with pytest.raises(UserError, match=r"w\.pth.*(cannot be read as a weights file|does not hold a state dict)"):
