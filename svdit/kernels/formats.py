@@ -40,8 +40,6 @@ class Format:
             raise UserError(f"an {self.element} number has not {self.bits} bits")
         if self.group < 0:
             raise UserError(f"groups of {self.group} are impossible; give 0 for whole rows, or 64, for example")
-        if self.group and self.scale == "fp32" and self.element == "int" and self.bits == 8:
-            raise UserError(f"8 bits in groups of {self.group} are not offered; use whole rows (group 0)")
 
     @property
     def lo(self) -> int:

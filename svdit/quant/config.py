@@ -20,7 +20,7 @@ class Recipe:
 
     `low_rank`: factors (no residual, the rank-ratio mode), svd (split off once), iterated (SVDQuant as published),
     correction (of the rounding error, weighted by the inputs: QERA), alternated (rounding and weighted refit in turn).
-    `smoothing`: candidates of the grid: 0 none, 39 as published, 19 every second of them.
+    `smoothing`: candidates of the grid: 0 none, 39 as published, 19 and 7 every second and fifth of them.
     """
 
     weight: Format | None = WEIGHT_FORMATS["int8"]
@@ -33,7 +33,7 @@ class Recipe:
     whiten: bool = False  # low_rank="factors": weight the SVD by the inputs' second moment
     centre: bool = True  # subtract the calibrated mean input
     shift: float = 0.0  # subtract a constant instead (SVDQuant's for the input of fc2)
-    smoothing: Literal[0, 19, 39] = 19
+    smoothing: Literal[0, 7, 19, 39] = 7
     hadamard: int = 64
     search_scales: bool = True  # weight scales by weighted squared error, not by the largest magnitude
     rounding: Literal["nearest", "gptq"] = "gptq"

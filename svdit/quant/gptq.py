@@ -4,6 +4,8 @@ Columns are rounded in order of falling diag(R); each one's error is spread over
 the output changes least. With R = I it is rounding to nearest.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -41,18 +43,18 @@ def gptq(W: Tensor, inverse: Inverse, values: Tensor, form: Format) -> Tensor:
     """Codes (O, I) of W (O, I) under scale values (O, G)."""
     order, U = inverse.order, inverse.upper
     columns = W.shape[1]
-    scales = values.repeat_interleave(columns // values.shape[1], dim=1)[:, order]
-    W = W[:, order].clone()
-    one = Format(form.bits, 0, form.scale, form.span, form.element)  # a column is a row group of one
-    codes = torch.empty(W.shape, dtype=ref.encode(W[:, :1], scales[:, :1], one).dtype, device=W.device)
+    # Columns lie as contiguous rows here: one is touched at a time.
+    rest = W.T[order].contiguous()
+    scales = values.T.repeat_interleave(columns // values.shape[1], dim=0)[order]
+    single = replace(form, group=1)  # a column is a row of groups of one
+    codes = []
     for a in range(0, columns, BLOCK):
         b = min(a + BLOCK, columns)
-        block, errors = W[:, a:b], torch.empty(len(W), b - a, device=W.device)
+        block, errors = rest[a:b], torch.empty(b - a, len(W), device=W.device)
         for i in range(b - a):
-            column, scale = block[:, i : i + 1], scales[:, a + i : a + i + 1]
-            code = ref.encode(column, scale, one)
-            codes[:, a + i : a + i + 1] = code
-            errors[:, i : i + 1] = (column - ref.decode(code, scale, one)) / U[a + i, a + i]
-            block[:, i + 1 :] -= errors[:, i : i + 1] * U[a + i, a + i + 1 : b]
-        W[:, b:] -= errors @ U[a:b, b:]
-    return codes[:, order.argsort()]
+            code = ref.encode(block[i], scales[a + i], single)
+            codes.append(code)
+            errors[i] = (block[i] - ref.decode(code, scales[a + i], single)) / U[a + i, a + i]
+            block[i + 1 :].addr_(U[a + i, a + i + 1 : b], errors[i], alpha=-1)
+        rest[b:].addmm_(U[a:b, b:].T, errors, alpha=-1)
+    return torch.stack(codes)[order.argsort()].T.contiguous()

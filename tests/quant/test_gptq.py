@@ -60,7 +60,7 @@ def test_failed_factorizations_raise_the_damping() -> None:
     assert Inverse(R).damping == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", ["int4", "int4-channel", "int8"])
+@pytest.mark.parametrize("name", ["int4", "int4-channel", "int4-bf16"])
 def test_searched_scales_never_lose(name: str) -> None:
     form = WEIGHT_FORMATS[name]
     importance = torch.rand(128, generator=torch.Generator().manual_seed(3)) * 4
@@ -69,4 +69,4 @@ def test_searched_scales_never_lose(name: str) -> None:
         codes, scales = round_weight(W, form, given)
         return float(((ref.decode(codes, scales.values(), form) - W).square() * importance).sum())
 
-    assert error(importance) < error(None) * (0.95 if form.bits == 4 else 1.001)
+    assert error(importance) < 0.95 * error(None)

@@ -40,6 +40,7 @@ def test_the_grid_is_the_published_one() -> None:
     assert candidates(39)[:2] == [(0.0, 0.0), (0.05, 0.0)]
     assert (0.5, 0.5) in candidates(39)
     assert len(candidates(19)) == 19
+    assert candidates(7)[1:4] == [(0.25, 0.0), (0.5, 0.0), (0.75, 0.0)]
     assert set(candidates(19)) <= {(round(a, 2), round(b, 2)) for a, b in candidates(39)} | set(candidates(39))
 
 

@@ -1,0 +1,297 @@
+"""How fast a quantized DiT-XL/2 runs on this CPU, beside the same model in floats.
+
+    python benchmarks/bench_cpu.py                # whole model, batches 2 and 8, parts of a block, memory, start
+    python benchmarks/bench_cpu.py --quick        # 4 blocks, batch 2, three rounds, nothing recorded
+
+Random weights: the float model has exactly the weights that the codes stand for, so the error beside each time is that
+of rounding activations. One process; candidates in shuffled order each round; medians, and ratios as medians of
+per-round ratios. A run in which the baseline varies by more than 15 % (p90 / p10) is void and is not recorded.
+"""
+
+import argparse
+import copy
+import ctypes
+import gc
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from record import record
+from torch import Tensor, nn
+
+from svdit.kernels import cpu, ops
+from svdit.kernels.formats import WEIGHT_FORMATS, Format
+from svdit.kernels.reference import Scales
+from svdit.model.dit import DiT, DiTConfig
+from svdit.quant.linear import LinearSpec, SVDLinear, linears, quantized_layers, swap
+from svdit.runtime.accelerate import accelerate
+from svdit.runtime.linear import stored
+
+SPREAD = 1.15
+ADALN = {"int8": WEIGHT_FORMATS["int8"], "int4": WEIGHT_FORMATS["int4-bf16"]}
+SCHEMES = {"W8A8": "int8", "W4A8": "int4", "W4A8 channel": "int4-channel"}
+Run = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured and how often."""
+
+    depth: int = 28
+    rank: int = 32
+    rounds: int = 9
+    keep: bool = True
+
+
+def random_layer(linear: nn.Linear, spec: LinearSpec, generator: torch.Generator) -> SVDLinear:
+    """A quantized layer of random codes whose weights are about N(0, 1/I), with a shift and scales of channels."""
+    O, I = linear.out_features, linear.in_features
+    layer = SVDLinear(I, O, spec=replace(spec, rank=0, scaled=False, shifted=False))
+    layer.spec, form = spec, spec.weight
+    assert form is not None
+    codes = torch.randint(max(form.lo, -127), form.hi + 1, (O, I), generator=generator, dtype=torch.int8)
+    size = (3 / I) ** 0.5 / form.hi
+    if form.scale == "int8":
+        groups = torch.randint(9, 16, (O, form.groups(I)), generator=generator, dtype=torch.int8)
+        scales = Scales(groups, torch.full((O, 1), size / 12))
+    else:
+        scales = Scales(torch.full((O, form.groups(I)), size).to(getattr(torch, {"bf16": "bfloat16"}.get(form.scale, "float32"))))
+    layer.store_residual(codes, scales)
+    if spec.rank:
+        layer.store_factors(
+            torch.randn(O, spec.rank, generator=generator) / spec.rank**0.5,
+            torch.randn(spec.rank, I, generator=generator) / I**0.5,
+        )
+    if spec.scaled:
+        layer.in_scale = torch.rand(I, generator=generator) + 0.5
+        layer.in_shift = torch.randn(I, generator=generator) * 0.1
+    return layer
+
+
+def quantized(setting: Setting, scheme: str, adaln: str = "int8") -> DiT:
+    """DiT-XL/2 at 256 px with the linears of its blocks quantized; equal for equal arguments."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        model = DiT(DiTConfig(depth=setting.depth))
+    spec = LinearSpec(setting.rank, None, "bfloat16", WEIGHT_FORMATS[SCHEMES[scheme]], Format(8), True, True, 64)
+    for name, linear in list(linears(model)):
+        if "adaLN" in name:
+            swap(model, name, random_layer(linear, LinearSpec(weight=ADALN[adaln]), generator))
+        elif name.startswith("blocks"):
+            swap(model, name, random_layer(linear, spec, generator))
+    for module in model.modules():
+        for name, x in module.named_parameters(recurse=False):
+            if x.is_meta:
+                value = torch.randn(x.shape, generator=generator) * (0.02 if x.ndim > 1 else 0.1)
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
+    return model.eval().requires_grad_(False)
+
+
+def in_floats(model: DiT) -> DiT:
+    """The same model with Linears of the weights that the codes stand for."""
+    model = copy.deepcopy(model)
+    for name, layer in quantized_layers(model).items():
+        linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features)
+        linear.weight = nn.Parameter(layer.effective_weight(), requires_grad=False)
+        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
+        shifted = bias if layer.in_shift is None else bias - linear.weight @ layer.in_shift
+        linear.bias = nn.Parameter(shifted, requires_grad=False)
+        swap(model, name, linear)
+    return model
+
+
+def measure(candidates: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, warmed up, in an order shuffled anew each round."""
+    order, times = random.Random(0), {name: list[float]() for name in candidates}
+    for run in candidates.values():
+        run()
+    for _ in range(rounds):
+        for name in order.sample(list(candidates), len(candidates)):
+            start = time.perf_counter()
+            candidates[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
+    """How many times faster: the median over rounds."""
+    return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
+
+def steady(times: list[float]) -> bool:
+    """Whether the machine was quiet enough for these times to mean anything."""
+    low, *_, high = statistics.quantiles(times, n=10) if len(times) > 2 else times
+    if high / low > SPREAD:
+        print(f"VOID: the baseline varied by {high / low:.2f}, more than {SPREAD}; the machine is busy")
+    return high / low <= SPREAD
+
+
+def model_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As guidance gives them: one t, half the labels the null class."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch // 2, 4, 32, 32, generator=generator).repeat(2, 1, 1, 1)
+    labels = torch.cat([torch.arange(batch // 2) * 100, torch.full((batch // 2,), 1000)])
+    return x, torch.full((batch,), 500), labels
+
+
+def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
+    """The table of the whole model: time, ratio to the eager float model, error against it."""
+    schemes = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4")}
+    x, t, y = model_inputs(batch)
+    plain = in_floats(quantized(setting, "W8A8"))
+    half = copy.deepcopy(plain).bfloat16()
+    candidates: dict[str, Run] = {
+        "fp32 eager": lambda: plain(x, t, y),
+        "fp32 eager medium": lambda: with_precision("medium", lambda: plain(x, t, y)),
+        "bf16 eager": lambda: half(x.bfloat16(), t, y),
+    }
+    if compiled:
+        candidates["bf16 compile + freezing"] = compiled_model(copy.deepcopy(half), x.bfloat16(), t, y)
+    truth = {"fp32": plain(x, t, y)}
+    for name, (scheme, adaln) in schemes.items():
+        model = quantized(setting, scheme, adaln)
+        truth[name] = in_floats(model)(x, t, y)
+        fast = accelerate(model)
+        candidates[name] = lambda fast=fast: fast(x, t, y)
+    times = measure(candidates, setting.rounds)
+    good = steady(times["fp32 eager"]) and setting.keep
+    print(f"\nDiT-XL/2 at 256 px, {setting.depth} blocks, batch {batch}, rank {setting.rank}, {ops.describe(ops.choose())}")
+    for name, run in candidates.items():
+        expected = truth.get(name, truth["fp32"])
+        error = float((run().float() - expected).norm() / expected.norm())
+        median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
+        print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
+        if good:
+            note = f"{median * 1e3:.0f} ms; {setting.depth} blocks, batch {batch}, rank {setting.rank}, error {error:.2g}"
+            record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
+    best = min((name for name in candidates if name.startswith("bf16")), key=lambda n: statistics.median(times[n]))
+    for name in schemes:
+        print(f"{name} over {best}: {ratio(times, best, name):.2f} ×; over fp32 medium: {ratio(times, 'fp32 eager medium', name):.2f} ×")
+    print(f"W4A8 time / W8A8 time: {1 / ratio(times, 'W8A8', 'W4A8'):.3f}")
+
+
+def with_precision(precision: str, run: Run) -> Tensor:
+    """`run` under another precision of float32 products."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return run()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
+    """torch.compile with constants frozen, block by block so that one graph does not hold all of them."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    torch._dynamo.config.recompile_limit = 4 * len(model.blocks)
+    start = time.perf_counter()
+    for block in model.blocks:
+        block.compile()
+    with torch.no_grad():
+        model(x, t, y)
+    print(f"torch.compile took {time.perf_counter() - start:.0f} s")
+    return lambda: model(x, t, y)
+
+
+def parts(setting: Setting) -> None:
+    """Products beside the peak of this processor, and what the branch and the transforms cost."""
+    kernels, generator = cpu.kernels(), torch.Generator().manual_seed(0)
+    repeats = 3_000_000
+    peaks = {kind: max(cpu.peak(kernels, kind == "int8", repeats) for _ in range(5)) / 1e9 for kind in ("int8", "fp32")}
+    print(f"\nout of registers: INT8 {peaks['int8']:.0f} GOP/s, fp32 {peaks['fp32']:.0f} GFLOP/s")
+    layers = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
+    totals: dict[str, float] = {}
+    for name, (I, O) in layers.items():
+        linear, x = nn.Linear(I, O, device="meta"), torch.randn(2, 256, I, generator=generator)
+        full = LinearSpec(setting.rank, None, "bfloat16", WEIGHT_FORMATS["int8"], Format(8), True, True, 64)
+        specs = {
+            "all": full,
+            "no branch": replace(full, rank=0),
+            "no transform": replace(full, scaled=False, shifted=False, hadamard=0),
+            "product alone": LinearSpec(0, None, "bfloat16", full.weight, full.act),
+            "W4A8": replace(full, weight=WEIGHT_FORMATS["int4"]),
+        }
+        packed = {what: cpu.IntegerLinear(stored(random_layer(linear, s, generator)), kernels) for what, s in specs.items()}
+        runs: dict[str, Run] = {what: lambda p=p, x=x: p(x) for what, p in packed.items()}
+        runs["quantize alone"] = lambda p=packed["product alone"], x=x: p.quantize(x)[0]
+        median = {what: statistics.median(t) for what, t in measure(runs, 5 * setting.rounds).items()}
+        rate = 2 * 512 * I * O / (median["product alone"] - median["quantize alone"]) / 1e9
+        print(f"{name:5} {I}→{O}: INT8 product {rate:6.0f} GOP/s = {rate / peaks['int8']:.0%} of the peak")
+        for what, seconds in median.items():
+            totals[what] = totals.get(what, 0) + seconds
+        if setting.keep:
+            record("cpu", f"INT8 product {I}→{O}, share of peak", 100 * rate / peaks["int8"], "%", f"512 rows, {kernels.isa}")
+    qkv = torch.randn(2, 256, 3456, generator=generator)
+    attention = measure({"own": lambda: cpu.attention(qkv, 16, kernels), "SDPA": lambda: ops.attention(qkv, 16, "reference")}, 15)
+    block = totals["all"] + statistics.median(attention["own"])
+    for what, name in (("no branch", f"rank-{setting.rank} branch"), ("no transform", "Hadamard and centring")):
+        share = 100 * (totals["all"] - totals[what]) / block
+        print(f"{name}: {share:.1f} % of a block")
+        if setting.keep:
+            record("cpu", f"{name}, share of a block", share, "%", f"batch 2, {kernels.isa}")
+    print(f"attention {1e3 * statistics.median(attention['own']):.1f} ms, SDPA {1e3 * statistics.median(attention['SDPA']):.1f} ms")
+    print(f"linears of a block: W8A8 {1e3 * totals['all']:.1f} ms, W4A8 {1e3 * totals['W4A8']:.1f} ms")
+
+
+def resident() -> tuple[int, int]:
+    """Bytes now, and the most since the counter was last cleared."""
+    status = Path("/proc/self/status").read_text()
+    now, peak = (int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "VmHWM"))  # type: ignore[index]
+    return now * 1024, peak * 1024
+
+
+def memory_of(setting: Setting, kind: str) -> None:
+    """Run in a process of its own: what the model adds, its peak in a forward pass, its first forward."""
+    torch.randn(64, 64) @ torch.randn(64, 64)
+    before = resident()[0]
+    if kind == "fp32":
+        run = in_floats(quantized(setting, "W8A8"))
+    else:
+        model = quantized(setting, *{"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4")}[kind])
+        start = time.perf_counter()
+        run = accelerate(model)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    added = resident()[0] - before
+    Path("/proc/self/clear_refs").write_text("5")
+    packing = 0 if kind == "fp32" else time.perf_counter() - start
+    start = time.perf_counter()
+    run(*model_inputs(2))
+    first = packing + time.perf_counter() - start
+    print(f"{kind:6} adds {added / 2**20:6.0f} MiB, {(resident()[1] - before) / 2**20:6.0f} in a forward pass; pack and first forward {first:.2f} s")
+    if setting.keep:
+        record("cpu", f"{kind}, memory added", (resident()[1] - before) / 2**20, "MiB", "peak of a forward pass, batch 2, over torch alone")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small, and nothing is recorded")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--compile", action="store_true", help="with torch.compile + freezing, which takes a minute")
+    parser.add_argument("--memory-of", choices=["fp32", "W8A8", "W4A8"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    setting = Setting(4, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)
+    torch.set_grad_enabled(False)
+    if args.memory_of:
+        memory_of(setting, args.memory_of)
+        return
+    parts(setting)
+    for kind in ("fp32", "W8A8", "W4A8"):
+        subprocess.run([sys.executable, __file__, "--memory-of", kind, *(["--quick"] if args.quick else [])], check=True)
+    for batch in [2] if args.quick else args.batch:
+        whole_model(setting, batch, args.compile)
+
+
+if __name__ == "__main__":
+    main()

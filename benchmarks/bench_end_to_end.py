@@ -1,0 +1,107 @@
+"""What quantization does to pictures: 256 digits from the same noise, quantized against full precision.
+
+    python benchmarks/bench_end_to_end.py presets      # every preset, and the published algorithm with GPTQ
+    python benchmarks/bench_end_to_end.py ablation     # the recipe with each ingredient taken out, W4A4 and W4A8
+    python benchmarks/bench_end_to_end.py ranks        # rank 0, 8, 16, 32, 64
+
+DDIM, 50 steps, guidance 1.5, rank 8 unless said otherwise; PSNR and relative L2 over the pictures' uint8 values.
+"""
+
+import argparse
+from dataclasses import replace
+
+import numpy as np
+import torch
+from record import record
+
+from svdit.checkpoints.store import load_model
+from svdit.diffusion.noise import image_labels, image_noise
+from svdit.images import Pixels
+from svdit.kernels.formats import ACT_FORMATS, Format
+from svdit.model.autoencoder import load_autoencoder
+from svdit.model.dit import DiT
+from svdit.quant.config import RECIPES, Recipe, dit_config
+from svdit.quant.quantize import quantize_
+from svdit.sampling.generate import SamplingConfig, pictures
+from svdit.sampling.trajectories import calibration_loop, images_for
+
+WALK = SamplingConfig("ddim", "50", 1.5)
+RANK = 8
+PUBLISHED = replace(RECIPES["svdquant-w4a4"], rounding="gptq")
+BEST_PUBLISHED = {
+    "svdquant-w4a4, gptq": PUBLISHED,
+    "svdquant w4a8, gptq": replace(PUBLISHED, act=ACT_FORMATS["int8"]),
+    "svdquant w8a8, gptq": replace(RECIPES["svdquant"], rounding="gptq"),
+}
+
+
+def presets() -> dict[str, Recipe]:
+    return {**RECIPES, **BEST_PUBLISHED}
+
+
+def ablation() -> dict[str, Recipe]:
+    without = {
+        "branch": {"low_rank": "none"},
+        "refit": {"low_rank": "svd"},
+        "centring": {"centre": False},
+        "smoothing": {"smoothing": 0},
+        "hadamard": {"hadamard": 0},
+        "searched scales": {"search_scales": False},
+        "gptq": {"rounding": "nearest"},
+    }
+    found = {}
+    for base in ("w4a4", "w4a8"):
+        found[base] = RECIPES[base]
+        found |= {f"{base}, no {what}": replace(RECIPES[base], **change) for what, change in without.items()}
+        found[f"{base}, int8 factors"] = replace(RECIPES[base], factors=Format(8))
+    return found
+
+
+def ranks() -> dict[str, Recipe]:
+    low = {"low_rank": "none"}
+    return {
+        f"{base}, rank {r}": replace(RECIPES[base], rank=r, **({} if r else low))
+        for base in ("w4a4", "w4a8")
+        for r in (0, 8, 16, 32, 64)
+    }
+
+
+def draw(model: DiT, count: int) -> Pixels:
+    indices, config = range(count), model.config
+    labels = image_labels(1, indices, config.num_classes)
+    shape = (config.in_channels, config.input_size, config.input_size)
+    return pictures(model, load_autoencoder("none"), labels, image_noise(1, indices, shape, torch.device("cpu")), WALK)
+
+
+def differences(a: Pixels, b: Pixels) -> tuple[float, float]:
+    """Mean PSNR in dB (equal pictures count as 100) and relative L2 over all pictures."""
+    one, two = a.astype(np.float64), b.astype(np.float64)
+    squares = np.square(one - two).mean(axis=(1, 2, 3))
+    psnr = np.minimum(100, 10 * np.log10(255**2 / np.maximum(squares, 1e-9)))
+    return float(psnr.mean()), float(np.linalg.norm(one - two) / np.linalg.norm(two))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["presets", "ablation", "ranks"])
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--only", nargs="+", help="of these names")
+    args = parser.parse_args()
+    recipes = {"presets": presets, "ablation": ablation, "ranks": ranks}[args.what]()
+    original = load_model("digits")
+    full = draw(original, args.count)
+    for name in args.only or recipes:
+        recipe = recipes[name] if args.what == "ranks" else replace(recipes[name], rank=RANK)
+        model = load_model("digits")
+        report = quantize_(model, dit_config(recipe), calibration_loop(images=images_for(model)))
+        psnr, relative = differences(draw(model, args.count), full)
+        layers = [line.sqnr for line in report.layers if line.sqnr is not None and "adaLN" not in line.name]
+        note = f"{args.count} digits, DDIM 50, cfg 1.5, rank {recipe.rank}, {report.bytes_after / 1e6:.3f} MB"
+        record(f"digits {args.what}", f"{name} PSNR", psnr, "dB", note)
+        record(f"digits {args.what}", f"{name} relative L2", relative, "", note)
+        if layers:
+            record(f"digits {args.what}", f"{name} layer SQNR", float(np.median(layers)), "dB", "median over layers")
+
+
+if __name__ == "__main__":
+    main()
