@@ -84,10 +84,11 @@ def train(
     """Train `model`, on its device, into `folder`; go on from `folder/last.pt` where there is one.
 
     `encode` takes pictures in [−1, 1] to what the model learns, `decode` back. Every `checkpoint_every` steps and at
-    the end the first process writes `last.pt`, the error on `held_out`, `loss.png` and a grid of samples, and calls
-    `export`.
+    the end the first process measures the error on `held_out`, draws `loss.png` and a grid of samples, calls `export`
+    and writes `last.pt`.
     """
-    state, binding = fresh(model, options.lr), {**asdict(model.config), **options.binding()}
+    state = fresh(model, options.lr)
+    binding = {**asdict(model.config), **options.binding(), "pictures": len(pictures)}
     if (folder / "last.pt").exists():
         restore(state, folder / "last.pt", binding)
     chief = distributed.rank() == 0
@@ -114,10 +115,10 @@ def train(
             error = held_out_error(state.ema, held_out, encode) if saving and held_out else None
             report(curve.add(state.step, means.tolist(), error, state.seconds))
         if saving and chief:
-            save(state, folder / "last.pt", binding)
             plot_curve(folder / "loss.csv", folder / "loss.png")
             sample_grid(state.ema, decode, folder / "samples" / f"{state.step:07d}.png", options.seed)
             export(state)
+            save(state, folder / "last.pt", binding)  # last: what is saved is never done again
         distributed.barrier()
     return state
 

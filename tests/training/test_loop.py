@@ -79,7 +79,21 @@ def test_a_run_that_goes_on_keeps_its_options(tmp_path: Path) -> None:
     run(tmp_path, steps=1)
     with pytest.raises(UserError, match=r"trained with lr 0\.001, not 0\.1"):
         run(tmp_path, lr=0.1)
+    with pytest.raises(UserError, match="trained with pictures 10, not 9"):
+        run(tmp_path, pictures=Pictures(PIXELS.__getitem__, PICTURES.labels[:9], 3, 1))
     assert run(tmp_path, steps=2, log_every=1).step == 2
+
+
+def test_a_run_killed_before_its_file_is_written_exports_again(tmp_path: Path) -> None:
+    def dies(state: State) -> None:
+        raise KeyboardInterrupt
+
+    exported = []
+    options = TrainOptions(**{**OPTIONS, "steps": 2})
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), PICTURES, options, tmp_path, export=dies)
+    train(small(), PICTURES, options, tmp_path, export=lambda state: exported.append(state.step))
+    assert exported == [2]
 
 
 def test_the_loss_falls_and_the_average_follows(tmp_path: Path) -> None:
