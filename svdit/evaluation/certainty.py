@@ -49,8 +49,11 @@ class Estimate:
 
 
 def assign_blocks(n: int, seed: int = 0, blocks: int = BLOCKS) -> npt.NDArray[np.int64]:
-    """The block, 0 … K-1, of each of n images: a seeded shuffle, because neighbours often share a class."""
+    """The block, 0 … K-1, of each of n images: a seeded shuffle, because neighbours often share a class.
+
+    Two images are one block, which is never left out: nothing can be measured on one.
+    """
     order = np.random.RandomState(seed).permutation(n)
     blocks_of = np.empty(n, np.int64)
-    blocks_of[order] = np.arange(n) % min(blocks, n)
+    blocks_of[order] = np.arange(n) % (min(blocks, n) if n > 2 else 1)
     return blocks_of

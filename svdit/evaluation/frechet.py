@@ -32,7 +32,9 @@ def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
 def leave_out_distances(
     reference: Gaussian, rows: npt.NDArray[np.float32], blocks: npt.NDArray[np.int64]
 ) -> tuple[float, ...]:
-    """d² between the reference and `rows` (N, D) without each of the blocks (N,) they are assigned to."""
+    """d² between the reference and `rows` (N, D) without each of the blocks (N,) they are in; none for one block."""
+    if blocks.max() == 0:
+        return ()
     few = len(rows) <= rows.shape[1]
     return tuple((_leave_out_few if few else _leave_out_many)(reference, rows, blocks))
 

@@ -53,27 +53,28 @@ def inception_score(logits: Rows, blocks: Blocks) -> dict[str, Estimate]:
 
     The shuffle matters: files in class order would score 62 instead of 298. `is_std` is the spread over splits.
     """
-    splits = max(1, min(IS_SPLITS, len(logits) // IS_SPLIT_SIZE))
-    score = isc_features_to_metric(torch.from_numpy(logits), splits, True, SEED)
-    value, spread = score["inception_score_mean"], score["inception_score_std"]
-    leave_out = _scores_without_blocks(logits, blocks, splits)
-    return {"is": Estimate(value, leave_out), **({"is_std": Estimate(spread)} if splits > 1 else {})}
-
-
-def _scores_without_blocks(logits: Rows, blocks: Blocks, splits: int) -> tuple[float, ...]:
-    n, K = len(logits), int(blocks.max()) + 1
+    n = len(logits)
     order = np.random.RandomState(SEED).permutation(n)
-    scores = torch.zeros(splits, K, dtype=torch.float64)
-    for s in range(splits):
-        chosen = order[s * n // splits : (s + 1) * n // splits]
-        log_p = torch.from_numpy(logits[chosen]).double().log_softmax(1)
-        p, block_of = log_p.exp(), torch.from_numpy(blocks[chosen])
-        marginal = torch.zeros(K, p.shape[1], dtype=torch.float64).index_add(0, block_of, p)
-        entropy = torch.zeros(K, dtype=torch.float64).index_add(0, block_of, (p * log_p).sum(1))
-        kept = (len(chosen) - block_of.bincount(minlength=K)).double()
-        q = (marginal.sum(0) - marginal) / kept[:, None]
-        scores[s] = ((entropy.sum() - entropy) / kept - torch.xlogy(q, q).sum(1)).exp()
-    return tuple(scores.mean(0).tolist())
+    count = max(1, min(IS_SPLITS, n // IS_SPLIT_SIZE))
+    splits = [order[i * n // count : (i + 1) * n // count] for i in range(count)]
+    scores = [isc_features_to_metric(torch.from_numpy(logits[s]), 1, False)["inception_score_mean"] for s in splits]
+    K = int(blocks.max()) + 1
+    left = np.mean([_scores_without_blocks(logits[s], blocks[s], K) for s in splits], axis=0) if K > 1 else np.empty(0)
+    spread = {"is_std": Estimate(float(np.std(scores)))} if count > 1 else {}
+    return {"is": Estimate(float(np.mean(scores)), tuple(left.tolist())), **spread}
+
+
+def _scores_without_blocks(logits: Rows, blocks: Blocks, K: int) -> npt.NDArray[np.float64]:
+    """(K,) scores of one split, each without one block, from sums over the blocks."""
+    members = _memberships(blocks, K)
+    log_p = torch.from_numpy(logits).double().log_softmax(1)
+    p = log_p.exp()
+    kept = len(logits) - members.sum(0)  # (K,)
+    marginal = (p.sum(0) - members.T @ p) / kept[:, None]  # (K, 1008)
+    entropy = (p * log_p).sum(1)
+    entropy_kept = (entropy.sum() - members.T @ entropy) / kept
+    scores: npt.NDArray[np.float64] = (entropy_kept - torch.xlogy(marginal, marginal).sum(1)).exp().numpy()
+    return scores
 
 
 def kernel_distance(real: Tensor, fake: Tensor, blocks: Blocks) -> dict[str, Estimate]:
@@ -110,7 +111,7 @@ def _kernel_statistic(real: Tensor, fake: Tensor, blocks: Blocks) -> Estimate:
 
 def _kernel_sums(a: Tensor, b: Tensor, blocks_a: Blocks, blocks_b: Blocks) -> npt.NDArray[np.float64]:
     """Sums of k(x, y) over the pairs of each two blocks, (K_a, K_b); a set with itself leaves i = j out."""
-    in_a, in_b = _memberships(blocks_a, a.device), _memberships(blocks_b, a.device)
+    in_a, in_b = (_memberships(blocks, blocks.max() + 1).to(a.device) for blocks in (blocks_a, blocks_b))
     sums = torch.zeros(in_a.shape[1], in_b.shape[1], dtype=torch.float64, device=a.device)
     for i in range(0, len(a), TILE):
         for j in range(0, len(b), TILE):
@@ -122,9 +123,9 @@ def _kernel_sums(a: Tensor, b: Tensor, blocks_a: Blocks, blocks_b: Blocks) -> np
     return sums.cpu().numpy()
 
 
-def _memberships(blocks: Blocks, device: torch.device) -> Tensor:
+def _memberships(blocks: Blocks, K: int) -> Tensor:
     """(N, K), one where image n is in block k."""
-    return torch.eye(int(blocks.max()) + 1, dtype=torch.float64)[torch.from_numpy(blocks)].to(device)
+    return torch.eye(K, dtype=torch.float64)[torch.from_numpy(blocks)]
 
 
 def monge_distance(real: Tensor, fake: Tensor) -> Estimate:

@@ -116,10 +116,9 @@ def number(value: float | None, error: float | None = None) -> str:
     """Five digits, or as many as the error leaves meaning to: two of the error's own."""
     if value is None:
         return ""
-    if not error:
-        return f"{value:.5g}"
-    decimals = max(0, 1 - math.floor(math.log10(error)))
-    return f"{value:.{decimals}f}"
+    decimals = max(0, 1 - math.floor(math.log10(error))) if error else None
+    text = f"{value:.5g}" if decimals is None else f"{value:.{decimals}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -69,6 +69,18 @@ def test_everything_that_can_be_had_is_measured(real: Path, fake: Path, tiny_net
     assert tiny_network.pictures == 56  # one pass
 
 
+@pytest.mark.parametrize("n", [2, 3])
+def test_two_images_are_enough_for_numbers_and_three_for_errors(
+    tmp_path: Path, real: Path, tiny_network: TinyNetwork, n: int
+):
+    report = evaluate(real, write_folder(tmp_path / "few", pictures(n)), tiny_network)
+    assert report.metrics["prc"].reason == f"needs more than 5 images on both sides, found 30 and {n}"
+    for name in ("fid", "sfid", "kid_full", "is"):
+        assert np.isfinite(report.metrics[name].value)
+        assert np.isfinite(report.metrics[name].leave_out).all()
+        assert (report.metrics[name].se is not None) == (n == 3)
+
+
 def test_what_is_named_and_cannot_be_had_is_failed(real: Path, fake: Path, tiny_network: TinyNetwork):
     report = evaluate(real, fake, tiny_network, Options(("fid", "prc", "fid_inf")))
     assert report.failed == ("fid_inf",)

@@ -52,7 +52,7 @@ def test_table_and_notes():
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [(12.3456, None, "12.346"), (12.3456, 0.37, "12.35"), (12.3456, 0.0, "12.346"), (1234.5, 21.0, "1234"),
-     (0.0123421, 0.00098, "0.01234"), (None, None, "")],
+     (0.0123421, 0.00098, "0.01234"), (None, None, ""), (-1e-9, 2.1, "0.0")],
 )  # fmt: skip
 def test_digits_follow_the_error(value: float | None, error: float | None, text: str):
     assert number(value, error) == text
