@@ -15,18 +15,16 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Print it."""
-    from rich.console import Console
-
     from svdit.checkpoints.store import load_model, locate, read_header
-    from svdit.cli.tables import spec_table
+    from svdit.cli.tables import console, spec_table
     from svdit.quant.linear import quantized_layers
 
     path = locate(args.file)
     model, header = load_model(path, name=args.model), read_header(path)
     layers = quantized_layers(model)
-    console = Console()
+    out = console()
     if layers:
-        console.print(spec_table(layers))
+        out.print(spec_table(layers))
     lines = [
         f"file: {path.name}, {path.stat().st_size / 1e6:.2f} MB",
         f"model: {(header or {}).get('name') or 'a DiT'}, {model.config}",
@@ -34,4 +32,4 @@ def run(args: argparse.Namespace) -> None:
     ]
     for key, value in {} if header is None else options.flat(header.get("provenance", {})):
         lines.append(f"{key}: {value}")
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from svdit.cli import options
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
+    from svdit.quant.budget import Plan
     from svdit.quant.config import QuantConfig, Recipe
     from svdit.quant.report import QuantReport
 
@@ -44,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--target-sqnr", type=float, metavar="DB", help="or the smallest file of that predicted quality")
     what.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone")
+    parser.add_argument(
+        "--no-figures", dest="figures", action="store_false", help="leave out the report's pictures and measurements"
+    )
     how = parser.add_argument_group("calibration")
     how.add_argument(
         "--calib-images", type=options.positive, metavar="N", help="default: as many as the widest layer needs"
@@ -71,8 +75,10 @@ def run(args: argparse.Namespace) -> None:
         source = options.load_checkpoint(args, device)
         digest = sha256(source.path)
         loop = calibration(args, source.model, settings)
-        if args.target_size or args.target_sqnr:
-            config, settings["plan"] = planned(args, source.model, config, loop)
+        plan = planned(args, source.model, config, loop) if args.target_size or args.target_sqnr else None
+        if plan:
+            config = plan.config
+            settings["plan"] = {"target_mb": args.target_size, "target_sqnr": args.target_sqnr, "sqnr": plan.sqnr}
         work = args.output.with_name(f"{args.output.name}.partial")
         with options.progress("calibrating and quantizing") as tick:
             report = quantize_(
@@ -85,11 +91,12 @@ def run(args: argparse.Namespace) -> None:
                 progress=tick,
             )
         if distributed.rank() == 0:
+            numbers = measured(args, source.model, device, report, plan) if args.figures else None
             settings["weight_errors"] = {line.name: line.weight_error for line in report.layers}
             provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": settings}
             save_model(source.model, args.output, name=source.name, provenance=provenance)
             remove(work)
-            finish(args, report, settings)
+            finish(args, report, settings, numbers)
 
 
 def configuration(args: argparse.Namespace) -> tuple["QuantConfig", dict[str, Any]]:
@@ -142,15 +149,25 @@ def calibration(args: argparse.Namespace, model: Any, settings: dict[str, Any]) 
     return calibration_loop(**choices)
 
 
-def planned(
-    args: argparse.Namespace, model: Any, config: "QuantConfig", loop: Any
-) -> tuple["QuantConfig", dict[str, Any]]:
+def planned(args: argparse.Namespace, model: Any, config: "QuantConfig", loop: Any) -> "Plan":
     """Bits and rank for every layer by --target-size or --target-sqnr, and the curve they were taken from."""
     from svdit.quant.budget import plan_
 
     target = None if args.target_size is None else round(args.target_size * 1e6)
-    plan = plan_(model, config, loop, target_bytes=target, target_sqnr=args.target_sqnr)
-    return plan.config, {"target_mb": args.target_size, "target_sqnr": args.target_sqnr, "sqnr": plan.sqnr}
+    return plan_(model, config, loop, target_bytes=target, target_sqnr=args.target_sqnr)
+
+
+def measured(
+    args: argparse.Namespace, model: Any, device: Any, report: "QuantReport", plan: "Plan | None"
+) -> dict[str, Any]:
+    """What the pictures show, as JSON."""
+    from svdit.cli import diagnose
+
+    original = options.load_checkpoint(args, device).model
+    numbers = diagnose.measure(model, original, report.layers, args.cfg_scale, args.seed)
+    if plan:
+        numbers |= {"curve": diagnose.thinned(plan.curve), "chosen": (plan.nbytes, plan.sqnr)}
+    return numbers
 
 
 def remove(folder: Path) -> None:
@@ -161,23 +178,27 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def finish(args: argparse.Namespace, report: "QuantReport", settings: dict[str, Any]) -> None:
-    """Print the table, and write the same as JSON beside the checkpoint."""
-    from rich.console import Console
-
-    from svdit.cli.tables import layer_table
+def finish(
+    args: argparse.Namespace, report: "QuantReport", settings: dict[str, Any], numbers: dict[str, Any] | None
+) -> None:
+    """Print the table, and write the same and the measurements as JSON and pictures beside the checkpoint."""
+    from svdit.cli.figures import draw
+    from svdit.cli.tables import console, layer_table
     from svdit.files import atomic_path
 
-    console = Console()
-    console.print(layer_table(report.layers))
-    console.print(
+    out = console()
+    out.print(layer_table(report.layers))
+    out.print(
         f"{report.bytes_before / 1e6:.2f} MB before, {report.bytes_after / 1e6:.2f} MB after "
         f"({report.bytes_before / report.bytes_after:.2f}×); "
         + ", ".join(f"{k} {v:.1f} s" for k, v in report.seconds.items())
     )
     for warning in report.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+        out.print(f"[yellow]warning:[/] {warning}")
     path = args.output.with_suffix(".report.json")
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({"settings": settings, **report.to_dict()}, indent=1))
-    console.print(f"{args.output}  {path}", soft_wrap=True)
+        content = {"settings": settings, **report.to_dict(), "measured": numbers}
+        temporary.write_text(json.dumps(content, indent=1))
+    if numbers:
+        draw(args.output.with_suffix(".report"), report.layers, numbers)
+    out.print(f"{args.output}  {path}" + (f"  {path.with_suffix('')}/*.png" if numbers else ""), soft_wrap=True)

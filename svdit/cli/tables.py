@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
+from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -13,6 +14,13 @@ if TYPE_CHECKING:
 
 Named = TypeVar("Named", str, "LayerReport")
 MANY = 40  # layers, above which a table shows kinds of layers
+WIDE = 110
+
+
+def console() -> Console:
+    """The terminal, or a file of WIDE columns."""
+    found = Console()
+    return found if found.is_terminal else Console(width=max(found.width, WIDE))
 
 
 def place(name: str) -> tuple[str, int | None]:
@@ -46,6 +54,7 @@ def kind_table(layers: Sequence["LayerReport"]) -> Table:
     for kind, lines in by_kind(layers).items():
         known = sorted((line.sqnr, line.name) for line in lines if line.sqnr is not None)
         before, after = sum(line.bytes_before for line in lines), sum(line.bytes_after for line in lines)
+        where = [f"in {block}" for _, name in known[:1] if (block := place(name)[1]) is not None]
         table.add_row(
             f"{len(lines)} {kind}",
             ", ".join(sorted({line.weight for line in lines})),
@@ -53,7 +62,7 @@ def kind_table(layers: Sequence["LayerReport"]) -> Table:
             ", ".join(map(str, sorted({line.rank for line in lines}))),
             f"{before / 1e6:.1f} → {after / 1e6:.1f}",
             f"{median(sqnr for sqnr, _ in known):.1f}" if known else "–",
-            f"{known[0][0]:.1f} in {place(known[0][1])[1]}" if known else "–",
+            " ".join([f"{known[0][0]:.1f}", *where]) if known else "–",
         )
     return table
 

@@ -25,7 +25,7 @@ def checkpoint(tiny: DiT, tmp_path: Path) -> Path:
 
 def quantize(checkpoint: Path, *flags: str, name: str = "q.safetensors") -> Path:
     output = checkpoint.with_name(name)
-    command("quantize", ["--ckpt", str(checkpoint), "--output", str(output), *flags])
+    command("quantize", ["--ckpt", str(checkpoint), "--output", str(output), "--no-figures", *flags])
     return output
 
 

@@ -14,7 +14,7 @@ from svdit.model.dit import DiT
 def files(tiny: DiT, tmp_path: Path) -> tuple[Path, Path]:
     source, quantized = tmp_path / "tiny.safetensors", tmp_path / "q.safetensors"
     save_model(tiny, source)
-    flags = "--preset w4a8 --rank 4 --calib-images 2 --calib-steps 2 --factors int8"
+    flags = "--preset w4a8 --rank 4 --calib-images 2 --calib-steps 2 --factors int8 --no-figures"
     command("quantize", ["--ckpt", str(source), "--output", str(quantized), *flags.split()])
     return source, quantized
 

@@ -1,0 +1,147 @@
+"""What a report shows of a quantized model's layers, measured on inputs that the original layers see.
+
+    error of a group = ‖y' − y‖ / ‖y‖ over its rows,   y = x Wᵀ,   y' the quantized layer's output without its bias
+
+A group is a whole number that the caller gives each row of the model's batch, its noise level for example; nothing
+is known of it here.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from svdit.quant.linear import SVDLinear
+from svdit.quant.observe import ForwardLoop
+from svdit.quant.transforms import Transform
+
+Group = Callable[..., Tensor]  # the arguments of a call of the model to (N,) whole numbers, one a row of its batch
+Inputs = dict[int, Tensor]  # for each group rows (M, I), float32
+BINS = 101
+QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+@torch.no_grad()
+def layer_inputs(
+    model: nn.Module, names: Iterable[str], loop: ForwardLoop, group: Group, rows: int, seed: int = 0
+) -> dict[str, Inputs]:
+    """At most `rows` random rows a group of what enters the named layers of `model` while the loop calls it.
+
+    No hook outlives the call.
+    """
+    kept: dict[str, Inputs] = {name: {} for name in names}
+    now: list[Tensor] = []  # the groups of the call under way; layers that are called outside of one are not looked at
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        now[:] = [group(*inputs)]
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        now.clear()
+
+    def taker(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            for keys in now:
+                for key in sorted(set(keys.tolist())):
+                    x = inputs[0][keys == key].detach().flatten(0, -2).float()
+                    have = kept[name].get(key, x[:0])
+                    places = torch.randperm(len(x), generator=generator)[: rows - len(have)]
+                    kept[name][key] = torch.cat([have, x[places.to(x.device)]])
+
+        return take
+
+    handles = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
+    try:
+        for name in kept:
+            handles.append(model.get_submodule(name).register_forward_pre_hook(taker(name)))
+        loop(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return kept
+
+
+@torch.no_grad()
+def relative_errors(linear: nn.Linear, layer: SVDLinear, inputs: Inputs) -> dict[int, float]:
+    """The error of each group; 0 where the original layer gives zeros and so does the quantized one."""
+    sizes = [len(x) for x in inputs.values()]
+    x = torch.cat(list(inputs.values()))
+    y = linear(x.to(linear.weight.dtype)).float()
+    noise = (layer(x) - y).square().sum(1)
+    signal = (y if linear.bias is None else y - linear.bias.float()).square().sum(1)
+    sums = zip(inputs, noise.split(sizes), signal.split(sizes), strict=True)
+    return {key: float((n.sum() / s.sum().clamp(min=1e-30)).sqrt()) for key, n, s in sums}
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values, largest first, over the Frobenius norm of W and of Ŵ (for the latter two)."""
+
+    rank: int
+    original: list[float]  # of W
+    transformed: list[float]  # of Ŵ = (W Λ) H
+    remaining: list[float]  # of Ŵ − L1 L2, what is left for the residual
+
+
+@torch.no_grad()
+def spectrum(linear: nn.Linear, layer: SVDLinear) -> Spectrum:
+    """What the transform and the low-rank branch do to the spectrum of a weight."""
+    W = linear.weight.float()
+    What = transform_of(layer).weight(W)
+    l1, l2 = layer.low_rank()
+    original, transformed = singular_values(W), singular_values(What)
+    remaining = singular_values(What - l1.to(W.device) @ l2.to(W.device))
+    return Spectrum(
+        layer.spec.rank,
+        (original / original.norm()).tolist(),
+        (transformed / transformed.norm()).tolist(),
+        (remaining / transformed.norm()).tolist(),
+    )
+
+
+def singular_values(W: Tensor) -> Tensor:
+    """(min(O, I),) float64, largest first, by the smaller Gram matrix; exact to 1e-8 of the largest."""
+    W = W.double()
+    gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+
+
+def transform_of(layer: SVDLinear) -> Transform:
+    return Transform(layer.in_shift, layer.in_scale, layer.spec.hadamard)
+
+
+def scale_quantiles(layer: SVDLinear) -> list[float] | None:
+    """The least, 10 %, 50 %, 90 % and largest of λ; None for a layer that is not smoothed."""
+    if layer.in_scale is None:
+        return None
+    return torch.quantile(layer.in_scale.float(), torch.tensor(QUANTILES, device=layer.in_scale.device)).tolist()
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Of numbers over their root mean square: shares of BINS equal bins from −limit to limit.
+
+    `peak` is the mean over rows of the largest magnitude over the row's root mean square, what a scale a row meets.
+    """
+
+    limit: float
+    shares: list[float]
+    peak: float
+
+
+@torch.no_grad()
+def histograms(layer: SVDLinear, x: Tensor) -> tuple[Histogram, Histogram]:
+    """Of inputs x (M, I) before and after the layer's transform, on the same bins."""
+    both = [rows / rows.square().mean().sqrt() for rows in (x.float(), transform_of(layer).inputs(x.float()))]
+    limit = max(float(rows.abs().max()) for rows in both)
+    before, after = (histogram(rows, limit) for rows in both)
+    return before, after
+
+
+def histogram(x: Tensor, limit: float) -> Histogram:
+    """Of rows x (M, I) of root mean square one."""
+    shares = torch.histc(x, BINS, -limit, limit) / x.numel()
+    peak = (x.abs().amax(1) / x.square().mean(1).sqrt().clamp(min=1e-30)).mean()
+    return Histogram(limit, shares.tolist(), float(peak))

@@ -1,0 +1,88 @@
+"""What `svdit quantize` measures for its report, and that it stays cheap."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdit.checkpoints.store import save_model
+from svdit.cli import command, diagnose
+from svdit.model.dit import DiT
+from svdit.model.zoo import DiT_models
+from svdit.quant.config import QuantConfig, Rule, recipe_for
+from svdit.quant.quantize import quantize_
+
+
+def test_the_report_has_the_numbers_of_its_pictures(tiny: DiT, tmp_path: Path) -> None:
+    save_model(tiny, tmp_path / "tiny.safetensors")
+    flags = "--preset w4a4 --rank 4 --calib-images 2 --calib-steps 2 --target-size 0.46 --skip blocks.1.*"
+    paths = ["--ckpt", str(tmp_path / "tiny.safetensors"), "--output", str(tmp_path / "q.pt")]
+    command("quantize", [*paths, *flags.split()])
+    drawn = {path.stem for path in (tmp_path / "q.report").iterdir()}
+    assert drawn | {"spectra"} == {"layers", "timesteps", "spectra", "smoothing", "activations", "pareto"}
+    report = json.loads((tmp_path / "q.report.json").read_text())
+    found, names = report["measured"], {layer["name"] for layer in report["layers"]}
+    assert list(found["errors"]) == ["conditional", "unconditional"]
+    assert found["timesteps"] == sorted(found["timesteps"], reverse=True)
+    for half in found["errors"].values():
+        assert set(half) == names
+        assert all(len(row) == 10 and all(0 < error < 1 for error in row) for row in half.values())
+    assert all(found["sqnr"][layer["name"]] < layer["sqnr"] + 3 for layer in report["layers"] if layer["sqnr"])
+    assert set(found["smoothing"]) == {name for name in names if "adaLN" not in name}
+    assert len(found["activations"]) == 4
+    sizes = [size for size, _ in found["curve"]]
+    assert sizes[0] <= found["chosen"][0] <= 460_000 < sizes[-1]
+
+
+def test_without_guidance_there_are_no_unconditional_rows(tiny: DiT) -> None:
+    original = copy.deepcopy(tiny)
+    report = quantize_(tiny, QuantConfig((Rule("blocks.*", recipe_for("rtn")),)))
+    found = diagnose.measure(tiny, original, report.layers, 1.0, 0)
+    assert list(found["errors"]) == ["conditional"]
+    errors = found["errors"]["conditional"]["blocks.0.mlp.fc1"]
+    assert found["sqnr"]["blocks.0.mlp.fc1"] == pytest.approx(-10 * math.log10(sum(e**2 for e in errors) / 10))
+    assert (found["smoothing"], found["spectra"]) == ({}, {})
+
+
+def test_no_figures_leaves_no_trace(tiny: DiT, tmp_path: Path) -> None:
+    save_model(tiny, tmp_path / "tiny.safetensors")
+    paths = ["--ckpt", str(tmp_path / "tiny.safetensors"), "--output", str(tmp_path / "q.pt")]
+    command("quantize", [*paths, "--rank-ratio", "0.5", "--no-figures"])
+    assert json.loads((tmp_path / "q.report.json").read_text())["measured"] is None
+    assert not (tmp_path / "q.report").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"), [("DiT-XL/2", 32, (1, 6)), ("DiT-XL/2", 64, (1, 4)), ("DiT-digits", 8, (8, 10))]
+)
+def test_the_work_is_bounded(name: str, size: int, expected: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        model = DiT_models[name](input_size=size)
+    assert diagnose.affordable(model) == expected
+
+
+def test_rows_are_told_apart_by_timestep_and_half(tiny: DiT) -> None:
+    keys = diagnose.timestep_and_half(tiny)(torch.empty(3), torch.tensor([0, 999, 999]), torch.tensor([4, 4, 5]))
+    assert keys.tolist() == [0, 1998, 1999]
+    table = diagnose.by_timestep({"a": {0: 0.1, 1998: 0.2, 1999: 0.3, 1: 0.4}})
+    assert table == {
+        "timesteps": [999, 0],
+        "errors": {"conditional": {"a": [0.2, 0.1]}, "unconditional": {"a": [0.3, 0.4]}},
+    }
+
+
+@pytest.mark.parametrize("count", [1, 2, 199, 200, 201, 399, 16384])
+def test_long_curves_are_thinned_with_their_ends_kept(count: int) -> None:
+    curve = [(i, float(i)) for i in range(count)]
+    thin = diagnose.thinned(curve)
+    assert min(count, 100) <= len(thin) <= 200
+    assert (thin[0], thin[-1]) == (curve[0], curve[-1])
+    assert thin == sorted(set(thin))
+
+
+def test_one_layer_of_each_kind() -> None:
+    names = ["blocks.1.mlp.fc1", "blocks.0.mlp.fc1", "blocks.0.attn.qkv", "final_layer.linear"]
+    assert diagnose.one_of_each_kind(names) == [names[0], names[2], names[3]]

@@ -1,0 +1,107 @@
+"""The report's pictures show the report's numbers, at the sizes that matter: 28 blocks, one block, odd layers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from svdit.cli import figures
+from svdit.quant.recipe import LayerReport
+
+KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+LINES = ("original", "transformed", "remaining")
+STEPS = [999, 500, 0]
+
+
+def names(blocks: int) -> list[str]:
+    inside = [f"blocks.{i}.{kind}" for i in range(blocks) for kind in KINDS]
+    return [*inside, "final_layer.adaLN_modulation.1"]
+
+
+def line(name: str, size: int = 1000) -> LayerReport:
+    return LayerReport(name, "INT4", "INT8", 4, 64, 64, True, 8 * size, size, 20.0, 0.1, 0.5, 0.5)
+
+
+def numbers(blocks: int, halves: tuple[str, ...] = ("conditional", "unconditional")) -> dict[str, Any]:
+    rng, every = np.random.default_rng(0), names(blocks)
+    histogram = {"limit": 5.0, "shares": [0.0, 0.1, 0.8, 0.1, 0.0], "peak": 3.0}
+    return {
+        "sqnr": {name: float(rng.uniform(20, 50)) for name in every},
+        "timesteps": STEPS,
+        "errors": {half: {name: rng.uniform(0.001, 0.1, len(STEPS)).tolist() for name in every} for half in halves},
+        "spectra": {n: {"rank": 2, **{key: [1.0, 0.5, 0.1] for key in LINES}}
+                    for n in every[:3]},
+        "smoothing": {n: {"alpha": 0.5, "beta": 0.3, "scale_quantiles": [0.5, 0.8, 1, 2, 4]}
+                      for n in every if "adaLN" not in n},
+        "activations": {n: {"before": histogram, "after": histogram} for n in every[:1]},
+        "curve": [(1e6, 10.0), (2e6, 20.0), (3e6, 30.0)],
+        "chosen": (2e6, 20.0),
+    }  # fmt: skip
+
+
+ALL = ("layers", "timesteps", "spectra", "smoothing", "activations", "pareto")
+
+
+@pytest.mark.parametrize(("blocks", "pictures"), [(28, ALL), (1, ALL[:2])])
+def test_every_picture_is_drawn_and_not_empty(blocks: int, pictures: tuple[str, ...], tmp_path: Path) -> None:
+    found = numbers(blocks)
+    if pictures != ALL:
+        found |= {"smoothing": {}, "activations": {}, "spectra": {}, "curve": None}
+    paths = figures.draw(tmp_path / "r", [line(name) for name in names(blocks)], found)
+    assert tuple(path.stem for path in paths) == pictures
+    assert sorted((tmp_path / "r").iterdir()) == sorted(paths)
+    for path in paths:
+        pixels = imread(path)[..., :3]
+        assert 0.002 < (pixels < 0.95).any(-1).mean() < 0.95, path
+        edge = np.concatenate([pixels[:2].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
+        assert (edge == 1).all(), f"{path} is cut off"
+
+
+def test_layers_stand_at_their_blocks_with_their_sqnr_and_size() -> None:
+    found = numbers(3)
+    figure = figures.layers([line(name, size=i + 1) for i, name in enumerate(names(3))], found["sqnr"])
+    top, bottom = figure.axes
+    for drawn, kind in zip(top.get_lines(), KINDS, strict=False):
+        assert list(drawn.get_xdata()) == [0, 1, 2]
+        assert list(drawn.get_ydata()) == [found["sqnr"][f"blocks.{i}.{kind}"] for i in range(3)]
+    assert [text.get_text() for text in top.get_legend().get_texts()][0::5] == ["qkv", "final_layer.adaLN"]
+    tops = {}
+    for bar in bottom.patches[4:]:  # the first four are what was there before
+        middle = bar.get_x() + bar.get_width() / 2
+        tops[middle] = max(tops.get(middle, 0), bar.get_y() + bar.get_height())
+    assert tops == pytest.approx({0: 15e-6, 1: 40e-6, 2: 65e-6, 3.5: 16e-6})
+
+
+def test_the_heat_map_is_the_errors_by_kind_and_block() -> None:
+    found = numbers(3)
+    figure = figures.timesteps(STEPS, found["errors"])
+    left, right, bar = figure.axes
+    order = [f"blocks.{i}.{kind}" for kind in KINDS for i in range(3)] + ["final_layer.adaLN_modulation.1"]
+    for axis, half in ((left, "conditional"), (right, "unconditional")):
+        wanted = 100 * np.array([found["errors"][half][name] for name in order])
+        np.testing.assert_allclose(axis.images[0].get_array(), wanted)
+        assert axis.get_title() == half
+    assert left.images[0].norm.vmax == right.images[0].norm.vmax
+    assert [tick.get_text() for tick in left.get_yticklabels()] == [
+        "qkv", "proj", "fc1", "fc2", "adaLN", "final_layer.adaLN"
+    ]  # fmt: skip
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["999", "500", "0"]
+    assert bar.get_ylabel().endswith("%")
+
+
+def test_without_guidance_there_is_one_panel_and_exact_layers_are_no_trouble() -> None:
+    errors = numbers(1, ("conditional",))["errors"]
+    errors["conditional"]["blocks.0.attn.qkv"] = [0.0, 0.0, 0.0]
+    figure = figures.timesteps(STEPS, errors)
+    assert len(figure.axes) == 2
+    assert figure.axes[0].images[0].norm.vmin > 0
+
+
+def test_the_pareto_curve_ends_a_step_at_what_was_chosen() -> None:
+    found = numbers(1)
+    curve, star = figures.pareto(found["curve"], found["chosen"]).axes[0].get_lines()
+    assert list(curve.get_xdata()) == [1, 2, 3]
+    assert list(curve.get_ydata()) == [10, 20, 30]
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (2, 20)
