@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-all lint types bench clean
+.PHONY: demo test test-all lint sanitize types bench clean
 
 # torch first and pinned: an open range would fetch another build.
 $(READY): pyproject.toml
@@ -26,6 +26,15 @@ test-all: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+SANITIZED := $(CURDIR)/build/kernels-sanitized.so
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+
+# The kernels in C, with bounds and undefined behaviour watched.
+sanitize: $(READY)
+	$(BIN)/python -c "from svdit.kernels.build import *; compile_library(Path('$(SANITIZED)'), '-O1 -g $(SANITIZE)'.split())"
+	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	SVDIT_KERNELS=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/kernels/test_cpu.py
 
 types: $(READY)
 	$(BIN)/mypy

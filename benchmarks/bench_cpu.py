@@ -23,20 +23,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from random_models import in_floats, model_inputs, quantized, random_layer
 from record import record
 from torch import Tensor, nn
 
 from svdit.kernels import cpu, ops
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
-from svdit.kernels.reference import Scales
-from svdit.model.dit import DiT, DiTConfig
-from svdit.quant.linear import LinearSpec, SVDLinear, linears, quantized_layers, swap
+from svdit.model.dit import DiT
+from svdit.quant.linear import LinearSpec
 from svdit.runtime.accelerate import accelerate
 from svdit.runtime.linear import stored
 
 SPREAD = 1.15
-ADALN = {"int8": WEIGHT_FORMATS["int8"], "int4": WEIGHT_FORMATS["int4-bf16"]}
-SCHEMES = {"W8A8": "int8", "W4A8": "int4", "W4A8 channel": "int4-channel"}
+SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4")}  # blocks and adaLN
+LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 Run = Callable[[], Tensor]
 
 
@@ -48,63 +48,6 @@ class Setting:
     rank: int = 32
     rounds: int = 9
     keep: bool = True
-
-
-def random_layer(linear: nn.Linear, spec: LinearSpec, generator: torch.Generator) -> SVDLinear:
-    """A quantized layer of random codes whose weights are about N(0, 1/I), with a shift and scales of channels."""
-    O, I = linear.out_features, linear.in_features
-    layer = SVDLinear(I, O, spec=replace(spec, rank=0, scaled=False, shifted=False))
-    layer.spec, form = spec, spec.weight
-    assert form is not None
-    codes = torch.randint(max(form.lo, -127), form.hi + 1, (O, I), generator=generator, dtype=torch.int8)
-    size = (3 / I) ** 0.5 / form.hi
-    if form.scale == "int8":
-        groups = torch.randint(9, 16, (O, form.groups(I)), generator=generator, dtype=torch.int8)
-        scales = Scales(groups, torch.full((O, 1), size / 12))
-    else:
-        scales = Scales(torch.full((O, form.groups(I)), size).to(getattr(torch, {"bf16": "bfloat16"}.get(form.scale, "float32"))))
-    layer.store_residual(codes, scales)
-    if spec.rank:
-        layer.store_factors(
-            torch.randn(O, spec.rank, generator=generator) / spec.rank**0.5,
-            torch.randn(spec.rank, I, generator=generator) / I**0.5,
-        )
-    if spec.scaled:
-        layer.in_scale = torch.rand(I, generator=generator) + 0.5
-        layer.in_shift = torch.randn(I, generator=generator) * 0.1
-    return layer
-
-
-def quantized(setting: Setting, scheme: str, adaln: str = "int8") -> DiT:
-    """DiT-XL/2 at 256 px with the linears of its blocks quantized; equal for equal arguments."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.device("meta"):
-        model = DiT(DiTConfig(depth=setting.depth))
-    spec = LinearSpec(setting.rank, None, "bfloat16", WEIGHT_FORMATS[SCHEMES[scheme]], Format(8), True, True, 64)
-    for name, linear in list(linears(model)):
-        if "adaLN" in name:
-            swap(model, name, random_layer(linear, LinearSpec(weight=ADALN[adaln]), generator))
-        elif name.startswith("blocks"):
-            swap(model, name, random_layer(linear, spec, generator))
-    for module in model.modules():
-        for name, x in module.named_parameters(recurse=False):
-            if x.is_meta:
-                value = torch.randn(x.shape, generator=generator) * (0.02 if x.ndim > 1 else 0.1)
-                setattr(module, name, nn.Parameter(value, requires_grad=False))
-    return model.eval().requires_grad_(False)
-
-
-def in_floats(model: DiT) -> DiT:
-    """The same model with Linears of the weights that the codes stand for."""
-    model = copy.deepcopy(model)
-    for name, layer in quantized_layers(model).items():
-        linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features)
-        linear.weight = nn.Parameter(layer.effective_weight(), requires_grad=False)
-        bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
-        shifted = bias if layer.in_shift is None else bias - linear.weight @ layer.in_shift
-        linear.bias = nn.Parameter(shifted, requires_grad=False)
-        swap(model, name, linear)
-    return model
 
 
 def measure(candidates: dict[str, Run], rounds: int) -> dict[str, list[float]]:
@@ -133,19 +76,10 @@ def steady(times: list[float]) -> bool:
     return high / low <= SPREAD
 
 
-def model_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As guidance gives them: one t, half the labels the null class."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch // 2, 4, 32, 32, generator=generator).repeat(2, 1, 1, 1)
-    labels = torch.cat([torch.arange(batch // 2) * 100, torch.full((batch // 2,), 1000)])
-    return x, torch.full((batch,), 500), labels
-
-
 def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     """The table of the whole model: time, ratio to the eager float model, error against it."""
-    schemes = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4")}
     x, t, y = model_inputs(batch)
-    plain = in_floats(quantized(setting, "W8A8"))
+    plain = in_floats(quantized("W8A8", "int8", setting.depth, setting.rank))
     half = copy.deepcopy(plain).bfloat16()
     candidates: dict[str, Run] = {
         "fp32 eager": lambda: plain(x, t, y),
@@ -155,25 +89,27 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     if compiled:
         candidates["bf16 compile + freezing"] = compiled_model(copy.deepcopy(half), x.bfloat16(), t, y)
     truth = {"fp32": plain(x, t, y)}
-    for name, (scheme, adaln) in schemes.items():
-        model = quantized(setting, scheme, adaln)
+    for name, (scheme, adaln) in SCHEMES.items():
+        model = quantized(scheme, adaln, setting.depth, setting.rank)
         truth[name] = in_floats(model)(x, t, y)
         fast = accelerate(model)
         candidates[name] = lambda fast=fast: fast(x, t, y)
     times = measure(candidates, setting.rounds)
     good = steady(times["fp32 eager"]) and setting.keep
-    print(f"\nDiT-XL/2 at 256 px, {setting.depth} blocks, batch {batch}, rank {setting.rank}, {ops.describe(ops.choose())}")
+    shape = f"{setting.depth} blocks, batch {batch}, rank {setting.rank}"
+    print(f"\nDiT-XL/2 at 256 px, {shape}, {ops.describe(ops.choose())}")
     for name, run in candidates.items():
         expected = truth.get(name, truth["fp32"])
         error = float((run().float() - expected).norm() / expected.norm())
         median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
         print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
         if good:
-            note = f"{median * 1e3:.0f} ms; {setting.depth} blocks, batch {batch}, rank {setting.rank}, error {error:.2g}"
+            note = f"{median * 1e3:.0f} ms; {shape}, {cpu.kernels().isa}, error {error:.2g}"
             record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
     best = min((name for name in candidates if name.startswith("bf16")), key=lambda n: statistics.median(times[n]))
-    for name in schemes:
-        print(f"{name} over {best}: {ratio(times, best, name):.2f} ×; over fp32 medium: {ratio(times, 'fp32 eager medium', name):.2f} ×")
+    for name in SCHEMES:
+        medium = ratio(times, "fp32 eager medium", name)
+        print(f"{name} over {best}: {ratio(times, best, name):.2f} ×; over fp32 medium: {medium:.2f} ×")
     print(f"W4A8 time / W8A8 time: {1 / ratio(times, 'W8A8', 'W4A8'):.3f}")
 
 
@@ -208,9 +144,8 @@ def parts(setting: Setting) -> None:
     repeats = 3_000_000
     peaks = {kind: max(cpu.peak(kernels, kind == "int8", repeats) for _ in range(5)) / 1e9 for kind in ("int8", "fp32")}
     print(f"\nout of registers: INT8 {peaks['int8']:.0f} GOP/s, fp32 {peaks['fp32']:.0f} GFLOP/s")
-    layers = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
     totals: dict[str, float] = {}
-    for name, (I, O) in layers.items():
+    for name, (I, O) in LAYERS.items():
         linear, x = nn.Linear(I, O, device="meta"), torch.randn(2, 256, I, generator=generator)
         full = LinearSpec(setting.rank, None, "bfloat16", WEIGHT_FORMATS["int8"], Format(8), True, True, 64)
         specs = {
@@ -220,7 +155,8 @@ def parts(setting: Setting) -> None:
             "product alone": LinearSpec(0, None, "bfloat16", full.weight, full.act),
             "W4A8": replace(full, weight=WEIGHT_FORMATS["int4"]),
         }
-        packed = {what: cpu.IntegerLinear(stored(random_layer(linear, s, generator)), kernels) for what, s in specs.items()}
+        layers = {what: random_layer(linear, spec, generator) for what, spec in specs.items()}
+        packed = {what: cpu.IntegerLinear(stored(layer), kernels) for what, layer in layers.items()}
         runs: dict[str, Run] = {what: lambda p=p, x=x: p(x) for what, p in packed.items()}
         runs["quantize alone"] = lambda p=packed["product alone"], x=x: p.quantize(x)[0]
         median = {what: statistics.median(t) for what, t in measure(runs, 5 * setting.rounds).items()}
@@ -229,16 +165,18 @@ def parts(setting: Setting) -> None:
         for what, seconds in median.items():
             totals[what] = totals.get(what, 0) + seconds
         if setting.keep:
-            record("cpu", f"INT8 product {I}→{O}, share of peak", 100 * rate / peaks["int8"], "%", f"512 rows, {kernels.isa}")
+            share = 100 * rate / peaks["int8"]
+            record("cpu", f"INT8 product {I}→{O}, share of peak", share, "%", f"512 rows, {kernels.isa}")
     qkv = torch.randn(2, 256, 3456, generator=generator)
-    attention = measure({"own": lambda: cpu.attention(qkv, 16, kernels), "SDPA": lambda: ops.attention(qkv, 16, "reference")}, 15)
-    block = totals["all"] + statistics.median(attention["own"])
+    attention = measure({name: lambda name=name: ops.attention(qkv, 16, name) for name in ("cpu", "reference")}, 15)
+    own, sdpa = (1e3 * statistics.median(attention[name]) for name in attention)
+    block = totals["all"] + own / 1e3
     for what, name in (("no branch", f"rank-{setting.rank} branch"), ("no transform", "Hadamard and centring")):
         share = 100 * (totals["all"] - totals[what]) / block
         print(f"{name}: {share:.1f} % of a block")
         if setting.keep:
             record("cpu", f"{name}, share of a block", share, "%", f"batch 2, {kernels.isa}")
-    print(f"attention {1e3 * statistics.median(attention['own']):.1f} ms, SDPA {1e3 * statistics.median(attention['SDPA']):.1f} ms")
+    print(f"attention {own:.1f} ms, SDPA {sdpa:.1f} ms")
     print(f"linears of a block: W8A8 {1e3 * totals['all']:.1f} ms, W4A8 {1e3 * totals['W4A8']:.1f} ms")
 
 
@@ -253,23 +191,21 @@ def memory_of(setting: Setting, kind: str) -> None:
     """Run in a process of its own: what the model adds, its peak in a forward pass, its first forward."""
     torch.randn(64, 64) @ torch.randn(64, 64)
     before = resident()[0]
-    if kind == "fp32":
-        run = in_floats(quantized(setting, "W8A8"))
-    else:
-        model = quantized(setting, *{"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4")}[kind])
-        start = time.perf_counter()
-        run = accelerate(model)
+    model = quantized(*SCHEMES.get(kind, SCHEMES["W8A8"]), setting.depth, setting.rank)
+    run = in_floats(model) if kind == "fp32" else model
+    del model
+    start = time.perf_counter()
+    run = accelerate(run)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    added = resident()[0] - before
+    added = (resident()[0] - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")
-    packing = 0 if kind == "fp32" else time.perf_counter() - start
-    start = time.perf_counter()
     run(*model_inputs(2))
-    first = packing + time.perf_counter() - start
-    print(f"{kind:6} adds {added / 2**20:6.0f} MiB, {(resident()[1] - before) / 2**20:6.0f} in a forward pass; pack and first forward {first:.2f} s")
+    first, peak = time.perf_counter() - start, (resident()[1] - before) / 2**20
+    print(f"{kind:6} adds {added:6.0f} MiB, {peak:6.0f} in a forward pass; packed and run once in {first:.2f} s")
     if setting.keep:
-        record("cpu", f"{kind}, memory added", (resident()[1] - before) / 2**20, "MiB", "peak of a forward pass, batch 2, over torch alone")
+        record("cpu", f"{kind}, memory added", peak, "MiB", "peak of a forward pass, batch 2, over torch alone")
+        record("cpu", f"{kind}, packing and the first forward pass", first, "s", "batch 2")
 
 
 def main() -> None:
@@ -287,8 +223,9 @@ def main() -> None:
         memory_of(setting, args.memory_of)
         return
     parts(setting)
-    for kind in ("fp32", "W8A8", "W4A8"):
-        subprocess.run([sys.executable, __file__, "--memory-of", kind, *(["--quick"] if args.quick else [])], check=True)
+    for kind in ("fp32", *SCHEMES):
+        quick = ["--quick"] if args.quick else []
+        subprocess.run([sys.executable, __file__, "--memory-of", kind, *quick], check=True)
     for batch in [2] if args.quick else args.batch:
         whole_model(setting, batch, args.compile)
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def _cached() -> ctypes.CDLL:
     return lib
 
 
-def compile_library(path: Path, extra: tuple[str, ...] = ()) -> None:
+def compile_library(path: Path, extra: Sequence[str] = ()) -> None:
     """Compile the sources into `path`, with `extra` flags."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:

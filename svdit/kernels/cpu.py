@@ -6,6 +6,7 @@ mirrors it), the low-rank branch rounds x̂ and x̂ L2ᵀ to bf16; elsewhere it 
 """
 
 import os
+import time
 from ctypes import POINTER, Structure, c_int64, c_void_p, sizeof
 from dataclasses import replace
 from functools import cache
@@ -56,6 +57,7 @@ def isas() -> list[str]:
 Attention = _structure("Attention", "images tokens heads head", "qkv out")
 WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
 Packing = _structure("Packing", "outputs depth bits group", "stored multiples weight sums")
+Peak = _structure("Peak", "repeats integers", "")
 STRUCTURES = (Rows, Product, Attention, WeightOnly, Packing)
 SIGNATURES = {
     "quantize_rows": [POINTER(Rows)],
@@ -64,6 +66,7 @@ SIGNATURES = {
     "weigh": [POINTER(WeightOnly)],
     "pack_weight": [POINTER(Packing)],
     "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
+    "peak": [POINTER(Peak), POINTER(c_int64)],
     "geometry": [POINTER(c_int64 * 10)],
 }
 
@@ -279,3 +282,12 @@ def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:
     call.qkv = pointer(qkv, torch.float32, (N, T, width))
     kernels.call("attend", call)
     return out
+
+
+def peak(kernels: Kernels, integers: bool, repeats: int = 20_000_000) -> float:
+    """Operations a second (a multiply-add is two) of all threads out of registers, for benchmarks."""
+    lanes = c_int64()
+    start = time.perf_counter()
+    kernels.call("peak", Peak(repeats=repeats, integers=integers), lanes)
+    seconds = time.perf_counter() - start
+    return 2 * lanes.value * (4 if integers else 1) * repeats * torch.get_num_threads() / seconds

@@ -21,17 +21,8 @@ def layer(weight: str, act: str | None, rank: int = 4) -> Layer:
     codes, scales = ref.quantize(torch.randn(48, 128, generator=g) / 11, WEIGHT_FORMATS[weight])
     low = [torch.randn(shape, generator=g).bfloat16() / 11 for shape in ((48, rank), (rank, 128))]
     rest = (torch.randn(48, generator=g), torch.randn(128, generator=g), torch.rand(128, generator=g) + 0.5)
-    form = None if act is None else ACT_FORMATS[act]
-    return Layer(
-        ref.pack(codes, WEIGHT_FORMATS[weight]),
-        128,
-        scales,
-        WEIGHT_FORMATS[weight],
-        form,
-        *rest,
-        64,
-        *(low if rank else (None, None)),
-    )
+    form, acts = WEIGHT_FORMATS[weight], None if act is None else ACT_FORMATS[act]
+    return Layer(ref.pack(codes, form), 128, scales, form, acts, *rest, 64, *(low if rank else (None, None)))
 
 
 @pytest.mark.parametrize("act", [None, *ACT_FORMATS])

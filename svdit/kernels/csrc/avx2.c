@@ -15,4 +15,5 @@
 #include "attention.h"
 #include "weights.h"
 #include "packing.h"
+#include "peak.h"
 #endif

@@ -65,7 +65,7 @@ FN void store_bytes(uint8_t *to, VI v)
 }
 
 /* Half to even, for |x| < 2^22: adding 1.5 · 2^23 leaves the integer in the low bits. */
-FN VI nearest(VF x) { return (VI)(x + 12582912.f) - 0x4b400000; }
+FN VI nearest(VF x) { return (VI)((VU)(x + 12582912.f) - 0x4b400000); }
 
 FN VU bf16_bits(VF x) { VU u = (VU)x; return (u + 0x7fff + (u >> 16 & 1)) >> 16; }
 
@@ -81,7 +81,7 @@ FN VF exponential(VF x)
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = (p * r) * r + r + 1.f;
-    return p * (VF)((n + 127) << 23);
+    return p * (VF)((VU)(n + 127) << 23);
 }
 
 /* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x / (1 + e^−2…) */

@@ -13,3 +13,4 @@
 #include "attention.h"
 #include "weights.h"
 #include "packing.h"
+#include "peak.h"

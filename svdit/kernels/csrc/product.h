@@ -18,7 +18,7 @@ FN void expand(const Product *p, int64_t panel, Expanded to)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), groups = p->group ? p->depth / p->group : 1;
     const uint8_t *from = p->weight + panel * PANEL * Kp / 2;
-    VI low = splat_int(0x0f0f0f0f), eights = splat_int(0x08080808), signs = splat_int((int32_t)0x80808080);
+    const VU low = 0x0f0f0f0f + (VU){0}, eights = 0x08080808 + (VU){0}, signs = 0x80808080 + (VU){0};
     for (int64_t i = 0; i < groups * TILE_VECTORS; i++)
         for (int lane = 0; lane < LANES; lane++) {
             int multiple = p->group ? p->multiples[(panel * groups * TILE_VECTORS + i) * LANES + lane] : 1;
@@ -27,9 +27,9 @@ FN void expand(const Product *p, int64_t panel, Expanded to)
     for (int64_t k = 0; k < Kp / 8; k++) {
         int64_t group = p->group ? least(8 * k / p->group, groups - 1) : 0;
         for (int j = 0; j < TILE_VECTORS; j++) {
-            VI both = load_int(from + (k * PANEL + j * LANES) * 4);
+            VU both = (VU)load_int(from + (k * PANEL + j * LANES) * 4);
             for (int half = 0; half < 2; half++) {
-                VI code = (((both >> 4 * half & low) | signs) - eights) ^ signs; /* byte by byte, no borrow */
+                VI code = (VI)((((both >> 4 * half & low) | signs) - eights) ^ signs); /* byte by byte, no borrow */
                 if (p->group && !SMALL_CODES) code = times(code, to.multiples[group * TILE_VECTORS + j]);
                 memcpy(to.codes + ((2 * k + half) * PANEL + j * LANES) * 4, &code, sizeof code);
             }

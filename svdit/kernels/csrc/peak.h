@@ -1,0 +1,31 @@
+/* The most this processor can do out of registers, for benchmarks: TILE_ROWS · TILE_VECTORS sums side by side. */
+
+typedef struct {
+    int64_t repeats, integers; /* integers: dot4, else multiply-add of floats */
+} Peak;
+
+#if defined(USE_VNNI) || defined(USE_AVX2)
+#define KEEP(x) __asm__ volatile("" : "+v"(x))
+#else
+#define KEEP(x) __asm__ volatile("" : : "m"(x) : "memory")
+#endif
+
+WORK void peak_some(const Peak *p, int thread, int threads)
+{
+    VI sums[TILE_ROWS * TILE_VECTORS] = {0}, a = splat_int(thread + 0x01020304), b[TILE_VECTORS];
+    VF totals[TILE_ROWS * TILE_VECTORS] = {0}, x = splat(1e-3f), y = splat(1e-3f);
+    for (int j = 0; j < TILE_VECTORS; j++) b[j] = splat_int(threads + j);
+    for (int64_t r = 0; p->integers && r < p->repeats; r++)
+        UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
+            if (i % TILE_VECTORS == 0) KEEP(a);
+            sums[i] = dot4(sums[i], a, b[i % TILE_VECTORS]);
+        }
+    for (int64_t r = 0; !p->integers && r < p->repeats; r++) {
+        KEEP(x);
+        UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) totals[i] += x * y;
+    }
+    UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) { KEEP(sums[i]); KEEP(totals[i]); }
+}
+
+/* Adds up TILE_ROWS · TILE_VECTORS · LANES lanes a repeat: `lanes` gets that number. */
+void EXPORT(peak)(const Peak *p, int64_t *lanes) { *lanes = TILE_ROWS * TILE_VECTORS * LANES; PARALLEL(peak_some, p); }
