@@ -55,7 +55,7 @@ def main() -> None:
 
     def say(name: str, value: float, unit: str, note: str = "") -> None:
         if args.dry:
-            print(f"{name:40} {value:12.5g} {unit:10} {note}")
+            print(f"{name:40} {value:12.5g} {unit:10} {note}", flush=True)
         else:
             record("evaluation", name, value, unit, note)
 

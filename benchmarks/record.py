@@ -33,7 +33,7 @@ def record(benchmark: str, name: str, value: float, unit: str, note: str = "", p
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([COLUMNS, row] if new else [row])
-    print(f"{benchmark:14} {name:40} {value:12.6g} {unit:12} {note}")
+    print(f"{benchmark:14} {name:40} {value:12.6g} {unit:12} {note}", flush=True)
 
 
 def commit() -> str:

@@ -54,7 +54,7 @@ def _leave_out_few(
 ) -> Iterator[float]:
     """With fewer rows than columns, the same eigenvalues from the (N, N) products of the projected rows."""
     x = rows.astype(np.float64)
-    projected = x[:, reference.root.order] @ reference.root.lower
+    projected = x @ reference.root.factor
     products = projected @ projected.T
     for k in range(blocks.max() + 1):
         kept = np.flatnonzero(blocks != k)

@@ -38,11 +38,19 @@ class Root:
     def rank(self) -> int:
         return self.lower.shape[1]
 
+    @property
+    def factor(self) -> Array:
+        """F (D, R) of the matrix in its own order."""
+        unpermuted = np.empty_like(self.lower)
+        unpermuted[self.order] = self.lower
+        return unpermuted
+
     def congruence(self, covariance: Array) -> Array:
-        """Fᵀ Σ F (R, R), of which only the lower triangle is right, for the factor F of the unpermuted matrix."""
+        """Fᵀ Σ F (R, R); only its lower triangle is right."""
+        if self.rank < len(self.lower):
+            F = self.factor
+            return F.T @ (covariance @ F)
         permuted = covariance[np.ix_(self.order, self.order)]
-        if self.rank < len(permuted):
-            return self.lower.T @ permuted @ self.lower
         return lapack.dsygst(permuted.T, self.lower, itype=2, lower=1, overwrite_a=1)[0]
 
 

@@ -55,8 +55,7 @@ def test_a_covariance_needs_two_images(n: int):
 def test_root_is_a_factor_of_the_numerical_rank(n: int, rank: int):
     covariance = np.cov(rows(n).astype(np.float64), rowvar=False)
     root = pivoted_cholesky(covariance)
-    factor = np.empty((6, rank))
-    factor[root.order] = root.lower
+    factor = root.factor
     np.testing.assert_allclose(factor @ factor.T, covariance, atol=1e-11 * np.abs(covariance).max())
     other = np.cov(rows(40, seed=1).astype(np.float64), rowvar=False)
     np.testing.assert_allclose(np.tril(root.congruence(other)), np.tril(factor.T @ other @ factor), rtol=1e-9)
