@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="R",
         help="the rank ratio the checkpoint was quantized with; checked against it",
     )
+    options.add_speed(parser)
     options.add_sampling(parser, cfg_scale=1.5, vae=VAE)
     parser.add_argument(
         "--num-fid-samples", type=options.positive, default=50_000, metavar="N", help="pictures; default: 50000"
@@ -67,11 +68,12 @@ def run(args: argparse.Namespace) -> None:
         set_tf32(tf32)
         check_rank_ratio(args)
         checkpoint = options.load_checkpoint(args, device)
-        autoencoder = options.load_vae(args.vae, checkpoint.model, device, VAE)
+        model = options.accelerated(checkpoint.model, args)
+        autoencoder = options.load_vae(args.vae, model, device, VAE)
         first = rank() == 0
         with options.progress("generating", shown=first) as tick:
             npz = generate_dataset(
-                checkpoint.model,
+                model,
                 autoencoder,
                 config,
                 folder=args.sample_dir,

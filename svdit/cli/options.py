@@ -7,6 +7,7 @@ it is; --model, --image-size and --num-classes are claims that are checked again
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CFG_CHANNELS = {"three": 3, "all": None}
 PUBLISHED = "DiT-XL/2"
 LATENT_CHANNELS, LATENT_FACTOR = 4, 8
+BACKENDS = ["auto", "cpu", "torch-int8", "dequant", "reference"]
 LEAVES = 20
 
 
@@ -60,6 +62,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--image-size", type=positive, metavar="PIXELS", help="side of a picture; checked likewise")
     group.add_argument("--num-classes", type=positive, metavar="K", help="number of classes; checked likewise")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+
+
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    """--backend, --debug"""
+    group = parser.add_argument_group("how quantized layers are computed")
+    group.add_argument("--backend", default="auto", choices=BACKENDS, help="default: the fastest of this machine")
+    group.add_argument("--debug", action="store_true", help="stop at the first layer that is given no finite numbers")
 
 
 def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) -> None:
@@ -138,6 +147,18 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoin
     header = read_header(path)
     name = (header or {}).get("name") or args.model or (PUBLISHED if args.ckpt is None else "")
     return Checkpoint(name, path, header, model)
+
+
+def accelerated(model: DiT, args: argparse.Namespace) -> DiT:
+    """The model as it runs fastest here, or as --backend says; a float model stays as it is."""
+    from svdit.kernels import ops
+    from svdit.runtime.accelerate import accelerate
+
+    fast = accelerate(model, args.backend, debug=args.debug)
+    missing = ops.reasons(model.pos_embed.device)["cpu"]
+    if fast is not model and args.backend == "auto" and missing and model.pos_embed.device.type == "cpu":
+        print(f"slower than it could be: {missing}", file=sys.stderr)
+    return fast
 
 
 def image_size(model: DiT) -> int:

@@ -19,6 +19,7 @@ def parser() -> argparse.ArgumentParser:
     """The flags of `svdit sample`."""
     parser = argparse.ArgumentParser("svdit sample", description="Draw a grid of pictures, one for each class.")
     options.add_model(parser)
+    options.add_speed(parser)
     options.add_sampling(parser, cfg_scale=4.0, vae=VAE)
     parser.add_argument("--classes", type=int, nargs="+", metavar="CLASS", help="default: eight of the model's classes")
     parser.add_argument("--seed", type=options.seed, default=0, help="default: 0")
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--output is {args.output}, but the grid is a PNG; give a name that ends in .png")
     writable_folder(args.output.parent)
     device = options.device(args.device)
-    model = options.load_checkpoint(args, device).model
+    model = options.accelerated(options.load_checkpoint(args, device).model, args)
     labels = torch.tensor(args.classes or default_classes(model.config.num_classes))
     autoencoder = options.load_vae(args.vae, model, device, VAE)
     side = model.config.input_size

@@ -27,7 +27,7 @@ def accelerate(model: Model, backend: str | None = None, *, debug: bool = False)
     layers = quantized_layers(model)
     if not layers:
         return model
-    device = next(next(iter(layers.values())).buffers()).device
+    device = next(iter(next(iter(layers.values())).state_dict().values())).device
     pack = Packer(ops.choose(device, backend), debug)
     if isinstance(model, DiT):
         return FastDiT(model, pack)

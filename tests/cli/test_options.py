@@ -3,6 +3,7 @@
 import argparse
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,12 @@ from svdit.checkpoints import hub
 from svdit.cli import generate, options, sample
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.errors import UserError
+from svdit.kernels import cpu, ops
 from svdit.model import autoencoder
+from svdit.model.dit import DiT
+from svdit.quant.config import QuantConfig, dit_config, recipe_for
+from svdit.quant.quantize import quantize_
+from svdit.runtime.dit import FastDiT
 from svdit.sampling.dataset import LABEL_POLICIES
 
 CPU = torch.device("cpu")
@@ -40,6 +46,7 @@ def choices(parser: argparse.ArgumentParser, flag: str) -> list[str]:
 def test_choices_are_what_the_library_knows() -> None:
     assert choices(generate.parser(), "--sampler") == list(SAMPLERS)
     assert choices(generate.parser(), "--label-policy") == list(LABEL_POLICIES)
+    assert choices(generate.parser(), "--backend") == ["auto", *ops.BACKENDS]
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "many", "1.5"])
@@ -141,3 +148,22 @@ def test_progress_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str
     with options.progress("sampling") as tick:
         tick(1, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_quantized_models_are_accelerated_and_it_is_told_why_not(
+    tiny: DiT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert options.accelerated(tiny, arguments()) is tiny
+    config = dit_config(recipe_for("rtn"))
+    fast = options.accelerated(quantized(deepcopy(tiny), config), arguments("--backend=dequant"))
+    assert isinstance(fast, FastDiT) and fast.backend == "dequant"
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(cpu, "why_not", lambda: "there is no C compiler")
+    fast = options.accelerated(quantized(deepcopy(tiny), config), arguments())
+    assert isinstance(fast, FastDiT) and fast.backend != "cpu"
+    assert "slower than it could be: there is no C compiler" in capsys.readouterr().err
+
+
+def quantized(model: DiT, config: QuantConfig) -> DiT:
+    quantize_(model, config)
+    return model

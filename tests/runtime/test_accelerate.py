@@ -12,7 +12,7 @@ from svdit.errors import UserError
 from svdit.kernels import ops
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, rank_ratio_config, recipe_for
-from svdit.quant.linear import quantized_layers
+from svdit.quant.linear import SVDLinear, linears, quantized_layers, swap
 from svdit.quant.quantize import quantize_
 from svdit.runtime import dit as runtime_dit
 from svdit.runtime.accelerate import accelerate
@@ -132,3 +132,12 @@ def test_float_models_stay_and_other_models_are_swapped(tiny: DiT) -> None:
     assert 0 < relative(fast(inputs), expected) < 2e-3
     assert fast(inputs[0, 0]).shape == (5,)
     assert fast(inputs.double()).dtype == torch.float64
+
+
+def test_layers_of_float_factors_alone_stay_as_they_are(tiny: DiT) -> None:
+    for name, linear in list(linears(tiny)):
+        if name.startswith("blocks"):
+            swap(tiny, name, SVDLinear.from_linear(linear, 0.5))
+    with torch.no_grad():
+        expected = tiny(X, T, Y)
+    assert relative(accelerate(tiny)(X, T, Y), expected) < 1e-5
