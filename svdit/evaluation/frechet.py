@@ -7,8 +7,6 @@ as its rank are taken, the smaller of F's and of images less one: the rest is ro
 1e-4. (A threshold instead of the rank would cut true eigenvalues of an ill-conditioned product.)
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,54 +15,50 @@ from svdit.evaluation.statistics import Array, Gaussian, Moments
 
 TILE = 2048
 
+Rows = npt.NDArray[np.float32]
+Blocks = npt.NDArray[np.int64]
+
 
 def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
-    """d² of two Gaussians of one width. The root is `reference`'s, which keeps it, or a much thinner one of `other`."""
+    """d² of two Gaussians of one width; the root F is `reference`'s, which keeps it."""
     if reference.mean.shape != other.mean.shape:
         raise ValueError(f"features of width {reference.mean.size} and {other.mean.size} cannot be compared")
-    if 2 * (other.count or np.inf) < other.mean.size:
-        reference, other = other, reference
-    rank = reference.root.rank if other.count is None else min(reference.root.rank, other.count - 1)
-    product = reference.root.congruence(other.covariance)
-    return _distance(reference, other.mean, np.trace(other.covariance), product, rank)
+    root = reference.root
+    rank = root.rank if other.count is None else min(root.rank, other.count - 1)
+    return _distance(reference, other.mean, np.trace(other.covariance), root.congruence(other.covariance), rank)
 
 
-def leave_out_distances(
-    reference: Gaussian, rows: npt.NDArray[np.float32], blocks: npt.NDArray[np.int64]
-) -> tuple[float, ...]:
-    """d² between the reference and `rows` (N, D) without each of the blocks (N,) they are in; none for one block."""
-    if blocks.max() == 0:
-        return ()
-    few = len(rows) <= rows.shape[1]
-    return tuple((_leave_out_few if few else _leave_out_many)(reference, rows, blocks))
-
-
-def _leave_out_many(
-    reference: Gaussian, rows: npt.NDArray[np.float32], blocks: npt.NDArray[np.int64]
-) -> Iterator[float]:
+def jackknifed_distance(reference: Gaussian, other: Gaussian, rows: Rows, blocks: Blocks) -> list[float]:
+    """d² of `other`, which sums up `rows` (N, D), then without each of the blocks (N,); one block is not left out."""
+    K = int(blocks.max()) + 1
+    kept = [np.flatnonzero(blocks != k) for k in range(K)] if K > 1 else []
+    if len(rows) <= rows.shape[1]:
+        return _distances_of_few(reference, rows, [np.arange(len(rows)), *kept])
+    whole = frechet_distance(reference, other)
+    if not kept:
+        return [whole]
     total = Moments(rows.shape[1])
     for start in range(0, len(rows), TILE):
         total.add(torch.from_numpy(rows[start : start + TILE]))
-    for k in range(blocks.max() + 1):
-        yield frechet_distance(reference, total.without(torch.from_numpy(rows[blocks == k])).gaussian())
+    left = (total.without(torch.from_numpy(rows[blocks == k])) for k in range(len(kept)))
+    return [whole, *(frechet_distance(reference, sums.gaussian()) for sums in left)]
 
 
-def _leave_out_few(
-    reference: Gaussian, rows: npt.NDArray[np.float32], blocks: npt.NDArray[np.int64]
-) -> Iterator[float]:
+def _distances_of_few(reference: Gaussian, rows: Rows, subsets: list[Blocks]) -> list[float]:
     """With fewer rows than columns, the same eigenvalues from the (N, N) products of the projected rows."""
     x = rows.astype(np.float64)
     projected = x @ reference.root.factor
     products = projected @ projected.T
-    for k in range(blocks.max() + 1):
-        kept = np.flatnonzero(blocks != k)
-        centred = products[np.ix_(kept, kept)]
+    distances = []
+    for subset in subsets:
+        centred = products[np.ix_(subset, subset)]
         centred -= centred.mean(0)
         centred -= centred.mean(1, keepdims=True)
-        mean = x[kept].mean(0)
-        spread = np.square(x[kept]).sum() - len(kept) * (mean @ mean)
-        rank = min(projected.shape[1], len(kept) - 1)
-        yield _distance(reference, mean, spread / (len(kept) - 1), centred / (len(kept) - 1), rank)
+        n, mean = len(subset), x[subset].mean(0)
+        spread = np.square(x[subset]).sum() - n * (mean @ mean)
+        rank = min(projected.shape[1], n - 1)
+        distances.append(_distance(reference, mean, spread / (n - 1), centred / (n - 1), rank))
+    return distances
 
 
 def _distance(reference: Gaussian, mean: Array, trace: float, product: Array, rank: int) -> float:

@@ -6,16 +6,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from svdit.evaluation import metrics
 from svdit.evaluation.certainty import Estimate
 from svdit.evaluation.features import Features
+from svdit.evaluation.frechet import Blocks
 from svdit.evaluation.neighbours import neighbour_metrics
 
-Blocks = npt.NDArray[np.int64]
 Found = dict[str, Estimate]
 Function = Callable[[Features, Features, Blocks, torch.device], Found]
 

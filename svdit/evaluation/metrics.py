@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from svdit.evaluation.certainty import Estimate
-from svdit.evaluation.frechet import TILE, frechet_distance, leave_out_distances
+from svdit.evaluation.frechet import TILE, Blocks, Rows, frechet_distance, jackknifed_distance
 from svdit.evaluation.statistics import Gaussian, Moments
 from svdit.shims import allow_cpu_torchvision
 
@@ -24,13 +24,11 @@ IS_SPLITS, IS_SPLIT_SIZE = 10, 5000
 INFINITY_POINTS, INFINITY_START = 15, 2000
 MIND_PROJECTIONS = 1000
 
-Rows = npt.NDArray[np.float32]
-Blocks = npt.NDArray[np.int64]
-
 
 def frechet(reference: Gaussian, fake: Gaussian, rows: Rows, blocks: Blocks) -> Estimate:
     """FID or sFID, by which layer is given; `rows` are the features that `fake` sums up."""
-    return Estimate(frechet_distance(reference, fake), leave_out_distances(reference, rows, blocks))
+    value, *leave_out = jackknifed_distance(reference, fake, rows, blocks)
+    return Estimate(value, tuple(leave_out))
 
 
 def fid_infinity(reference: Gaussian, rows: Rows, start: int = INFINITY_START) -> Estimate:

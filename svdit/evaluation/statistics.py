@@ -76,7 +76,7 @@ def pivoted_cholesky(covariance: Array) -> Root:
     packed, pivots, rank, info = lapack.dpstrf(covariance, lower=1)
     if info < 0 or not np.isfinite(covariance).all():
         raise ValueError("the covariance matrix is not finite")
-    return Root(np.asfortranarray(np.tril(packed)[:, :rank]), pivots.astype(np.int64) - 1)
+    return Root(np.asfortranarray(np.tril(packed[:, :rank])), pivots.astype(np.int64) - 1)
 
 
 class Moments:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from svdit.evaluation.certainty import Estimate, assign_blocks
-from svdit.evaluation.frechet import frechet_distance, leave_out_distances
+from svdit.evaluation.frechet import jackknifed_distance
 from svdit.evaluation.statistics import Gaussian
 
 
@@ -60,7 +60,8 @@ def test_error_and_bias_of_fid_agree_with_monte_carlo():
     estimates = []
     for seed in range(seeds):
         x = (np.random.RandomState(seed).randn(n, D) * scale).astype(np.float32)
-        estimates.append(Estimate(frechet_distance(reference, gaussian(x)), leave_out_distances(reference, x, blocks)))
+        value, *leave_out = jackknifed_distance(reference, gaussian(x), x, blocks)
+        estimates.append(Estimate(value, tuple(leave_out)))
     values = np.array([e.value for e in estimates])
     assert np.sqrt(np.mean([e.se**2 for e in estimates])) == pytest.approx(values.std(ddof=1), rel=0.2)
     debiased = values - [e.bias for e in estimates]
