@@ -12,6 +12,7 @@ DESCRIPTION = """\
 FID, sFID, KID, Inception Score, precision, recall, density, coverage, MIND and FID∞ in one pass of the network, with
 standard errors; PSNR, SSIM and relative L2 against full-precision counterparts of the same names. Start it with
 torchrun to share the images among processes."""
+EXTRACTORS = ("inception", "random")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,29 +20,14 @@ def parser() -> argparse.ArgumentParser:
     add = p.add_argument
     add("--real_dir", "--real-dir", metavar="PATH", help="real images: folder, .npz of images, or .npz of statistics")
     add("--fake_dir", "--fake-dir", metavar="PATH", required=True, help="generated images: folder or .npz")
-    add(
-        "--num_images", "--num-images", type=int, metavar="N", help="a seeded choice of N from each side (default: all)"
-    )
-    add(
-        "--metrics",
-        help="comma-separated: fid,sfid,kid,is,prc,mind,fid_inf,paired,lpips (default: what can be had)",
-    )
+    add("--num_images", "--num-images", type=int, metavar="N", help="a seeded choice from each side (default: all)")
+    add("--metrics", help="of fid,sfid,kid,is,prc,mind,fid_inf,paired,lpips (default: what can be had)")
     add("--paired_dir", "--paired-dir", metavar="PATH", help="full-precision counterparts, for PSNR, SSIM, relative L2")
     add("--compare_dir", "--compare-dir", metavar="PATH", help="a second generated set of the same seeds: differences")
-    add(
-        "--feature-extractor",
-        choices=("inception", "random"),
-        default="inception",
-        help="random: offline, NOT comparable",
-    )
+    add("--feature-extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="random: offline, NOT comparable")
     add("--feature-extractor-weights", metavar="FILE", help="2015 Inception weights (or set SVDIT_INCEPTION_WEIGHTS)")
     add("--download", action="store_true", help="fetch the Inception weights (95.6 MB) if they are not found")
-    add(
-        "--cache-dir",
-        metavar="DIR",
-        default="~/.cache/svdit",
-        help="features, 20 KB an image; '' for none [%(default)s]",
-    )
+    add("--cache-dir", metavar="DIR", default="~/.cache/svdit", help="of features; '' keeps none [%(default)s]")
     add("--save-stats", metavar="FILE", help="write the real side's statistics, to be given as --real_dir later")
     add("--resize-to", type=int, metavar="SIZE", help="crop and resize every image, as ADM prepares ImageNet")
     add("--allow-fewer", action="store_true", help="take all where there are fewer than --num_images")
@@ -70,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
         cache=Path(args.cache_dir).expanduser() if args.cache_dir else None,
         save_stats=Path(args.save_stats) if args.save_stats else None,
     )
+    _check_writable(args.output, options)
     with session(options.device):
         report = evaluate(args.real_dir, args.fake_dir, _network(args, options), options, _progress)
         if rank() == 0:
@@ -79,6 +66,16 @@ def run(args: argparse.Namespace) -> None:
     if report.failed:
         print(f"svdit evaluate: asked for, but not to be had: {', '.join(report.failed)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _check_writable(output: str | None, options: Any) -> None:
+    """Before the long work."""
+    from svdit.files import writable_folder
+
+    statistics = options.save_stats and options.save_stats.parent
+    for folder in (output, statistics, options.cache if options.network_metrics else None):
+        if folder:
+            writable_folder(folder)
 
 
 def _device(name: str | None) -> Any:

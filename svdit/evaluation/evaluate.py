@@ -60,9 +60,8 @@ def evaluate(
     if network is not None and not network.comparable:
         pictures = {name: caption(picture, NOT_COMPARABLE) for name, picture in pictures.items()}
     second = found[1] if len(found) > 1 else {}
-    warnings = [one for each in inputs.named.values() for one in each.warnings] + remarks(
-        inputs, network, options.network_metrics
-    )
+    warnings = [one for each in inputs.named.values() for one in each.warnings]
+    warnings += remarks(inputs, network, options.network_metrics)
     return Report(
         metrics=found[0],
         second=second,
@@ -94,7 +93,8 @@ def _network_metrics(
         found: list[Found] = []
         if rank() == 0:
             if options.save_stats:
-                save_statistics(options.save_stats, real.gaussians, network.digest, features=real.rows["pool"])
+                rows = {"features": real.rows["pool"]} if "pool" in real.rows else {}
+                save_statistics(options.save_stats, real.gaussians, network.digest, **rows)
             found = [measure(options.network_metrics, real, fake, blocks, options.device) for fake in fakes]
     prefix = "" if network.comparable else f"{network.name}_"
     return [{prefix + name: estimate for name, estimate in each.items()} for each in gather(found)[0]]

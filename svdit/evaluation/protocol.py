@@ -13,7 +13,7 @@ from typing import Any
 
 from svdit import __version__
 from svdit.evaluation.features import FeatureNetwork
-from svdit.evaluation.inputs import Inputs
+from svdit.evaluation.inputs import Inputs, Set
 from svdit.evaluation.metrics import KID_SUBSET_SIZE
 from svdit.evaluation.weights import SHA256
 
@@ -32,7 +32,7 @@ def protocol(inputs: Inputs, network: FeatureNetwork | None, seed: int) -> dict[
         "precision": "float32, no TF32",
         "resize": "TensorFlow 1 bilinear to 299",
         "reference_sha256": real and real.content,
-        "n_real": real and (real.source.gaussians["pool"].count if real.source.gaussians else real.count),
+        "n_real": real and _count(real),
         "n_fake": fake.count,
         "pixels": "×".join(map(str, fake.size)),
         "lossy": fake.source.lossy,
@@ -40,6 +40,11 @@ def protocol(inputs: Inputs, network: FeatureNetwork | None, seed: int) -> dict[
         **{"sample_" + name: manifest.get(name) for name in SAMPLE_FIELDS},
         "sample_seed": manifest.get("seed"),
     }
+
+
+def _count(real: Set) -> int | None:
+    """The images behind the reference, where stored statistics tell."""
+    return next((gaussian.count for gaussian in real.source.gaussians.values()), real.count)
 
 
 def disagreements(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

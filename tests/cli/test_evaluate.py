@@ -124,13 +124,22 @@ def test_pairs_alone_need_neither_weights_nor_real_images(tmp_path: Path, capsys
         (["--num_images", "0", "--feature-extractor", "random"], "num_images is 0; it must be at least 1"),
         (["--device", "tpu9", "--feature-extractor", "random"], "there is no device tpu9"),
         (["--metrics", "lpips", "--cache-dir", ""], "LPIPS needs"),
+        (["--output", "FILE", "--feature-extractor", "random"], "cannot write into the folder"),
+        (["--save-stats", "FILE/stats.npz", "--feature-extractor", "random"], "cannot write into the folder"),
+        (["--cache-dir", "FILE", "--feature-extractor", "random"], "cannot write into the folder"),
     ],
 )
 def test_what_the_user_can_mend_ends_with_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], sentence: str
 ):
     real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
-    extra = [str(tmp_path) if word == "CACHE" else word for word in extra]
+    (tmp_path / "file").touch()
+    places = {
+        "CACHE": str(tmp_path),
+        "FILE": str(tmp_path / "file"),
+        "FILE/stats.npz": str(tmp_path / "file" / "x.npz"),
+    }
+    extra = [places.get(word, word) for word in extra]
     assert run("evaluate", "--real_dir", real, "--fake_dir", fake, *extra) == 2
     said = capsys.readouterr().err
     assert said.startswith("svdit evaluate: ")

@@ -132,6 +132,16 @@ def test_statistics_alone_leave_neighbour_metrics_empty(
         assert report.metrics[name].reason == "the reference holds statistics only, no images"
     assert report.failed == ()
     assert evaluate(reference, fake, tiny_network, Options(("fid", "kid"))).failed == ("kid",)
+    again = evaluate(reference, fake, tiny_network, Options(("fid",), save_stats=tmp_path / "again.npz"))
+    assert values(evaluate(tmp_path / "again.npz", fake, tiny_network, Options(("fid",)))) == values(again)
+
+
+def test_spatial_statistics_alone_leave_fid_empty(tmp_path: Path, fake: Path, tiny_network: TinyNetwork):
+    np.savez(tmp_path / "s.npz", mu_s=np.zeros(12), sigma_s=np.eye(12))
+    report = evaluate(tmp_path / "s.npz", fake, tiny_network, Options(("fid", "sfid")))
+    assert report.failed == ("fid",)
+    assert report.metrics["fid"].reason == "the reference holds no statistics of the pool features"
+    assert report.metrics["sfid"].value > 0
 
 
 def test_adm_reference_gives_stored_statistics_and_neighbours_of_its_images(
