@@ -31,6 +31,7 @@ from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, save
 Rows = npt.NDArray[np.float32]
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # shows progress; the count is in images
 SUMMED = ("pool", "spatial")
+FORMAT = "features 2"  # of what is kept; another one is not found, so never misread
 WORKERS_FROM = 1000  # fewer images per process are read faster than workers start
 
 
@@ -153,8 +154,8 @@ def _create_rows(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, 
 
 
 def cache_key(content: str, network: FeatureNetwork, indices: Indices) -> str:
-    """Changes with the images' bytes, the choice among them, the weights and the precision."""
-    parts = (content, network.name, network.digest, "float32", indices.astype("<i8").tobytes().hex())
+    """Changes with the images' bytes, the choice among them, the weights, the precision and the files' format."""
+    parts = (FORMAT, content, network.name, network.digest, "float32", indices.astype("<i8").tobytes().hex())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -138,7 +138,7 @@ def load_statistics(path: str | Path) -> tuple[dict[str, Gaussian], str]:
         for layer, suffix in ADM_SUFFIX.items():
             if "mu" + suffix in archive and "sigma" + suffix in archive:
                 mean, covariance = (archive[key + suffix].astype(np.float64) for key in ("mu", "sigma"))
-                rooted = "root" + suffix in archive
+                rooted = "order" + suffix in archive
                 root = Root(archive["root" + suffix], archive["order" + suffix]) if rooted else None
                 gaussians[layer] = Gaussian(mean, covariance, count, root)
         extractor = str(archive["extractor"]) if "extractor" in archive else "inception"

@@ -72,7 +72,7 @@ def test_an_interrupted_pass_leaves_nothing_to_be_believed(source: Source, tmp_p
     assert whole.pictures == 5
 
 
-def test_key_changes_with_content_weights_and_choice():
+def test_key_changes_with_content_weights_choice_and_format(monkeypatch: pytest.MonkeyPatch):
     some, other = np.arange(3), np.arange(4)
     keys = {
         cache_key("a", TinyNetwork(), some),
@@ -83,6 +83,8 @@ def test_key_changes_with_content_weights_and_choice():
     }
     assert len(keys) == 5
     assert cache_key("a", TinyNetwork(), some) in keys
+    monkeypatch.setattr("svdit.evaluation.features.FORMAT", "features 3")
+    assert cache_key("a", TinyNetwork(), some) not in keys
 
 
 def test_without_a_cache_nothing_stays(source: Source, tiny_network: TinyNetwork):
