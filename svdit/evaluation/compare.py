@@ -63,7 +63,8 @@ def _against(first: Row, row: Row, force: bool) -> Row:
 
 def _columns(first: Row, metrics: Sequence[str] | None) -> list[str]:
     if metrics is None:
-        return [name for name in first.metrics if name.removeprefix("random_") in SHOWN]
+        had = [name for name, estimate in first.metrics.items() if estimate.value is not None]
+        return [name for name in had if name.removeprefix("random_") in SHOWN]
     for name in metrics:
         if name not in first.metrics:
             raise UserError(f"{first.name} has no metric {name}; it has {', '.join(first.metrics)}")

@@ -20,7 +20,7 @@ def report(path: Path, fid: float, leave_out: list[float], **protocol: Any) -> P
         "sample_seed": 0,
     } | protocol
     metrics = {"fid": {"value": fid, "leave_out": leave_out, "reason": None}}
-    metrics["mind"] = {"value": None, "leave_out": [], "reason": "why"}
+    metrics |= {name: {"value": None, "leave_out": [], "reason": "why"} for name in ("mind", "ssim")}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"schema": 1, "metrics": metrics, "protocol": fields}))
     return path
@@ -33,6 +33,7 @@ def test_first_line_is_the_baseline_and_pairs_share_their_error(tmp_path: Path):
     assert "| full | 10.0 ± 1.2 " in table
     assert "| w4   | 12.0 ± 1.5 (+2.00 ± 0.33) |" in table  # se of [2, 2, 2.5], not the root of two squares
     assert "errors of differences paired by seed" in table
+    assert "ssim" not in table  # nobody has it
 
 
 def test_other_seeds_are_not_paired(tmp_path: Path):
@@ -61,7 +62,7 @@ def test_asked_metrics_and_random_features(tmp_path: Path):
     a = report(tmp_path / "a.json", 10.0, [], comparable=False)
     assert "–" in compare([a], ["fid", "mind"])
     assert "NOT comparable" in compare([a])
-    with pytest.raises(UserError, match="a has no metric psnr; it has fid, mind"):
+    with pytest.raises(UserError, match="a has no metric psnr; it has fid, mind, ssim"):
         compare([a], ["psnr"])
 
 
