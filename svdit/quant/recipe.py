@@ -184,9 +184,7 @@ class Solver:
         if self.R is None:
             raise UserError("this recipe weighs by the layer's inputs; give a forward loop for calibration")
         if self.root is None and A.shape[0] > A.shape[1]:
-            damped = self.R.clone()
-            damped.diagonal().add_(1e-6 * damped.diagonal().mean())
-            self.root = torch.linalg.cholesky(damped)
+            self.root = cholesky(self.R)
         return weighted_svd(A, self.R, self.recipe.rank, self.root)
 
     def stored(self, factors: Factors) -> Factors:
@@ -203,6 +201,17 @@ class Solver:
         rounded = ref.fake_quantize(self.inputs, self.recipe.act) if self.recipe.act else self.inputs
         output = rounded @ Q.T + (self.inputs @ l2.T) @ l1.T
         return float((output - self.inputs @ self.W.T).square().sum())
+
+
+def cholesky(R: Tensor) -> Tensor:
+    """A Cholesky factor of R, damped as little as it needs: few samples leave it singular."""
+    damping, step, failed = 1e-6, R.diagonal().mean(), True
+    while failed:
+        damped = R.clone()
+        damped.diagonal().add_(damping * step)
+        root, info = torch.linalg.cholesky_ex(damped)
+        damping, failed = 10 * damping, bool(info)
+    return root
 
 
 def balanced(W: Tensor, rank: int) -> Factors:

@@ -12,7 +12,7 @@ from svdit.errors import UserError
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.config import RECIPES, Recipe, dit_config, rank_ratio_config, recipe_for
 from svdit.quant.observe import Statistics
-from svdit.quant.recipe import quantize_linear
+from svdit.quant.recipe import cholesky, quantize_linear
 
 
 def run(linear: nn.Linear, recipe: Recipe, statistics: Statistics) -> tuple[nn.Module, float]:
@@ -102,3 +102,10 @@ def test_unknown_presets_name_the_known() -> None:
         recipe_for("w2a2")
     assert recipe_for("w4a8", rank=4).rank == 4
     assert recipe_for("w4a8").weight == WEIGHT_FORMATS["int4"]
+
+
+def test_moments_of_few_samples_still_have_a_factor() -> None:
+    R = torch.eye(8, dtype=torch.float64)
+    R[0, 1] = R[1, 0] = 1.0 + 1e-5  # indefinite until damped by more than 1e-5
+    root = cholesky(R)
+    assert 0 < float((root @ root.T - R).abs().max()) < 2e-4
