@@ -2,7 +2,7 @@
 
     python examples/demo.py demo
 
-A few minutes on two cores, nothing downloaded. It ends with one row a method and a picture, demo/side_by_side.png.
+A few minutes on two idle cores, nothing downloaded. It ends with one row a method and a picture, demo/side_by_side.png.
 Expect w8a8 above 40 dB PSNR, and the recipe (w4a4) well above SVDQuant as published (svdquant-w4a4).
 """
 
@@ -49,13 +49,16 @@ def main(folder: Path) -> None:
 
 
 def picture(folder: Path) -> None:
-    """The first twenty pictures of every method, from the same noise."""
+    """The first twenty pictures of every method, from the same noise, over their differences to full precision."""
     names = ("full", *PRESETS)
-    figure = Figure(figsize=(10, 1.3 * len(names)), layout="constrained")
-    for axis, name in zip(figure.subplots(len(names), 1), names, strict=True):
-        pictures = np.stack([read_image(path) for path in list_images(folder / name)[:20]])
-        axis.imshow(grid(pictures, 20, scale=4))
-        axis.set_title(name, loc="left", fontsize=9)
+    first = {name: np.stack([read_image(path) for path in list_images(folder / name)[:20]]) for name in names}
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    axes = figure.subplots(len(names), 1, height_ratios=(1, *[2] * len(PRESETS)))
+    for axis, name in zip(axes, names, strict=True):
+        difference = np.abs(first[name].astype(int) - first["full"])
+        rows = [first[name]] if name == "full" else [first[name], np.minimum(10 * difference, 255).astype(np.uint8)]
+        axis.imshow(grid(np.concatenate(rows), 20, scale=4))
+        axis.set_title(name if name == "full" else f"{name}, and its difference × 10", loc="left", fontsize=9)
         axis.axis("off")
     figure.savefig(folder / "side_by_side.png", dpi=120)
 
