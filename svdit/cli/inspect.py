@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> None:
         f"model: {(header or {}).get('name') or 'a DiT'}, {model.config}",
         f"layers: {len(layers)} quantized" if layers else "layers: all at full precision",
     ]
+    if model.config.absorbed:
+        lines.append("folded: smoothing and centring of qkv, proj and fc1 are in adaLN and in the rows of v")
     for key, value in {} if header is None else options.flat(header.get("provenance", {})):
         lines.append(f"{key}: {value}")
     out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from svdit.cli import options
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
+    from svdit.model.dit import DiT, DiTConfig
     from svdit.quant.budget import Plan
     from svdit.quant.config import QuantConfig, Recipe
     from svdit.quant.report import QuantReport
@@ -45,6 +46,12 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--target-sqnr", type=float, metavar="DB", help="or the smallest file of that predicted quality")
     what.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone")
+    what.add_argument(
+        "--fuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fold smoothing and centring into adaLN and the rows of v, exactly; default: on",
+    )
     parser.add_argument(
         "--no-figures", dest="figures", action="store_false", help="leave out the report's pictures and measurements"
     )
@@ -92,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
             )
         if distributed.rank() == 0:
             numbers = measured(args, source.model, device, report, plan) if args.figures else None
+            if args.fuse:
+                fuse(source.model, report)
             settings["weight_errors"] = {line.name: line.weight_error for line in report.layers}
             provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": settings}
             save_model(source.model, args.output, name=source.name, provenance=provenance)
@@ -154,7 +163,32 @@ def planned(args: argparse.Namespace, model: Any, config: "QuantConfig", loop: A
     from svdit.quant.budget import plan_
 
     target = None if args.target_size is None else round(args.target_size * 1e6)
+    if target and args.fuse:
+        target -= row_scale_bytes(args, model.config)
     return plan_(model, config, loop, target_bytes=target, target_sqnr=args.target_sqnr)
+
+
+def row_scale_bytes(args: argparse.Namespace, config: "DiTConfig") -> int:
+    """What `fuse` adds to a file at most: a float32 for each row of adaLN and qkv, instead of three layers' λ and μ."""
+    recipe = recipe_of(args)
+    if not recipe.smoothing:
+        return 0
+    saved = 0 if args.skip else 3 + 3 * recipe.centre
+    return 4 * config.depth * config.hidden_size * (9 - saved)
+
+
+def fuse(model: "DiT", report: "QuantReport") -> None:
+    """Fold what can be folded, and tell the sizes afterwards."""
+    from svdit.checkpoints.fuse import foldable, fuse_
+    from svdit.quant.quantize import model_bytes
+
+    if not foldable(model):
+        return
+    fuse_(model)
+    layers: Any = map(model.get_submodule, (line.name for line in report.layers))
+    sizes = [layer.spec.nbytes(layer.out_features, layer.in_features, layer.bias is not None) for layer in layers]
+    report.layers = [replace(line, bytes_after=size) for line, size in zip(report.layers, sizes, strict=True)]
+    report.bytes_after = model_bytes(model)
 
 
 def measured(

@@ -97,7 +97,12 @@ def spec_table(layers: Mapping[str, "SVDLinear"]) -> Table:
     table.add_column("KB", justify="right")
     for name, layer in layers.items():
         spec = layer.spec
-        parts = [("centred", spec.shifted), ("smoothed", spec.scaled), (f"Hadamard {spec.hadamard}", spec.hadamard)]
+        parts = [
+            ("centred", spec.shifted),
+            ("smoothed", spec.scaled),
+            (f"Hadamard {spec.hadamard}", spec.hadamard),
+            ("row scale", spec.out_scaled),
+        ]
         table.add_row(
             name,
             f"{layer.out_features} × {layer.in_features}",

@@ -11,15 +11,20 @@ from svdit.quant.linear import SVDLinear
 
 
 def stored(layer: SVDLinear) -> Layer:
-    """What an SVDLinear with a residual stores, for a backend to pack."""
+    """What an SVDLinear with a residual stores, for a backend to pack; a row scale goes into its float32 scales."""
     spec = layer.spec
     assert spec.weight is not None
     factors = layer.low_rank() if spec.factors and spec.rank else (layer.l1, layer.l2)
     l1, l2 = (None if factor is None else factor.detach() for factor in factors)
+    groups, steps = layer.get_buffer("residual_scales"), getattr(layer, "residual_steps", None)
+    if layer.out_scale is not None:
+        s = layer.out_scale[:, None]
+        groups, steps = (groups.float() * s, None) if steps is None else (groups, steps * s)
+        l1 = None if l1 is None else l1.float() * s
     return Layer(
         stored=layer.get_buffer("residual_codes"),
         columns=layer.in_features,
-        scales=Scales(layer.get_buffer("residual_scales"), getattr(layer, "residual_steps", None)),
+        scales=Scales(groups, steps),
         weight=spec.weight,
         act=spec.act,
         bias=None if layer.bias is None else layer.bias.detach().float(),

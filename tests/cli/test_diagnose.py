@@ -19,8 +19,9 @@ from svdit.quant.quantize import quantize_
 def test_the_report_has_the_numbers_of_its_pictures(tiny: DiT, tmp_path: Path) -> None:
     save_model(tiny, tmp_path / "tiny.safetensors")
     flags = "--preset w4a4 --rank 4 --calib-images 2 --calib-steps 2 --target-size 0.46 --skip blocks.1.*"
-    paths = ["--ckpt", str(tmp_path / "tiny.safetensors"), "--output", str(tmp_path / "q.pt")]
-    command("quantize", [*paths, *flags.split()])
+    output = tmp_path / "q.safetensors"
+    command("quantize", ["--ckpt", str(tmp_path / "tiny.safetensors"), "--output", str(output), *flags.split()])
+    assert output.stat().st_size <= 460_000
     drawn = {path.stem for path in (tmp_path / "q.report").iterdir()}
     assert drawn | {"spectra"} == {"layers", "timesteps", "spectra", "smoothing", "activations", "pareto"}
     report = json.loads((tmp_path / "q.report.json").read_text())

@@ -4,19 +4,34 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import randomize
 
 from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.cli import command
-from svdit.model.dit import DiT
+from svdit.model.dit import DiT, DiTConfig
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = randomize(DiT(DiTConfig(4, 2, 4, hidden_size=64, depth=2, num_heads=2, num_classes=5)))
+    assert isinstance(model, DiT)
+    path = tmp_path_factory.mktemp("verify") / "tiny.safetensors"
+    save_model(model, path)
+    return path
+
+
+def quantized(source: Path, *flags: str) -> Path:
+    """Quantized with these flags, once."""
+    path = source.with_name(f"q{'-'.join(flags)}.safetensors")
+    if not path.exists():
+        always = "--preset w4a8 --rank 4 --calib-images 2 --calib-steps 2 --factors int8 --no-figures"
+        command("quantize", ["--ckpt", str(source), "--output", str(path), *always.split(), *flags])
+    return path
 
 
 @pytest.fixture
-def files(tiny: DiT, tmp_path: Path) -> tuple[Path, Path]:
-    source, quantized = tmp_path / "tiny.safetensors", tmp_path / "q.safetensors"
-    save_model(tiny, source)
-    flags = "--preset w4a8 --rank 4 --calib-images 2 --calib-steps 2 --factors int8 --no-figures"
-    command("quantize", ["--ckpt", str(source), "--output", str(quantized), *flags.split()])
-    return source, quantized
+def files(source: Path) -> tuple[Path, Path]:
+    return source, quantized(source)
 
 
 def verify(quantized: Path, source: Path) -> None:
@@ -34,9 +49,12 @@ def tamper(path: Path, tensor: str) -> Path:
     return changed
 
 
-def test_what_was_made_is_verified(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    verify(files[1], files[0])
-    assert "11 quantized layers as recorded" in capsys.readouterr().out
+@pytest.mark.parametrize("flags", [(), ("--no-fuse",), ("--adaln", "fp16"), ("--adaln", "int4")], ids=str)
+def test_what_was_made_is_verified(source: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    path = quantized(source, *flags)
+    verify(path, source)
+    assert f"{8 if 'fp16' in flags else 11} quantized layers as recorded" in capsys.readouterr().out
+    assert load_model(path).config.absorbed == ("--no-fuse" not in flags)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +64,13 @@ def test_what_was_made_is_verified(files: tuple[Path, Path], capsys: pytest.Capt
         ("blocks.1.mlp.fc2.l1_scales", "blocks.1.mlp.fc2 of"),
         ("x_embedder.proj.bias", "x_embedder.proj.bias differs"),
         ("final_layer.linear.weight", "final_layer.linear.weight differs"),
+        ("blocks.0.mlp.fc2.bias", "the bias of blocks.0.mlp.fc2"),
+        ("blocks.1.attn.proj.bias", "the bias of blocks.1.attn.proj"),
+        ("blocks.1.mlp.fc1.bias", "the bias of blocks.1.mlp.fc1"),
+        ("blocks.0.attn.qkv.bias", "the bias of blocks.0.attn."),  # of qkv by its first rows, or of proj by its last
+        ("blocks.0.attn.qkv.out_scale", "blocks.0.attn.proj"),
+        ("blocks.0.adaLN_modulation.1.bias", "the bias of blocks.0."),
+        ("blocks.1.adaLN_modulation.1.out_scale", "blocks.1."),
     ],
 )
 def test_a_change_is_found(
@@ -55,6 +80,22 @@ def test_a_change_is_found(
         verify(tamper(files[1], tensor), files[0])
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["blocks.0.adaLN_modulation.1.weight", "blocks.0.adaLN_modulation.1.bias"])
+def test_a_change_in_a_folded_float_layer_is_found(source: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with torch.no_grad(), pytest.raises(SystemExit):
+        verify(tamper(quantized(source, "--adaln", "fp16"), name), source)
+    assert "blocks.0." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.in_shift", "blocks.0.mlp.fc1.in_scale"])
+def test_a_change_is_found_where_nothing_was_folded(
+    source: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with torch.no_grad(), pytest.raises(SystemExit):
+        verify(tamper(quantized(source, "--no-fuse"), name), source)
+    assert name.rpartition(".")[0] in capsys.readouterr().err
 
 
 def test_another_source_is_refused(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +112,16 @@ def test_another_source_is_refused(files: tuple[Path, Path], capsys: pytest.Capt
 def test_inspect_tells_format_layers_and_origin(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     command("inspect", [str(files[1])])
     said = capsys.readouterr().out
-    for part in ("11 quantized", "INT4 g64", "rank 4, INT8", "Hadamard 64", "quantization.preset: w4a8", "sha256"):
+    for part in (
+        "11 quantized",
+        "INT4 g64",
+        "rank 4, INT8",
+        "Hadamard 64",
+        "row scale",
+        "folded:",
+        "quantization.preset: w4a8",
+        "sha256",
+    ):
         assert part in said
     command("inspect", [str(files[0])])
     assert "all at full precision" in capsys.readouterr().out
