@@ -15,7 +15,7 @@ $(READY): pyproject.toml
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py $(DEMO)
+	OMP_NUM_THREADS=1 $(BIN)/python examples/demo.py $(DEMO)
 
 test: $(READY) lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
