@@ -43,12 +43,14 @@ def layer_inputs(
         generator = torch.Generator().manual_seed(seed)
 
         def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach().flatten(0, -2)  # (N·T, I)
             for keys in now:
+                of_rows = keys.cpu().repeat_interleave(len(x) // len(keys))
                 for key in sorted(set(keys.tolist())):
-                    x = inputs[0][keys == key].detach().flatten(0, -2).float()
-                    have = kept[name].get(key, x[:0])
-                    places = torch.randperm(len(x), generator=generator)[: rows - len(have)]
-                    kept[name][key] = torch.cat([have, x[places.to(x.device)]])
+                    have = kept[name].get(key, x[:0].float())
+                    places = (of_rows == key).nonzero()[:, 0]
+                    places = places[torch.randperm(len(places), generator=generator)[: rows - len(have)]]
+                    kept[name][key] = torch.cat([have, x[places.to(x.device)].float()])
 
         return take
 
