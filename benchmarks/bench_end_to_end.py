@@ -21,9 +21,10 @@ from svdit.kernels.formats import ACT_FORMATS, Format
 from svdit.model.autoencoder import load_autoencoder
 from svdit.model.dit import DiT
 from svdit.quant.config import RECIPES, Recipe, dit_config
+from svdit.quant.observe import ForwardLoop
 from svdit.quant.quantize import quantize_
 from svdit.sampling.generate import SamplingConfig, pictures
-from svdit.sampling.trajectories import calibration_loop, images_for
+from svdit.sampling.trajectories import calibration_loop, calibration_size
 
 WALK = SamplingConfig("ddim", "50", 1.5)
 RANK = 8
@@ -66,6 +67,11 @@ def ranks() -> dict[str, Recipe]:
     }
 
 
+def calibration(model: DiT) -> ForwardLoop:
+    images, steps = calibration_size(model)
+    return calibration_loop(images=images, steps=steps)
+
+
 def draw(model: DiT, count: int) -> Pixels:
     indices, config = range(count), model.config
     labels = image_labels(1, indices, config.num_classes)
@@ -93,7 +99,7 @@ def main() -> None:
     for name in args.only or recipes:
         recipe = recipes[name] if args.what == "ranks" else replace(recipes[name], rank=RANK)
         model = load_model("digits")
-        report = quantize_(model, dit_config(recipe), calibration_loop(images=images_for(model)))
+        report = quantize_(model, dit_config(recipe), calibration(model))
         psnr, relative = differences(draw(model, args.count), full)
         layers = [line.sqnr for line in report.layers if line.sqnr is not None and "adaLN" not in line.name]
         note = f"{args.count} digits, DDIM 50, cfg 1.5, rank {recipe.rank}, {report.bytes_after / 1e6:.3f} MB"

@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--calib-images", type=options.positive, metavar="N", help="default: as many as the widest layer needs"
     )
-    how.add_argument("--calib-steps", type=options.positive, default=25, metavar="S", help="DDIM steps; default 25")
+    how.add_argument("--calib-steps", type=options.positive, metavar="S", help="DDIM steps; default: as needed, up to 25")
     how.add_argument("--cfg-scale", type=float, default=1.5, help="guidance during calibration; default 1.5")
     how.add_argument("--seed", type=options.seed, default=0, help="default 0")
     how.add_argument("--max-memory", type=float, default=8.0, metavar="GB", help="for statistics; default 8")
@@ -148,12 +148,12 @@ def recipe_of(args: argparse.Namespace) -> "Recipe":
 
 def calibration(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> Any:
     """The forward loop, and its record in `settings`; None where nothing is calibrated."""
-    from svdit.sampling.trajectories import calibration_loop, images_for
+    from svdit.sampling.trajectories import calibration_loop, calibration_size
 
     if settings["mode"] == "rank_ratio" and not settings["whiten"]:
         return None
-    images = args.calib_images or images_for(model, steps=args.calib_steps)
-    choices = {"images": images, "steps": args.calib_steps, "cfg_scale": args.cfg_scale, "seed": args.seed}
+    images, steps = calibration_size(model, args.calib_images, args.calib_steps)
+    choices = {"images": images, "steps": steps, "cfg_scale": args.cfg_scale, "seed": args.seed}
     settings["calibration"] = {"sampler": "ddim", **choices}
     return calibration_loop(**choices)
 

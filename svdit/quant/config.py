@@ -91,6 +91,7 @@ ADALN = {
 }
 
 FULL = Recipe()
+FOUR_BITS = replace(FULL, weight=WEIGHT_FORMATS["int4"], smoothing=19)
 PUBLISHED = Recipe(
     low_rank="iterated",
     centre=False,
@@ -104,14 +105,14 @@ INT4_SYMMETRIC = Format(4, 64, "bf16")
 
 RECIPES: dict[str, Recipe] = {
     "w8a8": FULL,
-    "w4a8": replace(FULL, weight=WEIGHT_FORMATS["int4"]),
-    "w4a8-channel": replace(FULL, weight=WEIGHT_FORMATS["int4-channel"]),
-    "w4a4": replace(FULL, weight=WEIGHT_FORMATS["int4"], act=ACT_FORMATS["int4"]),
-    "w4a16": replace(FULL, weight=WEIGHT_FORMATS["int4"], act=None),
+    "w4a8": FOUR_BITS,
+    "w4a8-channel": replace(FOUR_BITS, weight=WEIGHT_FORMATS["int4-channel"]),
+    "w4a4": replace(FOUR_BITS, act=ACT_FORMATS["int4"]),
+    "w4a16": replace(FOUR_BITS, act=None),
     "w8a16": replace(FULL, act=None),
     "fp8": replace(FULL, weight=WEIGHT_FORMATS["fp8"], act=ACT_FORMATS["fp8"], search_scales=False),
-    "nvfp4": replace(FULL, weight=WEIGHT_FORMATS["nvfp4"], act=ACT_FORMATS["nvfp4"], search_scales=False),
-    "mxfp4": replace(FULL, weight=WEIGHT_FORMATS["mxfp4"], act=ACT_FORMATS["mxfp4"], search_scales=False),
+    "nvfp4": replace(FOUR_BITS, weight=WEIGHT_FORMATS["nvfp4"], act=ACT_FORMATS["nvfp4"], search_scales=False),
+    "mxfp4": replace(FOUR_BITS, weight=WEIGHT_FORMATS["mxfp4"], act=ACT_FORMATS["mxfp4"], search_scales=False),
     "svdquant": PUBLISHED,
     "svdquant-w4a4": replace(PUBLISHED, weight=INT4_SYMMETRIC, act=INT4_SYMMETRIC),
     "rtn": replace(PUBLISHED, low_rank="none", smoothing=0),

@@ -4,6 +4,8 @@ min over rank r of ‖A − L1 L2‖_F is the truncated SVD. min of tr((A − L1
 U Uᵀ A with U the top eigenvectors of A R Aᵀ: no inverse of R is needed (equal to QERA's exact form, arXiv 2410.06040).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,24 +13,27 @@ EXACT, OVERSAMPLING, SWEEPS = 512, 16, 8
 Factors = tuple[Tensor, Tensor]  # L1 (O, R), L2 (R, I), float32
 
 
-def truncated_svd(A: Tensor, rank: int) -> Factors:
-    """The plain truncated SVD of A (O, I), by the smaller Gram matrix in float64."""
+def truncated_svd(A: Tensor, rank: int, sweeps: int = SWEEPS) -> Factors:
+    """The plain truncated SVD of A (O, I), in float64; where few sweeps of many directions are made, roughly."""
     A = A.double()
-    if A.shape[0] >= A.shape[1]:
-        V = _top(A.T @ A, rank)
-        return (A @ V).float(), V.T.float().contiguous()
-    U = _top(A @ A.T, rank)
+    tall = A.shape[0] >= A.shape[1]
+    B = A.T if tall else A
+    U = _few(lambda Q: B @ (B.T @ Q), B, rank, sweeps) if _are_few(B, rank) else _eigenvectors(B @ B.T, rank)
+    if tall:
+        return (A @ U).float(), U.T.float().contiguous()
     return U.float(), (U.T @ A).float()
 
 
 def weighted_svd(A: Tensor, R: Tensor, rank: int, root: Tensor | None = None) -> Factors:
     """The best rank-r factors of A (O, I) under R (I, I); `root` is a Cholesky factor of R, for tall A."""
     A = A.double()
-    if root is None or A.shape[0] <= A.shape[1]:
-        U = _top(A @ R @ A.T, rank)
+    if _are_few(A, rank):
+        U = _few(lambda Q: A @ (R @ (A.T @ Q)), A, rank)
+    elif root is None or A.shape[0] <= A.shape[1]:
+        U = _eigenvectors(A @ R @ A.T, rank)
     else:
         B = A @ root
-        U = torch.linalg.qr(B @ _top(B.T @ B, rank))[0]
+        U = torch.linalg.qr(B @ _eigenvectors(B.T @ B, rank))[0]
     return U.float(), (U.T @ A).float()
 
 
@@ -38,17 +43,24 @@ def output_error(A: Tensor, R: Tensor) -> float:
     return float(((A @ R) * A).sum())
 
 
-def _top(symmetric: Tensor, rank: int) -> Tensor:
-    """The eigenvectors of the `rank` largest eigenvalues, as columns, largest first.
+def _eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    """Those of the `rank` largest eigenvalues, as columns, largest first."""
+    return torch.linalg.eigh(symmetric)[1][:, -rank:].flip(1)
 
-    Few of many are found by subspace iteration from a fixed start (Halko et al., arXiv 0909.4061): what it captures
-    is within a few millionths of the most that can be, in a hundredth of the time.
+
+def _are_few(A: Tensor, rank: int) -> bool:
+    size = min(A.shape)
+    return size > EXACT and rank <= size // 4
+
+
+def _few(apply: Callable[[Tensor], Tensor], like: Tensor, rank: int, sweeps: int = SWEEPS) -> Tensor:
+    """The same eigenvectors of a symmetric operator on (len(like), …), where they are few of many.
+
+    Subspace iteration from a fixed start (Halko et al., arXiv 0909.4061): what it captures is within a few millionths
+    of the most that can be, in a hundredth of the time.
     """
-    size = len(symmetric)
-    if size <= EXACT or rank > size // 4:
-        return torch.linalg.eigh(symmetric)[1][:, -rank:].flip(1)
-    start = torch.randn(size, rank + OVERSAMPLING, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    Q = torch.linalg.qr(start.to(symmetric.device))[0]
-    for _ in range(SWEEPS):
-        Q = torch.linalg.qr(symmetric @ Q)[0]
-    return Q @ torch.linalg.eigh(Q.T @ symmetric @ Q)[1][:, -rank:].flip(1)
+    start = torch.randn(len(like), rank + OVERSAMPLING, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    Q = torch.linalg.qr(start.to(like.device))[0]
+    for _ in range(sweeps):
+        Q = torch.linalg.qr(apply(Q))[0]
+    return Q @ _eigenvectors(Q.T @ apply(Q), rank)

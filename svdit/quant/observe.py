@@ -14,6 +14,7 @@ from svdit.errors import UserError
 
 ForwardLoop = Callable[[nn.Module], None]
 SAMPLE = 2048  # rows kept: half to choose by, half to report on
+BLOCK = 1024  # columns of the Gram matrix that are computed together
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Statistics:
 
     count: int
     total: Tensor  # (I,) float64
-    gram: Tensor  # (I, I) float64, Σ x xᵀ
+    gram: Tensor  # (I, I) float64, Σ x xᵀ, valid on and above the diagonal
     low: Tensor  # (I,)
     high: Tensor  # (I,)
     sample: Tensor  # (up to SAMPLE, I), uniformly drawn
@@ -40,7 +41,8 @@ class Statistics:
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.count += len(x)
         self.total += x.sum(0, dtype=torch.float64)
-        self.gram += x.T @ x
+        for i in range(0, x.shape[1], BLOCK):  # the blocks below the diagonal mirror those above
+            self.gram[i : i + BLOCK, i:] += x[:, i : i + BLOCK].T @ x[:, i:]
         self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         keys = torch.cat([self.keys, torch.rand(len(x), generator=generator)])
         self.keys, order = keys.sort(stable=True)
@@ -53,7 +55,7 @@ class Statistics:
 
     def second_moment(self, shift: Tensor | None) -> Tensor:
         """E[(x − shift)(x − shift)ᵀ], (I, I) float64."""
-        moment = self.gram / self.count
+        moment = (self.gram.triu() + self.gram.triu(1).T) / self.count
         if shift is None:
             return moment
         mean, s = self.total / self.count, shift.double()

@@ -163,7 +163,8 @@ class Solver:
     def refitted(self, A: Tensor) -> Factors:
         """The best stored factors of A under the inputs' second moment; L2 makes up for the rounding of L1."""
         l1, _ = self.stored(self.weighted(A))
-        l2 = torch.linalg.lstsq(l1.double(), A.double()).solution.float()
+        thin = l1.double()  # nearly orthonormal, or zero: the normal equations are safe
+        l2 = (torch.linalg.pinv(thin.T @ thin, hermitian=True) @ (thin.T @ A.double())).float()
         return l1, self.stored((l1, l2))[1]
 
     def rounded(self, residual: Tensor) -> tuple[Tensor, ref.Scales]:

@@ -97,5 +97,5 @@ def trial_output(transform: Transform, W: Tensor, x: Tensor, recipe: Recipe) -> 
     rank = 0 if recipe.low_rank == "none" else min(recipe.rank, *W.shape)
     if not rank:
         return rounded @ ref.fake_quantize(What, recipe.weight).T
-    l1, l2 = truncated_svd(What, rank)
+    l1, l2 = truncated_svd(What, rank, sweeps=2)
     return rounded @ ref.fake_quantize(What - l1 @ l2, recipe.weight).T + (hat @ l2.T) @ l1.T

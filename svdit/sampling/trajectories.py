@@ -15,20 +15,27 @@ from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
 from svdit.sampling.generate import SamplingConfig, generate
 
+TOKENS = 20_000  # enough for a small model: two and a half times as many gained nothing in its pictures
 CONDITIONS = 4096  # pairs (t, y) shown to the adaLN layers
 
 
-def images_for(model: DiT, tokens_per_feature: int = 16, steps: int = 25) -> int:
-    """How many images give that many tokens for each input feature of the widest layer; at least 24."""
+def calibration_size(model: DiT, images: int | None = None, steps: int | None = None) -> tuple[int, int]:
+    """How many images, in how many steps; what is not given follows from the model.
+
+    Together they show at least eight tokens for each input feature of the widest layer, TOKENS if that is more, in
+    at least 48 pairs (t, y) and as many of the null class.
+    """
     tokens = (model.config.input_size // model.config.patch_size) ** 2
-    widest = model.config.hidden_size * model.config.mlp_ratio
-    return max(24, math.ceil(tokens_per_feature * widest / (2 * steps * tokens)))
+    widest = int(model.config.hidden_size * model.config.mlp_ratio)
+    pairs = max(48, math.ceil(max(8 * widest, TOKENS) / (2 * tokens)))
+    steps = steps or min(25, math.isqrt(pairs))
+    return images or math.ceil(pairs / steps), steps
 
 
 def calibration_loop(
     *,
     images: int,
-    steps: int = 25,
+    steps: int,
     cfg_scale: float = 1.5,
     seed: int = 0,
     batch_size: int = 16,

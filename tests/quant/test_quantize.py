@@ -10,12 +10,13 @@ from torch import nn
 
 from svdit.errors import UserError
 from svdit.model.dit import DiT
+from svdit.model.zoo import DiT_models
 from svdit.quant import quantize as module
 from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, rank_ratio_config
 from svdit.quant.linear import linears, quantized_layers
 from svdit.quant.quantize import quantize_
 from svdit.quant.recipe import quantize_linear
-from svdit.sampling.trajectories import calibration_loop, images_for
+from svdit.sampling.trajectories import calibration_loop, calibration_size
 
 CONFIG = dit_config(replace(RECIPES["w4a8"], rank=4))
 LOOP = calibration_loop(images=4, steps=5)
@@ -141,9 +142,19 @@ def test_calibration_shows_what_was_promised(tiny: DiT) -> None:
     def note(m: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         seen.extend(zip(inputs[1].tolist(), inputs[2].tolist(), strict=True))
 
-    images = images_for(tiny, steps=5)
+    images, steps = calibration_size(tiny)
     with tiny.register_forward_pre_hook(note), tiny.blocks[0].mlp.fc2.register_forward_pre_hook(count):
-        calibration_loop(images=images, steps=5)(tiny)
-    assert tokens >= 8 * 256
-    assert len({pair for pair in seen if pair[1] != tiny.null_class}) >= 24
+        calibration_loop(images=images, steps=steps)(tiny)
+    assert tokens >= 20_000
+    assert len({pair for pair in seen if pair[1] != tiny.null_class}) >= 48
     assert sum(pair[1] == tiny.null_class for pair in seen) == len(seen) / 2
+
+
+def test_a_large_model_is_shown_eight_tokens_a_feature() -> None:
+    with torch.device("meta"):
+        model = DiT_models["DiT-XL/2"]()
+    images, steps = calibration_size(model)
+    assert 8 * 4608 <= images * steps * 2 * 256 < 10 * 4608
+    assert images * steps >= 48
+    assert calibration_size(model, images=3) == (3, steps)
+    assert calibration_size(model, steps=4) == (18, 4)
