@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 CFG_CHANNELS = {"three": 3, "all": None}
 PUBLISHED = "DiT-XL/2"
 LATENT_CHANNELS, LATENT_FACTOR = 4, 8
-BACKENDS = ["auto", "cpu", "torch-int8", "dequant", "reference"]
+BACKENDS = ["auto", "cpu", "torch-int8", "triton", "dequant", "reference"]
 LEAVES = 20
 
 

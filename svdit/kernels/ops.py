@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.errors import UserError
-from svdit.kernels import cpu
+from svdit.kernels import cpu, triton_backend
 from svdit.kernels.layer import Dequantized, Layer, Linear, TorchInt8
 
 BACKENDS = {
     "cpu": "kernels in C for this processor",
     "torch-int8": "torch's integer product, where the processor has VNNI",
+    "triton": "kernels for CUDA devices of capability 8.0 and above",
     "dequant": "weights decoded once, products in floats",
     "reference": "the stored layers themselves",
 }
@@ -35,6 +36,7 @@ def reasons(device: torch.device | str = "cpu") -> dict[str, str]:
     return {
         "cpu": elsewhere or cpu.why_not(),
         "torch-int8": elsewhere or ("without VNNI torch's integer product saturates" if saturates else ""),
+        "triton": triton_backend.why_not(device),
         "dequant": "",
         "reference": "",
     }
@@ -58,21 +60,28 @@ def describe(backend: str) -> str:
     return f"cpu ({cpu.kernels().isa})" if backend == "cpu" else backend
 
 
-def pack(layer: Layer, backend: str) -> Linear:
-    """The layer as `backend` computes it. Its tensors may be freed afterwards."""
+def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
+    """The layer as `backend` computes it. Its tensors may be freed afterwards.
+
+    `inner`: only layers and attention of this backend read the output, so that it may be bfloat16.
+    """
     if backend == "cpu" and cpu.IntegerLinear.takes(layer):
         return cpu.IntegerLinear(layer, cpu.kernels())
     if backend == "cpu" and cpu.WeightOnlyLinear.takes(layer):
         return cpu.WeightOnlyLinear(layer, cpu.kernels())
     if backend == "torch-int8" and TorchInt8.takes(layer):
         return TorchInt8(layer)
+    if backend == "triton":
+        return triton_backend.pack(layer, inner)
     return Dequantized(layer)
 
 
 def attention(qkv: Tensor, heads: int, backend: str) -> Tensor:
-    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D)."""
+    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU."""
     if backend == "cpu":
         return cpu.attention(qkv, heads, cpu.kernels())
+    if backend == "triton" and qkv.is_cuda:
+        qkv = qkv.bfloat16()
     N, T, width = qkv.shape
     q, k, v = qkv.view(N, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, width // 3)

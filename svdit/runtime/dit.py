@@ -16,9 +16,10 @@ from svdit.kernels.layer import Modulation, Residual
 from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
 from svdit.model.layers import Block, FinalLayer
+from svdit.runtime.graph import Replayed
 from svdit.runtime.linear import Packer
 
-HIDDEN_BYTES = 2**25  # of fc1's output at once: larger blocks are mapped and cleared by the system at every call
+HIDDEN_BYTES = 2**25  # of fc1's output at once, on a CPU, where larger blocks are mapped and cleared at every call
 
 
 class FastBlock(nn.Module):
@@ -29,20 +30,20 @@ class FastBlock(nn.Module):
         if block.absorbed:
             unfold_(block)
         self.backend, self.heads = pack.backend, block.attn.num_heads
-        self.qkv = pack(block.attn.qkv, f"{name}.attn.qkv")
+        self.qkv = pack(block.attn.qkv, f"{name}.attn.qkv", inner=True)
         self.proj = pack(block.attn.proj, f"{name}.attn.proj")
-        self.fc1 = pack(block.mlp.fc1, f"{name}.mlp.fc1")
+        self.fc1 = pack(block.mlp.fc1, f"{name}.mlp.fc1", inner=True)
         self.fc2 = pack(block.mlp.fc2, f"{name}.mlp.fc2")
         self.tokens = HIDDEN_BYTES // (4 * block.mlp.fc1.out_features)  # at once, in whole images
         self.modulations = pack(block.adaLN_modulation[1], f"{name}.adaLN_modulation.1")
 
     # fmt: off
-    def forward(self, x: Tensor, c: Tensor, place: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, place: Tensor | slice) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulations(c)[0, place].chunk(6, dim=1)    # (N, D) each
         qkv = self.qkv(x, modulation=Modulation(shift1, scale1))                                        # (N, T, 3D)
         self.proj(ops.attention(qkv, self.heads, self.backend), residual=Residual(x, gate1))            # (N, T, D)
         del qkv
-        step = max(1, self.tokens // x.shape[1])
+        step = len(x) if x.is_cuda else max(1, self.tokens // x.shape[1])
         for part in (slice(i, i + step) for i in range(0, len(x), step)):
             hidden = self.fc1(x[part], modulation=Modulation(shift2[part], scale2[part]), gelu=True)    # (n, T, 4D)
             self.fc2(hidden, residual=Residual(x[part], gate2[part]))                                   # (n, T, D)
@@ -78,14 +79,20 @@ class FastDiT(DiT):
         final: FinalLayer = model.final_layer
         self.last_modulations = pack(final.adaLN_modulation[1], "final_layer.adaLN_modulation.1")
         self.last = pack(final.linear, "final_layer.linear")
+        self.step = Replayed(self.compute)
+        self.graphs = not pack.debug  # whose tests of every layer cannot be recorded
         self.eval()
 
-    # fmt: off
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.step(x, t, y) if x.is_cuda and self.graphs else self.compute(x, t, y)
+
+    # fmt: off
+    def compute(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """One denoising step, operation by operation."""
         x = (self.x_embedder(x) + self.pos_embed).contiguous()                    # (N, T, D)
-        each, place = torch.unique(torch.stack([t.double(), y.double()]), dim=1, return_inverse=True)
-        c = self.t_embedder(sinusoids(each[0].to(t.dtype)).to(x.dtype)) + self.y_embedder(each[1].to(y.dtype))
+        t, y, place = distinct(t, y)
+        c = self.t_embedder(sinusoids(t).to(x.dtype)) + self.y_embedder(y)
         c = F.silu(c)[None]                                                       # (1, different (t, y), D)
         for block in self.blocks:
             x = block(x, c, place)                                                # (N, T, D)
@@ -95,3 +102,14 @@ class FastDiT(DiT):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise UserError("an accelerated model cannot be saved; save the quantized model before accelerating it")
+
+
+def distinct(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
+    """The different pairs of (t, y) and every image's place among them.
+
+    On a GPU all pairs as they are: a few rows more cost nothing, and their number would have to be waited for.
+    """
+    if t.is_cuda:
+        return t, y, slice(None)
+    each, place = torch.unique(torch.stack([t.double(), y.double()]), dim=1, return_inverse=True)
+    return each[0].to(t.dtype), each[1].to(y.dtype), place

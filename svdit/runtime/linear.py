@@ -43,7 +43,7 @@ class Plain(Composed):
         self.module = module
 
     def core(self, x: Tensor) -> Tensor:
-        return self.module(x)
+        return self.module(x.float())
 
 
 class Checked:
@@ -66,11 +66,11 @@ class Packer:
     def __init__(self, backend: str, debug: bool = False) -> None:
         self.backend, self.debug = backend, debug
 
-    def __call__(self, module: nn.Module, name: str) -> Linear:
-        """The layer called `name`; a packed SVDLinear is left without memory."""
+    def __call__(self, module: nn.Module, name: str, inner: bool = False) -> Linear:
+        """The layer called `name`; a packed SVDLinear is left without memory. `inner` as in `ops.pack`."""
         linear: Linear = Plain(module)
         if isinstance(module, SVDLinear) and module.spec.weight and self.backend != "reference":
-            linear = ops.pack(stored(module), self.backend)
+            linear = ops.pack(stored(module), self.backend, inner)
             module.to("meta")
         return Checked(linear, name) if self.debug else linear
 

@@ -1,0 +1,230 @@
+"""The Triton kernels against the definition: integers bit for bit, floats within the bound of their arithmetic.
+
+Runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, as test_triton.py runs it), or on a GPU. The bounds
+are those of test_cpu.py; on a GPU the low-rank branch is of bfloat16.
+"""
+
+import os
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import relative
+from layers import random_layer, shapes
+
+from svdit.kernels import reference as ref
+from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
+from svdit.kernels.layer import Dequantized, Layer, Modulation, Residual
+from svdit.model.dit import DiT
+from svdit.quant.config import dit_config, recipe_for
+from svdit.quant.quantize import quantize_
+from svdit.runtime.accelerate import accelerate
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs TRITON_INTERPRET=1 (test_triton.py sets it) or a GPU", allow_module_level=True)
+tri = pytest.importorskip("svdit.kernels.triton_linear", reason="triton is not installed")
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+U, U_BF16 = 2.0**-24, 2.0**-8
+INT8, INT4 = Format(8), ACT_FORMATS["int4"]
+SCHEMES = {
+    "W8A8": ("int8", INT8), "W4A8": ("int4", INT8), "W4A8 channel": ("int4-channel", INT8),
+    "W4A4": ("int4", INT4), "W8A4": ("int8", INT4),
+}  # fmt: skip
+
+
+def on_device(layer: Layer) -> Layer:
+    moved = {name: x.to(DEVICE) for name, x in vars(layer).items() if isinstance(x, torch.Tensor)}
+    scales = ref.Scales(*(None if part is None else part.to(DEVICE) for part in layer.scales))  # type: ignore[arg-type]
+    return replace(layer, scales=scales, **moved)
+
+
+def make(scheme: str, O: int, I: int, R: int, seed: int, hadamard: int = 0) -> Layer:
+    weight, act = SCHEMES[scheme]
+    return on_device(replace(random_layer(O, I, R, WEIGHT_FORMATS[weight], seed, hadamard), act=act))
+
+
+def sums(layer: Layer, codes: torch.Tensor) -> torch.Tensor:
+    """What the integer product gives for codes (M, width), with every scale one: exact in fp32 below 2^24."""
+    bare = tri.IntegerLinear(replace(layer, l1=None, l2=None, bias=None))
+    bare.channel = torch.ones_like(bare.channel)
+    steps = torch.ones((len(codes), bare.width // 64) if bare.group else len(codes), device=DEVICE)
+    out = torch.full((1, len(codes), layer.shape[0]), torch.nan, device=DEVICE)
+    bare.multiply(codes, steps, None, out, False, None)
+    return out[0]
+
+
+def check(layer: Layer, x: torch.Tensor) -> None:
+    """Codes, scales and sums equal; every output within its bound of the float64 value, and not all of them exact."""
+    assert tri.IntegerLinear.takes(layer) and layer.act is not None
+    (M, I), packed, hat = x.shape, tri.IntegerLinear(layer), layer.transform(x)
+    codes, scales = ref.quantize(hat, layer.act)
+    got, steps, low = packed.quantize(x[None])
+    assert torch.equal(got[:, :I], codes)
+    assert not got[:, I:].any()
+    assert torch.equal(steps.view(M, -1)[:, : scales.groups.shape[1]], scales.values())
+    exact = codes.double() @ layer.integers().double().T
+    assert exact.abs().max() < 2**24
+    assert torch.equal(sums(layer, got).double(), exact)
+    steps_of = layer.steps().double()
+    decoded = (ref.grouped(codes.double(), layer.act) * scales.values().double().unsqueeze(-1)).flatten(-2)
+    main = decoded @ layer.integers().double().T * steps_of
+    size = decoded.abs() @ layer.integers().double().abs().T * steps_of
+    branch, branch_bound, rank = torch.zeros_like(main), torch.zeros_like(main), 0
+    if layer.l1 is not None and layer.l2 is not None and low is not None:
+        l1, l2, rank = layer.l1.double(), layer.l2.double(), layer.l1.shape[1]
+        branch = hat.double() @ l2.T @ l1.T
+        roundings = (I + rank + 4) * U + (2.1 * U_BF16 if low.dtype == torch.bfloat16 else 0)
+        branch_bound = roundings * (hat.abs().double() @ l2.abs().T @ l1.abs().T)
+    bias = torch.zeros(1, device=DEVICE) if layer.bias is None else layer.bias
+    groups = scales.groups.shape[1]
+    added = main.abs() if groups == 1 else (1 + groups) * size  # groups are added up in fp32
+    bound = (5 + rank) * U * (added + bias.abs()) + branch_bound + U * branch.abs() + 1e-30
+    error = (packed(x[None])[0].double() - (main + branch + bias)).abs()
+    assert (error <= bound).all(), f"{float((error / bound).max())} of the bound"
+    assert error.numel() < 50 or error.max() > 0
+
+
+def rows(M: int, I: int, seed: int, size: float = 1.0) -> torch.Tensor:
+    return (torch.randn(M, I, generator=torch.Generator().manual_seed(seed)) * size).to(DEVICE)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_any_shape(scheme: str) -> None:
+    for seed, (M, O, I, R) in enumerate(shapes(6, seed=15)):
+        grouped = INT4 in SCHEMES[scheme] or SCHEMES[scheme][0] == "int4"
+        columns = 64 * (1 + I // 64) if grouped else I
+        hadamard = next((b for b in (64, 16, 4, 2) if columns % b == 0 and seed % 4), 0)
+        check(make(scheme, O, columns, R, seed, hadamard), rows(M, columns, seed, 10.0 ** (seed % 5 - 2)))
+
+
+@pytest.mark.parametrize("block", [2, 8, 32, 128, 256, 512])
+def test_every_hadamard_block(block: int) -> None:
+    check(make("W8A8", 40, 512, 8, 1, block), rows(9, 512, block))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
+def test_weights_are_unpacked_exactly(name: str) -> None:
+    layer = on_device(replace(random_layer(70, 192, 0, WEIGHT_FORMATS[name], 3), act=INT8))
+    width = tri.IntegerLinear(layer).width
+    one_each = torch.eye(192, width, dtype=torch.int8, device=DEVICE)
+    assert torch.equal(sums(layer, one_each), layer.integers().T.float())
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
+def test_sums_of_the_largest_codes_are_exact(name: str) -> None:
+    form, g = WEIGHT_FORMATS[name], torch.Generator().manual_seed(1)
+    weights = torch.randint(0, 2, (67, 256), generator=g, dtype=torch.int8) * (form.hi - form.lo) + form.lo
+    groups = torch.full((67, form.groups(256)), 15.0 if form.group else 1.0) * (1 - 2 * (torch.arange(67) % 2))[:, None]
+    scales = ref.Scales(groups.to(ref.SCALE_DTYPES[form.scale]), torch.ones(67, 1) if form.group else None)
+    layer = on_device(Layer(ref.pack(weights, form), 256, scales, form, INT8))
+    codes = torch.randint(0, 2, (13, 256), generator=g) * 254 - 127
+    codes[0], codes[1] = 127, -127
+    expected = codes @ layer.integers().cpu().long().T
+    assert 2**15 < expected.abs().max() < 2**24  # so that float32 holds the sums exactly
+    assert torch.equal(sums(layer, codes.to(DEVICE, torch.int8)).cpu().long(), expected)
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A4"])
+def test_extreme_rows(scheme: str) -> None:
+    layer = make(scheme, 40, 128, 0, 3)  # no transform
+    x = torch.zeros(8, 128, device=DEVICE)
+    x[1], x[2] = 1e-40, 2e-45  # subnormal: 2e-45 / 127 is zero
+    x[3, 5], x[4] = 3e38 if scheme == "W8A8" else 3e34, torch.finfo(torch.float32).tiny
+    x[5, 7], x[6, 9] = torch.nan, torch.inf
+    x[7] = torch.linspace(-1, 1, 128)
+    finite = [0, 1, 2, 3, 4, 7]
+    check(layer, x[[0, 3, 4, 7]])
+    packed = tri.IntegerLinear(layer)
+    codes, steps, _ = packed.quantize(x[None])
+    expected, scales = ref.quantize(x[finite], layer.act)  # type: ignore[arg-type]
+    assert torch.equal(codes[finite], expected)
+    assert torch.equal(steps.view(8, -1)[finite], scales.values())
+    y = packed(x[None])[0]
+    assert layer.bias is not None and torch.equal(y[0], layer.bias)
+    assert y[5].isnan().all() and y[6].isnan().all()
+    assert y[finite].isfinite().all()
+
+
+def test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign() -> None:
+    x = torch.zeros(2, 64, device=DEVICE)
+    x[0, :8] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
+    x[1, 3], x[1, 9], x[1, 20] = -8.0, 8.0, 0.5
+    eight = tri.IntegerLinear(make("W8A8", 4, 64, 0, 3)).quantize(x[None])[0]
+    assert eight[0, :8].tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
+    codes, steps, _ = tri.IntegerLinear(make("W8A4", 4, 64, 0, 3)).quantize(x[None])
+    assert codes[1, [3, 9, 20]].tolist() == [-8, 7, 0] and steps[1, 0] == 1
+
+
+def test_everything_around_a_layer() -> None:
+    for N, T, I, O, scheme in (
+        (2, 7, 96, 100, "W8A8"),
+        (1, 1, 5, 3, "W8A8"),
+        (3, 4, 64, 64, "W4A8"),
+        (2, 3, 192, 20, "W4A4"),
+    ):
+        layer = make(scheme, O, I, 4, 1)
+        modulations, gates = rows(N, 2 * I, 1), rows(N, 2 * O, 2)
+        modulation = Modulation(*modulations.chunk(2, dim=1))  # not contiguous
+        x, stream = rows(N * T, I, 3).view(N, T, I) + 3, rows(N * T, O, 4).view(N, T, O)
+        packed, definition = tri.IntegerLinear(layer), Dequantized(layer)
+        for gelu in (False, True):
+            calls: list[torch.Tensor] = []
+            for linear in (packed, definition):
+                residual = Residual(stream.clone(), gates[:, O:])
+                calls.append(linear(x, modulation=modulation, gelu=gelu, residual=residual))
+                assert calls[-1] is residual.x
+            # A code may move by one where the normalized number lies on the edge between two.
+            error = (calls[0] - calls[1]).norm() / (calls[1] - stream).norm()
+            assert error < (0.05 if scheme == "W4A4" else 5e-3) and (error > 0 or T == 1)
+
+
+def test_layer_norm_and_gelu_are_precise() -> None:
+    """Looked at through a weight that hands single codes on."""
+    identity = on_device(Layer(torch.eye(64, dtype=torch.int8), 64, ref.Scales(torch.ones(64, 1)), INT8, INT8))
+    x, ones = rows(50, 64, 2)[None] * 40 + 1000, torch.ones(1, 64, device=DEVICE)
+    got = tri.IntegerLinear(identity)(x, modulation=Modulation(0 * ones, 0 * ones))
+    expected = F.layer_norm(x.double(), (64,), eps=1e-6)
+    step = expected.abs().amax(-1, keepdim=True) / 127
+    assert ((got - expected).abs() <= step * 0.5 + 2e-5).all()
+    y = torch.linspace(-12, 12, 64, device=DEVICE)
+    wide = torch.cat([y, torch.full((1,), 127.0, device=DEVICE)])[None, None]
+    layer = on_device(Layer(torch.eye(64, 65, dtype=torch.int8), 65, ref.Scales(torch.ones(64, 1)), INT8, INT8))
+    rounded = wide[0, :, :64].round().double()
+    got = tri.IntegerLinear(layer)(wide, gelu=True)[0]
+    assert (got - F.gelu(rounded, approximate="tanh")).abs().max() < 2e-6
+
+
+def test_weight_only() -> None:
+    names = ("int8", "int4-channel", "int4-bf16", "int4")
+    for seed, (M, O, I, _) in enumerate(shapes(12, seed=5)):
+        form = WEIGHT_FORMATS[names[seed % 4]]
+        columns = 64 * (1 + I // 64) if form.bits == 4 else I
+        layer = random_layer(O, columns, 0, form, seed)
+        layer = on_device(Layer(layer.stored, columns, layer.scales, form, None, layer.bias))
+        assert tri.WeightOnlyLinear.takes(layer) and not tri.IntegerLinear.takes(layer)
+        x = rows(M, columns, seed)
+        weight = ref.decode(layer.codes(), layer.scales.values(), form).double()
+        bias = torch.zeros(O, device=DEVICE) if layer.bias is None else layer.bias
+        got = tri.WeightOnlyLinear(layer)(x[None])[0].double()
+        split = 0 if INTERPRETED else U_BF16**2  # x as the sum of two bfloat16
+        bound = ((columns + 4) * U + split) * (x.abs().double() @ weight.abs().T) + U * bias.abs() + 1e-30
+        assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
+def test_whole_model(tiny: DiT, preset: str) -> None:
+    """Every layer, the steps around them and the conditioning; see test_triton.py for the digits on a GPU."""
+    recipe = recipe_for(preset, smoothing=0, low_rank="svd", rounding="nearest", centre=False, search_scales=False)
+    quantize_(tiny, dit_config(recipe))
+    g = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(2, 4, 4, 4, generator=g), torch.tensor([3, 500]), torch.tensor([1, 5])]
+    x, t, y = (part.to(DEVICE) for part in inputs)
+    model = tiny.to(DEVICE)
+    with torch.no_grad():
+        expected = model(x, t, y)
+    error = relative(accelerate(deepcopy(model), "triton")(x, t, y), expected)
+    assert 0 < error < (2e-3 if INTERPRETED else 0.02)

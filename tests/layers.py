@@ -1,0 +1,38 @@
+"""Random packed layers and shapes, for the tests of every backend."""
+
+import random
+from collections.abc import Iterator
+
+import torch
+
+from svdit.kernels import reference as ref
+from svdit.kernels.formats import Format
+from svdit.kernels.layer import Layer
+
+
+def random_layer(O: int, I: int, R: int, weight: Format, seed: int, hadamard: int = 0) -> Layer:
+    g = torch.Generator().manual_seed(seed)
+    codes, scales = ref.quantize(torch.randn(O, I, generator=g) / I**0.5, weight)
+    transformed = seed % 3 > 0
+    return Layer(
+        ref.pack(codes, weight),
+        I,
+        scales,
+        weight,
+        Format(8),
+        bias=torch.randn(O, generator=g) if seed % 2 else None,
+        in_shift=torch.randn(I, generator=g) if transformed else None,
+        in_scale=torch.rand(I, generator=g) + 0.1 if transformed else None,
+        hadamard=hadamard,
+        l1=torch.randn(O, R, generator=g).bfloat16() if R else None,
+        l2=(torch.randn(R, I, generator=g) / I**0.5).bfloat16() if R else None,
+    )
+
+
+def shapes(count: int, seed: int) -> Iterator[tuple[int, int, int, int]]:
+    """(M, O, I, R): half of them anything from 1 to 300, half around the sizes of tiles."""
+    draw = random.Random(seed)
+    edges = [1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 300]
+    for _ in range(count):
+        M, O, I, R = (draw.choice(edges) if draw.random() < 0.5 else draw.randint(1, 300) for _ in range(4))
+        yield M, O, I, 0 if draw.random() < 0.3 else R
