@@ -157,6 +157,16 @@ def test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign() -> Non
     assert eight[0, :8].tolist() == [127, 0, 2, 2, 0, -2, -2, 126]
     codes, steps, _ = tri.IntegerLinear(make("W8A4", 4, 64, 0, 3)).quantize(x[None])
     assert codes[1, [3, 9, 20]].tolist() == [-8, 7, 0] and steps[1, 0] == 1
+    x[1, 3] = -8 * (1 + 2**-8)  # in the middle between two bfloat16 scales
+    assert tri.IntegerLinear(make("W8A4", 4, 64, 0, 3)).quantize(x[None])[1][1, 0] == 1
+
+
+def test_numbers_beside_the_middle_are_divided_as_the_definition_divides() -> None:
+    steps = rows(40, 1, 7).abs() + 0.1
+    x = torch.cat([127 * steps, (torch.arange(126, device=DEVICE) + 0.5) * steps], dim=1)
+    codes, scales = ref.quantize(x, INT8)
+    assert not torch.equal((x * scales.values().reciprocal()).round().to(torch.int8), codes)
+    assert torch.equal(tri.IntegerLinear(make("W8A8", 4, 127, 0, 3)).quantize(x[None])[0][:, :127], codes)
 
 
 def test_everything_around_a_layer() -> None:

@@ -103,6 +103,13 @@ def test_a_modulation_is_computed_once_for_each_pair(tiny: DiT) -> None:
     assert rows == [4]
 
 
+def test_without_sharing_modulations_as_on_a_gpu_it_is_the_same(tiny: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = accelerate(quantized(tiny, "w8a8"))
+    shared = fast(X, T, Y)
+    monkeypatch.setattr(runtime_dit, "distinct", lambda t, y: (t, y, slice(None)))
+    assert relative(fast(X, T, Y), shared) < 1e-6
+
+
 def test_the_original_is_empty_and_the_result_cannot_be_saved(tiny: DiT) -> None:
     model = quantized(tiny, "w8a8")
     fast = accelerate(model, "dequant")
@@ -117,8 +124,10 @@ def test_debug_names_the_layer(tiny: DiT, backend: str) -> None:
     x = X.clone()
     x[1, 0, 0, 0] = torch.nan
     assert accelerate(deepcopy(model), backend)(x, T, Y)[1].isnan().all()
+    checked = accelerate(model, backend, debug=True)
+    assert isinstance(checked, FastDiT) and not checked.graphs
     with pytest.raises(UserError, match=r"layer blocks\.0\.attn\.qkv was given a number that is not finite"):
-        accelerate(model, backend, debug=True)(x, T, Y)
+        checked(x, T, Y)
 
 
 def test_float_models_stay_and_other_models_are_swapped(tiny: DiT) -> None:
