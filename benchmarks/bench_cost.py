@@ -1,8 +1,10 @@
 """What quantizing a DiT-XL/2 costs: wall time by phase, peak memory, bytes on disk.
 
-    python benchmarks/bench_cost.py [w4a8 w8a8 …] [--model DiT-XL/2]
+    python benchmarks/bench_cost.py [w8a8 w4a8 347 …]
 
-Random weights, none of them zero: time and memory do not depend on the values.
+A number is a size in MB for the planned choice of bits and ranks, from w4a8. Rank 32, or 16 at W8A8; adaLN INT8 at
+W8A8, else INT4. Random weights, none of them zero: time and memory do not depend on the values. The model's inputs
+are observed once for all; a user's own run takes the calibration and one of the others.
 """
 
 import argparse
@@ -15,14 +17,20 @@ from pathlib import Path
 import torch
 from record import record
 
+from svdit.checkpoints.fuse import fuse_
 from svdit.checkpoints.store import save_model
+from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
-from svdit.quant.config import RECIPES, dit_config
+from svdit.quant.budget import allot
+from svdit.quant.config import RECIPES, QuantConfig, dit_config
+from svdit.quant.linear import linears
+from svdit.quant.observe import observe
 from svdit.quant.quantize import quantize_
-from svdit.sampling.trajectories import calibration_loop, images_for
+from svdit.quant.sensitivity import Call, recording
+from svdit.sampling.trajectories import calibration_loop, calibration_size
 
 
-def random_model(name: str) -> torch.nn.Module:
+def random_model(name: str) -> DiT:
     model = DiT_models[name]().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -32,26 +40,44 @@ def random_model(name: str) -> torch.nn.Module:
     return model
 
 
+def config_of(preset: str) -> QuantConfig:
+    eight = preset == "w8a8"
+    return dit_config(replace(RECIPES[preset], rank=16 if eight else 32), "int8" if eight else "int4")
+
+
+def file_megabytes(model: DiT) -> float:
+    fuse_(model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, Path(folder) / "model.safetensors")
+        return (Path(folder) / "model.safetensors").stat().st_size / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("presets", nargs="*", default=["w4a8", "w8a8"])
+    parser.add_argument("runs", nargs="*", default=["w8a8", "w4a8", "347"])
     parser.add_argument("--model", default="DiT-XL/2")
-    parser.add_argument("--adaln", default="int8")
     args = parser.parse_args()
-    for preset in args.presets:
-        model = random_model(args.model)
-        start = time.perf_counter()
-        loop = calibration_loop(images=images_for(model))
-        report = quantize_(model, dit_config(replace(RECIPES[preset], rank=32), args.adaln), loop)
-        seconds = {"total": time.perf_counter() - start, **report.seconds}
-        for phase, value in seconds.items():
-            record("cost", f"{args.model} {preset} {phase}", value / 60, "min")
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        record("cost", f"{args.model} {preset} peak memory of the process", peak, "GB", "resident, so far")
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(model, Path(folder) / "model.safetensors")
-            size = (Path(folder) / "model.safetensors").stat().st_size / 1e6
-        record("cost", f"{args.model} {preset} adaLN {args.adaln} file", size, "MB", "rank 32")
+
+    def note(run: str, what: str, value: float, unit: str) -> None:
+        record("cost", f"{args.model} {run} {what}", value, unit)
+
+    start = time.perf_counter()
+    model, calls = random_model(args.model), list[Call]()
+    images, steps = calibration_size(model)
+    loop = recording(calibration_loop(images=images, steps=steps), calls)
+    statistics = observe(model, [name for name, _ in linears(model) if name.startswith(("blocks", "final"))], loop)
+    calibrated = (time.perf_counter() - start) / 60
+    note("all", "calibration", calibrated, "min")
+    for run in args.runs:
+        start, model = time.perf_counter(), random_model(args.model)
+        config = config_of("w4a8" if run.isdigit() else run)
+        if run.isdigit():
+            config = allot(model, config, statistics, calls, int(run) * 10**6, None).config
+            note(run, "plan", (time.perf_counter() - start) / 60, "min")
+        quantize_(model, config, statistics=dict(statistics))
+        note(run, "in all", calibrated + (time.perf_counter() - start) / 60, "min")
+        note(run, "peak memory so far", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB")
+        note(run, "file", file_megabytes(model), "MB")
 
 
 if __name__ == "__main__":

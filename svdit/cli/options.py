@@ -155,8 +155,9 @@ def accelerated(model: DiT, args: argparse.Namespace) -> DiT:
     from svdit.runtime.accelerate import accelerate
 
     fast = accelerate(model, args.backend, debug=args.debug)
-    missing = ops.reasons(model.pos_embed.device)["cpu"]
-    if fast is not model and args.backend == "auto" and missing and model.pos_embed.device.type == "cpu":
+    device = model.pos_embed.device
+    missing = ops.reasons(device)[{"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")]
+    if fast is not model and args.backend == "auto" and missing:
         print(f"slower than it could be: {missing}", file=sys.stderr)
     return fast
 

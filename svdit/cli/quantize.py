@@ -19,6 +19,7 @@ PRESETS = (
     "w8a8", "w4a8", "w4a8-channel", "w4a4", "w4a16", "w8a16", "fp8", "nvfp4", "mxfp4",
     "svdquant", "svdquant-w4a4", "rtn", "smoothquant", "gptq", "qera",
 )  # fmt: skip
+FOUR_BITS = {"w8a8": "w4a8", "w8a16": "w4a16"}  # which preset --num-bits 4 and less begin with
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--calib-images", type=options.positive, metavar="N", help="default: as many as the widest layer needs"
     )
-    how.add_argument("--calib-steps", type=options.positive, metavar="S", help="DDIM steps; default: as needed, up to 25")
+    how.add_argument("--calib-steps", type=options.positive, metavar="S", help="DDIM steps; default: at most 25")
     how.add_argument("--cfg-scale", type=float, default=1.5, help="guidance during calibration; default 1.5")
     how.add_argument("--seed", type=options.seed, default=0, help="default 0")
     how.add_argument("--max-memory", type=float, default=8.0, metavar="GB", help="for statistics; default 8")
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
                 loop,
                 max_memory=args.max_memory * 1e9,
                 work_dir=work,
+                statistics=plan.statistics if plan else None,
                 run_id=json.dumps([digest, settings]),
                 progress=tick,
             )
@@ -130,7 +132,8 @@ def recipe_of(args: argparse.Namespace) -> "Recipe":
     from svdit.kernels.formats import ACT_FORMATS, Format, ScaleType
     from svdit.quant.config import recipe_for
 
-    recipe = recipe_for(args.preset)
+    low = args.num_bits is not None and args.num_bits <= 4
+    recipe = recipe_for(FOUR_BITS.get(args.preset, args.preset) if low else args.preset)
     if args.rank is not None:
         recipe = replace(recipe, rank=args.rank)
     if args.factors == "int8":

@@ -19,7 +19,6 @@ from svdit.errors import UserError
 from svdit.kernels.build import MissingKernelsError, library
 from svdit.kernels.formats import Format
 from svdit.kernels.layer import Composed, Layer, Modulation, Residual
-from svdit.kernels.reference import Scales
 
 DEPTH_STEP = 16
 ISAS: dict[str, tuple[str, ...]] = {  # best first; what torch.cpu.get_capabilities() must say
@@ -253,7 +252,7 @@ class WeightOnlyLinear(Composed):
     def __init__(self, layer: Layer, kernels: Kernels) -> None:
         self.kernels, self.shape, self.bits = kernels, layer.shape, layer.weight.bits
         self.weight, self.scales = layer.stored.contiguous(), layer.scales.values().contiguous()
-        self.layer = replace(layer, stored=self.weight[:0], scales=Scales(self.scales[:0]))
+        self.layer = replace(layer, stored=self.weight[:0])
 
     @staticmethod
     def takes(layer: Layer) -> bool:

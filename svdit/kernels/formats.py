@@ -24,13 +24,14 @@ class Format:
     """How a row is stored. `span` of integer codes, for b bits:
 
     symmetric −(2^(b−1)−1)…2^(b−1)−1; full −2^(b−1)…2^(b−1)−1 with a signed scale that puts the element of largest
-    magnitude on −2^(b−1); unsigned 0…2^b−1 for rows that are never negative.
+    magnitude on −2^(b−1); unsigned 0…2^b−1 for rows that are never negative; affine −2^(b−1)…2^(b−1)−1 with a zero
+    point a group, x ≈ s · (code − zero), that fits the codes to the group's smallest and largest element.
     """
 
     bits: int = 8
     group: int = 0  # 0: one scale for the whole row
     scale: ScaleType = "fp32"
-    span: Literal["symmetric", "full", "unsigned"] = "symmetric"
+    span: Literal["symmetric", "full", "unsigned", "affine"] = "symmetric"
     element: Literal["int", "e2m1", "e4m3"] = "int"
 
     def __post_init__(self) -> None:
@@ -44,7 +45,7 @@ class Format:
     @property
     def lo(self) -> int:
         """The smallest code."""
-        return {"symmetric": -self.hi, "full": -self.hi - 1, "unsigned": 0}[self.span]
+        return {"symmetric": -self.hi, "unsigned": 0}.get(self.span, -self.hi - 1)
 
     @property
     def hi(self) -> int:
@@ -60,7 +61,8 @@ class Format:
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes that codes, scales and steps of a (rows, columns) matrix take on disk."""
         codes = -(-columns * self.bits // 8)
-        return rows * (codes + self.groups(columns) * SCALE_BYTES[self.scale] + 4 * (self.scale in TWO_LEVEL))
+        group = SCALE_BYTES[self.scale] + (self.span == "affine")
+        return rows * (codes + self.groups(columns) * group + 4 * (self.scale in TWO_LEVEL))
 
     def __str__(self) -> str:
         name = {"int": f"INT{self.bits}", "e2m1": "FP4 E2M1", "e4m3": "FP8 E4M3"}[self.element]
@@ -72,6 +74,7 @@ WEIGHT_FORMATS = {
     "int4-channel": Format(4, span="full"),
     "int4": Format(4, 64, "int8", "full"),
     "int4-bf16": Format(4, 64, "bf16", "full"),
+    "int4-zero": Format(4, 64, "bf16", "affine"),
     "fp8": Format(8, element="e4m3"),
     "nvfp4": Format(4, 16, "e4m3", element="e2m1"),
     "mxfp4": Format(4, 32, "e8m0", element="e2m1"),

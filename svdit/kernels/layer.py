@@ -1,6 +1,6 @@
 """What every backend packs and computes: a quantized linear as stored, and a call with what is fused around it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -62,14 +62,18 @@ class Layer:
         return None if self.l1 is None or self.l2 is None else (self.l1, self.l2)
 
     def plus_low_rank(self, y: Tensor, hat: Tensor) -> Tensor:
-        """y + (x̂ L2ᵀ) L1ᵀ"""
-        low = self.low_rank()
+        """y + (x̂ L2ᵀ) L1ᵀ, less what the zero points add to y: the offsets times x̂ summed over groups."""
+        low, offsets = self.low_rank(), self.scales.offsets()
+        if offsets is not None:
+            y = y - ref.grouped(hat, self.weight).sum(-1) @ offsets.T
         return y if low is None else y + F.linear(F.linear(hat, low[1].float()), low[0].float())
 
     @property
     def has_integers(self) -> bool:
         """Whether the weights are integers times one number a row, two-level scales multiplied out."""
         form = self.weight
+        if form.span == "affine":
+            return False
         return form.element == "int" and (form.scale == "int8" or (form.scale == "fp32" and not form.group))
 
     def integers(self) -> Tensor:
@@ -113,8 +117,8 @@ class Dequantized(Composed):
     """Weights as fp32 numbers, decoded once; activations rounded as the layer says. Any format, any device."""
 
     def __init__(self, layer: Layer) -> None:
-        self.layer = layer
-        self.weight = ref.decode(layer.codes(), layer.scales.values(), layer.weight)
+        self.layer = replace(layer, scales=layer.scales._replace(zeros=None))
+        self.weight = ref.dequantize(layer.codes(), layer.scales, layer.weight)
 
     def core(self, x: Tensor) -> Tensor:
         layer, hat = self.layer, self.layer.transform(x)

@@ -25,15 +25,25 @@ SCALE_DTYPES = {
 
 
 class Scales(NamedTuple):
-    """As stored: `groups` (…, G) in the format's type, and for two-level formats `steps` (…, 1) fp32."""
+    """As stored: `groups` (…, G) in the format's type; of two levels `steps` (…, 1) fp32; affine: `zeros` (…, G) int8."""
 
     groups: Tensor
     steps: Tensor | None = None
+    zeros: Tensor | None = None
 
     def values(self) -> Tensor:
         """(…, G) fp32"""
         values = self.groups.float()
         return values if self.steps is None else values * self.steps
+
+    def offsets(self) -> Tensor | None:
+        """(…, G) fp32: x is what the codes stand for, less this; None without zero points."""
+        return None if self.zeros is None else self.values() * self.zeros
+
+    def shifted(self, x: Tensor) -> Tensor:
+        """x (…, K) with the offsets added: what is rounded to codes."""
+        offsets = self.offsets()
+        return x if offsets is None else x + offsets.repeat_interleave(x.shape[-1] // offsets.shape[-1], dim=-1)
 
 
 def grouped(x: Tensor, form: Format) -> Tensor:
@@ -46,6 +56,8 @@ def ideal_scales(x: Tensor, form: Format) -> Tensor:
     x = grouped(x, form)
     if form.span == "unsigned":
         return x.amax(-1) / form.hi
+    if form.span == "affine":
+        return (x.amax(-1).clamp(min=0) - x.amin(-1).clamp(max=0)) / (form.hi - form.lo)
     if form.span == "symmetric":
         return x.abs().amax(-1) / (ELEMENT_MAX.get(form.element) or form.hi)
     largest = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
@@ -68,6 +80,12 @@ def store_scales(ideal: Tensor, form: Format) -> Scales:
             torch.exp2(torch.floor(torch.log2(ideal * ELEMENT_MAX[form.element])) - 2).to(torch.float8_e8m0fnu)
         )
     return Scales(ideal.to(SCALE_DTYPES[form.scale]))
+
+
+def zero_points(x: Tensor, ideal: Tensor, form: Format) -> Tensor:
+    """(…, G) int8: the codes of zero that bring the groups' smallest elements onto the smallest code."""
+    low = grouped(x, form).amin(-1).clamp(max=0)
+    return (form.lo - low / torch.where(ideal == 0, 1.0, ideal)).round().clamp(form.lo, form.hi).to(torch.int8)
 
 
 def encode(x: Tensor, values: Tensor, form: Format) -> Tensor:
@@ -102,14 +120,22 @@ def decode(codes: Tensor, values: Tensor, form: Format) -> Tensor:
 
 def quantize(x: Tensor, form: Format) -> tuple[Tensor, Scales]:
     """Codes and scales of x (…, K), round to nearest under the ideal scales as stored."""
-    scales = store_scales(ideal_scales(x, form), form)
-    return encode(x, scales.values(), form), scales
+    ideal = ideal_scales(x, form)
+    scales = store_scales(ideal, form)
+    if form.span == "affine":
+        scales = scales._replace(zeros=zero_points(x, ideal, form))
+    return encode(scales.shifted(x), scales.values(), form), scales
+
+
+def dequantize(codes: Tensor, scales: Scales, form: Format) -> Tensor:
+    """The inverse of `quantize`, but for its rounding: fp32 (…, K)."""
+    x, offsets = decode(codes, scales.values(), form), scales.offsets()
+    return x if offsets is None else x - offsets.repeat_interleave(x.shape[-1] // offsets.shape[-1], dim=-1)
 
 
 def fake_quantize(x: Tensor, form: Format) -> Tensor:
     """x (…, K) as it is after quantization, fp32."""
-    codes, scales = quantize(x, form)
-    return decode(codes, scales.values(), form)
+    return dequantize(*quantize(x, form), form)
 
 
 def pack(codes: Tensor, form: Format) -> Tensor:

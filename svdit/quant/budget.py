@@ -6,7 +6,7 @@ one whose size is smaller by a layer count of such units. Errors are those of a 
 calibration sample, weighted by how much the layer's output moves the model's (`sensitivity`).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -17,9 +17,10 @@ from svdit.errors import UserError
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.config import QuantConfig, Recipe, Rule
 from svdit.quant.linear import LinearSpec, linears
+from svdit.quant.lowrank import truncated_svd
 from svdit.quant.observe import ForwardLoop, Statistics, observe
 from svdit.quant.recipe import fit
-from svdit.quant.sensitivity import record_calls, sensitivities
+from svdit.quant.sensitivity import Call, recording, sensitivities
 from svdit.quant.transforms import Transform, choose_transform, trial_output
 
 RESOLUTION = 1 << 14
@@ -43,12 +44,16 @@ class Option(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice for every layer, and the whole curve it was taken from: (bytes of the file, predicted SQNR in dB)."""
+    """A choice for every layer, and the whole curve it was taken from: (bytes of the file, predicted SQNR in dB).
+
+    `statistics` are those of the layers' inputs, for `quantize_` to use again.
+    """
 
     config: QuantConfig
     nbytes: int
     sqnr: float
     curve: list[tuple[int, float]]
+    statistics: dict[str, Statistics] = field(repr=False)
 
 
 def plan_(
@@ -64,10 +69,24 @@ def plan_(
     `config` says which layers, how their inputs are transformed and rounded, and the rest of the recipe; weights'
     formats and ranks are chosen here. The model is not changed.
     """
+    calls: list[Call] = []
+    names = [name for name, _ in linears(model) if config.recipe(name)]
+    statistics = observe(model, names, recording(loop, calls))
+    return allot(model, config, statistics, calls, target_bytes, target_sqnr)
+
+
+def allot(
+    model: nn.Module,
+    config: QuantConfig,
+    statistics: dict[str, Statistics],
+    calls: list[Call],
+    target_bytes: int | None,
+    target_sqnr: float | None,
+) -> Plan:
+    """`plan_` on what was observed: the layers' inputs, and some calls of the model."""
     layers = {name: (layer, recipe) for name, layer in linears(model) if (recipe := config.recipe(name))}
-    weights, energy = sensitivities(model, layers, record_calls(model, loop))
-    statistics = observe(model, layers, loop)
-    choices = {n: options(*pair, statistics.pop(n), weights[n]) for n, pair in layers.items()}
+    weights, energy = sensitivities(model, layers, calls)
+    choices = {n: options(*pair, statistics[n], weights[n]) for n, pair in layers.items()}
     fixed = sum(t.nbytes for t in model.state_dict().values()) + HEADER * len(layers)
     fixed -= sum(p.nbytes for layer, _ in layers.values() for p in layer.parameters())
     table = Table(list(choices.values()))
@@ -86,7 +105,7 @@ def plan_(
         reached = good[0]
     picks = table.solve(reached[0] - fixed)
     rules = tuple(Rule(name, choices[name][pick].recipe) for name, pick in zip(choices, picks, strict=True))
-    return Plan(QuantConfig(rules), reached[0], reached[1], curve)
+    return Plan(QuantConfig(rules), reached[0], reached[1], curve, statistics)
 
 
 def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivity: float) -> list[Option]:
@@ -97,12 +116,13 @@ def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivi
     )
     Y = (x if transform.shift is None else x - transform.shift) @ W.T
     found: list[Option] = []
+    l1, l2 = truncated_svd(transform.weight(W), min(max(RANKS), *W.shape)) if recipe.rank else (W[:, :0], W[:0])
     for form, rank in product(WEIGHTS, RANKS if recipe.rank else (0,)):
         if form.group and W.shape[1] % form.group:
             continue
         low_rank = recipe.low_rank if rank else "none"
         variant = fit(replace(recipe, weight=form, rank=rank, low_rank=low_rank), W)
-        error = float((trial_output(transform, W, x, variant) - Y).square().sum()) / len(x)
+        error = float((trial_output(transform, W, x, variant, (l1[:, :rank], l2[:rank])) - Y).square().sum()) / len(x)
         found.append(Option(variant, size_of(variant, transform, linear), error * sensitivity))
     found.sort(key=lambda option: (option.nbytes, option.error))
     best, kept = float("inf"), []

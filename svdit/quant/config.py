@@ -37,7 +37,7 @@ class Recipe:
     hadamard: int = 64
     search_scales: bool = True  # weight scales by weighted squared error, not by the largest magnitude
     rounding: Literal["nearest", "gptq"] = "gptq"
-    iterations: int = 3
+    iterations: int = 2
 
     def __post_init__(self) -> None:
         if self.low_rank == "factors" and (self.weight or self.act):
@@ -86,12 +86,12 @@ ADALN = {
         search_scales=False,
         rounding="nearest",
     ),
-    "int4": Recipe(WEIGHT_FORMATS["int4-bf16"], None, low_rank="none", rank=0, centre=False, smoothing=0, hadamard=0),
+    "int4": Recipe(WEIGHT_FORMATS["int4-zero"], None, low_rank="none", rank=0, centre=False, smoothing=0, hadamard=0),
     "fp16": None,
 }
 
 FULL = Recipe()
-FOUR_BITS = replace(FULL, weight=WEIGHT_FORMATS["int4"], smoothing=19)
+FOUR_BITS = replace(FULL, weight=WEIGHT_FORMATS["int4"], smoothing=19, iterations=3)
 PUBLISHED = Recipe(
     low_rank="iterated",
     centre=False,

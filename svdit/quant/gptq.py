@@ -72,7 +72,7 @@ def gptq(W: Tensor, inverse: Inverse, values: Tensor, form: Format) -> Tensor:
 
 
 def nearest(column: Tensor, scale: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """Codes of one weight a row, scales (O,), and what they stand for; integers as floats, for there are many columns."""
+    """Codes (O,) of a column under scales (O,), and what they stand for. Integers stay floats: columns are many."""
     if form.element == "int":
         code = torch.div(column, scale).round_().clamp_(form.lo, form.hi)
         return code, code * scale

@@ -114,6 +114,8 @@ class SVDLinear(nn.Module):
         self.register_buffer(f"{name}_scales", scales.groups.contiguous())
         if scales.steps is not None:
             self.register_buffer(f"{name}_steps", scales.steps.contiguous())
+        if scales.zeros is not None:
+            self.register_buffer(f"{name}_zeros", scales.zeros.contiguous())
 
     def store_residual(self, codes: Tensor, scales: ref.Scales) -> None:
         """Keep these codes (O, I) and scales as the residual."""
@@ -129,13 +131,14 @@ class SVDLinear(nn.Module):
             else:
                 setattr(self, name, nn.Parameter(factor.to(getattr(torch, self.spec.factor_dtype)).contiguous()))
 
-    def _scales(self, name: str) -> Tensor:
-        steps = getattr(self, f"{name}_steps", None)
-        return ref.Scales(getattr(self, f"{name}_scales"), steps).values()
+    def scales(self, name: str) -> ref.Scales:
+        """The stored scales of the `residual`, or of a quantized `l1` or `l2`."""
+        steps, zeros = (getattr(self, f"{name}_{part}", None) for part in ("steps", "zeros"))
+        return ref.Scales(getattr(self, f"{name}_scales"), steps, zeros)
 
     def _matrix(self, name: str, form: Format, columns: int) -> Tensor:
         codes = ref.unpack(getattr(self, f"{name}_codes"), form, columns)
-        return ref.decode(codes, self._scales(name), form)
+        return ref.dequantize(codes, self.scales(name), form)
 
     def residual(self) -> Tensor:
         """The quantized residual as fp32 (O, I); zeros where there is none."""

@@ -35,13 +35,15 @@ def quantize_(
     max_memory: float = 8e9,
     work_dir: Path | None = None,
     run_id: str = "",
+    statistics: dict[str, Statistics] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> QuantReport:
     """Replace the linears that `config` names by SVDLinears, in place.
 
     `max_memory` bounds the bytes of calibration statistics held at once; what does not fit is observed in further
-    runs of the loop. `run_id` names what the forward loop and the weights are: work of another run is refused.
-    `progress(done, total)` counts layers. Under torchrun the processes share the layers; all end with the same model.
+    runs of the loop. `statistics` are what a run of it has given already; they are used up. `run_id` names what the
+    forward loop and the weights are: work of another run is refused. `progress(done, total)` counts layers. Under
+    torchrun the processes share the layers; all end with the same model.
     Raises UserError for a model that is quantized already, for NaN or Inf, and for layers the loop never reaches.
     """
     if done := quantized_layers(model):
@@ -59,10 +61,10 @@ def quantize_(
     waiting = [name for name in mine if name not in results]
     for chunk in chunks(model, plan, waiting, max_memory):
         start = time.perf_counter()
-        statistics = observe_needed(model, plan, chunk, forward_loop)
+        inputs = observe_needed(model, plan, chunk, forward_loop) if statistics is None else statistics
         observed = time.perf_counter()
         for name in chunk:
-            results[name] = quantize_linear(name, linear_of(model, name), plan[name], statistics.pop(name, None))
+            results[name] = quantize_linear(name, linear_of(model, name), plan[name], inputs.pop(name, None))
             progress(len(results), len(mine))
         report.seconds["calibrate"] = report.seconds.get("calibrate", 0) + observed - start
         report.seconds["quantize"] = report.seconds.get("quantize", 0) + time.perf_counter() - observed

@@ -173,7 +173,7 @@ class Solver:
         return round_weight(residual, self.form, importance, self.inverse)
 
     def decoded(self, codes: Tensor, scales: ref.Scales) -> Tensor:
-        return ref.decode(codes, scales.values(), self.form)
+        return ref.dequantize(codes, scales, self.form)
 
     @property
     def form(self) -> Format:

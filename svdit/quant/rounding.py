@@ -16,25 +16,29 @@ def weight_scales(W: Tensor, form: Format, importance: Tensor | None) -> ref.Sca
     least weighted error: nine sizes from 0.6 to 1.0 of what just avoids clipping; both signs where the span is full.
     """
     ideal = ref.ideal_scales(W, form)
+    zeros = ref.zero_points(W, ideal, form) if form.span == "affine" else None
     if importance is None or form.element != "int" or form.bits == 8:
-        return ref.store_scales(ideal, form)
+        return ref.store_scales(ideal, form)._replace(zeros=zeros)
     if form.span == "full":
         ideal = ideal * (form.lo / (form.lo + 0.5))  # the middle between the two ends of the range
-    best = torch.cat(
-        [_searched(w, i, form, importance) for w, i in zip(torch.split(W, ROWS), torch.split(ideal, ROWS), strict=True)]
-    )
-    return ref.store_scales(best, form)
+    best = torch.empty_like(ideal)
+    for i in range(0, len(W), ROWS):
+        rows = slice(i, i + ROWS)
+        best[rows] = _searched(W[rows], ideal[rows], None if zeros is None else zeros[rows], form, importance)
+    return ref.store_scales(best, form)._replace(zeros=zeros)
 
 
-def _searched(W: Tensor, ideal: Tensor, form: Format, importance: Tensor) -> Tensor:
+def _searched(W: Tensor, ideal: Tensor, zeros: Tensor | None, form: Format, importance: Tensor) -> Tensor:
     """The best of the tried scales (O, G) for a few rows of W."""
     best, least = ideal, torch.full_like(ideal, torch.inf)
     for sign in (1.0, -1.0) if form.span == "full" else (1.0,):
         for ratio in RATIOS:
-            values = torch.where(ideal == 0, 1.0, ideal * (sign * ratio))
-            error = (ref.decode(ref.encode(W, values, form), values, form) - W).square_().mul_(importance)
+            scales = ref.Scales(torch.where(ideal == 0, 1.0, ideal * (sign * ratio)), zeros=zeros)
+            shifted = scales.shifted(W)
+            codes = ref.encode(shifted, scales.groups, form)
+            error = (ref.decode(codes, scales.groups, form) - shifted).square_().mul_(importance)
             error = ref.grouped(error, form).sum(-1)
-            best, least = torch.where(error < least, values, best), torch.minimum(error, least)
+            best, least = torch.where(error < least, scales.groups, best), torch.minimum(error, least)
     return best
 
 
@@ -43,5 +47,5 @@ def round_weight(
 ) -> tuple[Tensor, ref.Scales]:
     """Codes (O, I) and scales of W; GPTQ where `inverse` is given, else to nearest."""
     scales = weight_scales(W, form, importance)
-    values = scales.values()
+    W, values = scales.shifted(W), scales.values()
     return (gptq(W, inverse, values, form) if inverse else ref.encode(W, values, form)), scales

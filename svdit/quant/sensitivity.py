@@ -15,27 +15,32 @@ from svdit.quant.observe import ForwardLoop
 CALLS, ROWS = 16, 2  # calls of the model that are replayed, and rows of the batch in each
 
 
-def record_calls(model: nn.Module, loop: ForwardLoop, seed: int = 0) -> list[tuple[Tensor, ...]]:
-    """The arguments of CALLS calls of the model during the loop, uniformly drawn, cut to ROWS random rows."""
-    generator = torch.Generator().manual_seed(seed)
-    kept: list[tuple[float, tuple[Tensor, ...]]] = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = torch.randperm(len(inputs[0]), generator=generator)[:ROWS]
-        kept.append((float(torch.rand((), generator=generator)), tuple(x[rows].clone() for x in inputs)))
-        kept.sort(key=lambda entry: entry[0])
-        del kept[CALLS:]
-
-    with model.register_forward_pre_hook(keep):
-        loop(model)
-    if not kept:
-        raise UserError("the forward loop never called the model; sizes cannot be allotted without it")
-    return [inputs for _, inputs in kept]
+Call = tuple[Tensor, ...]
 
 
-def sensitivities(
-    model: nn.Module, names: Iterable[str], calls: list[tuple[Tensor, ...]]
-) -> tuple[dict[str, float], float]:
+def recording(loop: ForwardLoop, calls: list[Call], seed: int = 0) -> ForwardLoop:
+    """The loop, which leaves in `calls` the arguments of CALLS of its calls, uniformly drawn, cut to ROWS rows."""
+
+    def recorded(model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        kept: list[tuple[float, Call]] = []
+
+        def keep(module: nn.Module, inputs: Call) -> None:
+            rows = torch.randperm(len(inputs[0]), generator=generator)[:ROWS]
+            kept.append((float(torch.rand((), generator=generator)), tuple(x[rows].clone() for x in inputs)))
+            kept.sort(key=lambda entry: entry[0])
+            del kept[CALLS:]
+
+        with model.register_forward_pre_hook(keep):
+            loop(model)
+        if not kept:
+            raise UserError("the forward loop never called the model; sizes cannot be allotted without it")
+        calls[:] = [inputs for _, inputs in kept]
+
+    return recorded
+
+
+def sensitivities(model: nn.Module, names: Iterable[str], calls: list[Call]) -> tuple[dict[str, float], float]:
     """For each named layer ‖J‖²_F over its number of outputs a row, and the mean squared norm of the model's output."""
     names = list(names)
     outputs: dict[str, Tensor] = {}

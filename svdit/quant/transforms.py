@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdit.kernels import reference as ref
 from svdit.quant.config import Recipe
-from svdit.quant.lowrank import truncated_svd
+from svdit.quant.lowrank import Factors, truncated_svd
 from svdit.quant.observe import Statistics
 
 LIMITS = (1e-4, 1e4)  # of λ
@@ -89,13 +89,16 @@ def choose_transform(W: Tensor, statistics: Statistics, recipe: Recipe) -> tuple
     return best, chosen
 
 
-def trial_output(transform: Transform, W: Tensor, x: Tensor, recipe: Recipe) -> Tensor:
-    """The layer's output (M, O), without its bias, under a transform and the quickest form of the recipe."""
+def trial_output(transform: Transform, W: Tensor, x: Tensor, recipe: Recipe, branch: Factors | None = None) -> Tensor:
+    """The layer's output (M, O), without its bias, under a transform and the quickest form of the recipe.
+
+    `branch` is the truncated SVD of the transformed weight, where the caller has it already.
+    """
     assert recipe.weight is not None
     hat, What = transform.inputs(x), transform.weight(W)
     rounded = ref.fake_quantize(hat, recipe.act) if recipe.act else hat
     rank = 0 if recipe.low_rank == "none" else min(recipe.rank, *W.shape)
     if not rank:
         return rounded @ ref.fake_quantize(What, recipe.weight).T
-    l1, l2 = truncated_svd(What, rank, sweeps=2)
+    l1, l2 = branch or truncated_svd(What, rank, sweeps=2)
     return rounded @ ref.fake_quantize(What - l1 @ l2, recipe.weight).T + (hat @ l2.T) @ l1.T

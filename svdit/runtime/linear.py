@@ -16,7 +16,7 @@ def stored(layer: SVDLinear) -> Layer:
     assert spec.weight is not None
     factors = layer.low_rank() if spec.factors and spec.rank else (layer.l1, layer.l2)
     l1, l2 = (None if factor is None else factor.detach() for factor in factors)
-    groups, steps = layer.get_buffer("residual_scales"), getattr(layer, "residual_steps", None)
+    groups, steps, zeros = layer.scales("residual")
     if layer.out_scale is not None:
         s = layer.out_scale[:, None]
         groups, steps = (groups.float() * s, None) if steps is None else (groups, steps * s)
@@ -24,7 +24,7 @@ def stored(layer: SVDLinear) -> Layer:
     return Layer(
         stored=layer.get_buffer("residual_codes"),
         columns=layer.in_features,
-        scales=Scales(groups, steps),
+        scales=Scales(groups, steps, zeros),
         weight=spec.weight,
         act=spec.act,
         bias=None if layer.bias is None else layer.bias.detach().float(),

@@ -1,6 +1,7 @@
 """`svdit quantize`: flags to recipes, files that weigh what they say, reports, sentences."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,10 @@ def test_what_fusing_adds_is_known_before(checkpoint: Path, flags: str) -> None:
     ("flags", "expected"),
     [
         ([], RECIPES["w8a8"]),
-        (["--preset", "w4a8", "--num-bits", "8", "--group-size", "0"], RECIPES["w8a8"]),
+        (
+            ["--preset", "w4a8", "--num-bits", "8", "--group-size", "0"],
+            replace(RECIPES["w4a8"], weight=RECIPES["w8a8"].weight),
+        ),
         (["--num-bits", "4"], RECIPES["w4a8"]),
         (["--num-bits", "4", "--group-size", "0"], RECIPES["w4a8-channel"]),
         (["--num-bits", "4", "--act-bits", "4"], RECIPES["w4a4"]),

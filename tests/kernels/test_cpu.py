@@ -148,7 +148,7 @@ def test_weight_only(kernels: cpu.Kernels) -> None:
         layer = Layer(layer.stored, columns, layer.scales, form, None, layer.bias)
         assert cpu.WeightOnlyLinear.takes(layer)
         x = torch.randn(M, columns, generator=torch.Generator().manual_seed(seed))
-        weight = ref.decode(layer.codes(), layer.scales.values(), form).double()
+        weight = ref.dequantize(layer.codes(), layer.scales, form).double()
         bias = torch.zeros(O) if layer.bias is None else layer.bias
         got = cpu.WeightOnlyLinear(layer, kernels)(x[None])[0].double()
         bound = (columns + 2) * U * (x.abs().double() @ weight.abs().T) + U * bias.abs()

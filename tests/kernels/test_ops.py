@@ -34,7 +34,7 @@ def test_every_format_on_every_backend(backend: str, weight: str, act: str | Non
     stored = layer(weight, act)
     packed, hat = ops.pack(stored, backend), stored.transform(x).double()
     rounded = ref.fake_quantize(hat.float(), stored.act).double() if stored.act else hat
-    weights = ref.decode(stored.codes(), stored.scales.values(), stored.weight).double()
+    weights = ref.dequantize(stored.codes(), stored.scales, stored.weight).double()
     assert stored.l1 is not None and stored.l2 is not None and stored.bias is not None
     expected = rounded @ weights.T + hat @ stored.l2.double().T @ stored.l1.double().T + stored.bias
     assert 0 < relative(packed(x).double(), expected) < 1e-3

@@ -25,10 +25,10 @@ def test_error_is_at_most_half_a_step_inside_the_range(name: str, x: torch.Tenso
     form = FORMATS[name]
     codes, scales = ref.quantize(x, form)
     values = scales.values()
-    y = ref.decode(codes, values, form)
+    y = ref.dequantize(codes, scales, form)
     step = values.abs().repeat_interleave(x.shape[1] // values.shape[1], dim=1)
     if form.element == "int":
-        inside = (x / (values.sign().repeat_interleave(128 // values.shape[1], 1) * step)).round()
+        inside = (scales.shifted(x) / (values.sign().repeat_interleave(128 // values.shape[1], 1) * step)).round()
         inside = (inside >= form.lo) & (inside <= form.hi)
         assert ((x - y).abs() <= step * 0.5 * (1 + 1e-5))[inside].all()
     relative = (x - y).norm() / x.norm()
@@ -41,8 +41,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(name: str, x: torch.Tenso
 def test_quantized_numbers_stay_what_they_are(name: str, x: torch.Tensor) -> None:
     form = FORMATS[name]
     codes, scales = ref.quantize(x, form)
-    values = scales.values()
-    again = ref.encode(ref.decode(codes, values, form), values, form)
+    again = ref.encode(scales.shifted(ref.dequantize(codes, scales, form)), scales.values(), form)
     assert torch.equal(codes.float(), again.float())
 
 
@@ -72,6 +71,15 @@ def test_zeros_stay_zero(name: str) -> None:
     y = ref.fake_quantize(x, FORMATS[name])
     assert torch.equal(y == 0, x == 0)
     assert torch.isfinite(y).all()
+
+
+def test_a_zero_point_follows_skewed_groups() -> None:
+    x = torch.rand(8, 128, generator=torch.Generator().manual_seed(0)) - 0.2
+    errors = [float((ref.fake_quantize(x, WEIGHT_FORMATS[name]) - x).norm()) for name in ("int4-zero", "int4-bf16")]
+    assert 0.3 * errors[1] < errors[0] < 0.8 * errors[1]
+    codes, scales = ref.quantize(x, WEIGHT_FORMATS["int4-zero"])
+    assert codes.min() == -8 and codes.max() == 7
+    assert scales.zeros is not None and scales.zeros.dtype == torch.int8
 
 
 def test_full_span_puts_the_largest_on_the_lowest_code() -> None:

@@ -14,7 +14,7 @@ from svdit.model.dit import DiT
 from svdit.quant.budget import HEADER, Option, Table, plan_
 from svdit.quant.config import RECIPES, dit_config
 from svdit.quant.quantize import quantize_
-from svdit.quant.sensitivity import record_calls, sensitivities
+from svdit.quant.sensitivity import Call, recording, sensitivities
 from svdit.sampling.trajectories import calibration_loop
 
 LOOP = calibration_loop(images=6, steps=5)
@@ -63,7 +63,8 @@ def test_sensitivity_is_the_effect_of_noise() -> None:
 
 
 def test_calls_are_recorded_and_cut(tiny: DiT) -> None:
-    calls = record_calls(tiny, LOOP)
+    calls: list[Call] = []
+    recording(LOOP, calls)(tiny)
     assert 0 < len(calls) <= 16
     assert all(len(x) == len(t) == len(y) == 2 for x, t, y in calls)
     assert len({int(t[0]) for _, t, _ in calls}) > 1

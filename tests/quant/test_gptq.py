@@ -32,7 +32,7 @@ def test_correlated_inputs_profit(name: str) -> None:
     errors = []
     for inverse in (None, Inverse(R)):
         codes, scales = round_weight(W, form, None, inverse)
-        errors.append(output_error(W - ref.decode(codes, scales.values(), form), R))
+        errors.append(output_error(W - ref.dequantize(codes, scales, form), R))
     assert 0 < errors[1] < 0.7 * errors[0]
 
 
@@ -67,6 +67,6 @@ def test_searched_scales_never_lose(name: str) -> None:
 
     def error(given: torch.Tensor | None) -> float:
         codes, scales = round_weight(W, form, given)
-        return float(((ref.decode(codes, scales.values(), form) - W).square() * importance).sum())
+        return float(((ref.dequantize(codes, scales, form) - W).square() * importance).sum())
 
     assert error(importance) < 0.95 * error(None)
