@@ -18,7 +18,6 @@ from triton import knobs
 
 from svdit.kernels.formats import Format
 from svdit.kernels.layer import Composed, Layer, Modulation, Residual
-from svdit.kernels.reference import Scales
 from svdit.kernels.triton_product import multiply, weigh
 from svdit.kernels.triton_rows import quantize_rows
 
@@ -31,8 +30,8 @@ PRODUCT_TILES = [
     triton.Config({"BLOCK_M": m, "BLOCK_O": o}, num_warps=warps, num_stages=stages)
     for m, o, warps, stages in ((128, 256, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4), (32, 64, 4, 4))
 ]
-ROW_TILE = {"BLOCK_M": 16} if INTERPRETED else {}
-PRODUCT_TILE = {"BLOCK_M": 32, "BLOCK_O": 64} if INTERPRETED else {}
+ROW_TILE = {"BLOCK_M": 64} if INTERPRETED else {}
+PRODUCT_TILE = {"BLOCK_M": 64, "BLOCK_O": 128} if INTERPRETED else {}
 
 
 def product_tiles(tiles: list[Any], _: Any, **how: Any) -> list[Any]:
@@ -122,7 +121,7 @@ class IntegerLinear:
 
     def _keep_low_rank(self, l1: Tensor, l2: Tensor) -> None:
         R = l1.shape[1]
-        self.block_r = min(64, max(16, triton.next_power_of_2(R)))
+        self.block_r = min(128, max(16, triton.next_power_of_2(R)))  # at once in the rows; the product takes 32
         self.rank = padded(R, self.block_r)
         dtype = torch.float32 if INTERPRETED else l1.dtype
         self.l1 = widened(l1.to(dtype), self.rank)
@@ -133,7 +132,7 @@ class IntegerLinear:
         """Whether the kernels compute such a layer: integers of one step a row, tokens of 8 bits or INT4 groups."""
         form = layer.weight
         codes = (form.bits == 4 and form.group % HALF == 0) or form == INT8
-        return codes and layer.has_integers and layer.act in (INT8, INT4) and layer.hadamard <= 512
+        return codes and layer.has_integers and layer.act in (INT8, INT4) and layer.hadamard <= 256
 
     def quantize(self, x: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """x (N, T, I) to codes (M, width), steps (M,) or (M, width / 64), and x̂ L2ᵀ (M, padded R)."""
@@ -174,7 +173,7 @@ class IntegerLinear:
             PRODUCT[lambda tile: (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(O, tile["BLOCK_O"]),)](
                 codes, steps, low, self.weight, self.multiples, self.channel, self.bias, self.l1, gate, out,
                 M, O, self.width, self.rank, T, stride, triton.next_power_of_2(M),
-                BITS=self.bits, GROUPED=bool(self.group), GELU=gelu, BLOCK_R=self.block_r, **PRODUCT_TILE,
+                BITS=self.bits, GROUPED=bool(self.group), GELU=gelu, BLOCK_R=min(32, self.block_r), **PRODUCT_TILE,
             )  # fmt: skip
 
 
@@ -187,7 +186,7 @@ class WeightOnlyLinear(Composed):
         self.weight, values = stored_codes(layer, self.width), layer.scales.values()
         self.grouped = values.shape[1] > 1
         self.scales = spread(values, I, self.width) if self.grouped else values.flatten().contiguous()
-        self.layer = replace(layer, stored=self.weight[:0], scales=Scales(self.scales[:0]))
+        self.layer = replace(layer, stored=self.weight[:0])
 
     @staticmethod
     def takes(layer: Layer) -> bool:

@@ -101,7 +101,16 @@ def test_any_shape(scheme: str) -> None:
         check(make(scheme, O, columns, R, seed, hadamard), rows(M, columns, seed, 10.0 ** (seed % 5 - 2)))
 
 
-@pytest.mark.parametrize("block", [2, 8, 32, 128, 256, 512])
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU tiles are chosen by time")
+@pytest.mark.parametrize("tile", range(5))
+def test_every_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    """Of the smallest more than eight rows of them, which are taken in groups."""
+    monkeypatch.setattr(tri, "PRODUCT_TILE", tri.PRODUCT_TILES[tile].kwargs)
+    M = tri.PRODUCT_TILE["BLOCK_M"] * (9 if tile == 4 else 1) + 3
+    check(make("W8A8", 270, 64, 5, 1, 64), rows(M, 64, 1))
+
+
+@pytest.mark.parametrize("block", [2, 8, 32, 128, 256])
 def test_every_hadamard_block(block: int) -> None:
     check(make("W8A8", 40, 512, 8, 1, block), rows(9, 512, block))
 
@@ -217,7 +226,7 @@ def test_weight_only() -> None:
         layer = on_device(Layer(layer.stored, columns, layer.scales, form, None, layer.bias))
         assert tri.WeightOnlyLinear.takes(layer) and not tri.IntegerLinear.takes(layer)
         x = rows(M, columns, seed)
-        weight = ref.decode(layer.codes(), layer.scales.values(), form).double()
+        weight = ref.dequantize(layer.codes(), layer.scales, form).double()
         bias = torch.zeros(O, device=DEVICE) if layer.bias is None else layer.bias
         got = tri.WeightOnlyLinear(layer)(x[None])[0].double()
         split = 0 if INTERPRETED else U_BF16**2  # x as the sum of two bfloat16
