@@ -25,7 +25,8 @@ SCALE_DTYPES = {
 
 
 class Scales(NamedTuple):
-    """As stored: `groups` (…, G) in the format's type; of two levels `steps` (…, 1) fp32; affine: `zeros` (…, G) int8."""
+    """As stored: `groups` (…, G) in the format's type; `steps` (…, 1) fp32, where there are two levels; `zeros`
+    (…, G) int8, where the format is affine."""
 
     groups: Tensor
     steps: Tensor | None = None

@@ -14,7 +14,7 @@ from svdit.errors import UserError
 
 ForwardLoop = Callable[[nn.Module], None]
 SAMPLE = 2048  # rows kept: half to choose by, half to report on
-BLOCK = 1024  # columns of the Gram matrix that are computed together
+BLOCK = 512  # rows of the Gram matrix that are computed together
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Statistics:
 
     count: int
     total: Tensor  # (I,) float64
-    gram: Tensor  # (I, I) float64, Σ x xᵀ, valid on and above the diagonal
+    gram: list[Tensor]  # Σ x xᵀ in float64: rows of BLOCK, each from its diagonal block on; the rest mirrors them
     low: Tensor  # (I,)
     high: Tensor  # (I,)
     sample: Tensor  # (up to SAMPLE, I), uniformly drawn
@@ -33,16 +33,22 @@ class Statistics:
     def empty(cls, features: int, device: torch.device) -> "Statistics":
         zeros = torch.zeros(features, dtype=torch.float64, device=device)
         infinity = torch.full((features,), torch.inf, device=device)
-        gram = torch.zeros(features, features, dtype=torch.float64, device=device)
+        starts = range(0, features, BLOCK)
+        gram = [zeros.new_zeros(min(BLOCK, features - i), features - i) for i in starts]
         return cls(0, zeros, gram, infinity, -infinity, torch.empty(0, features, device=device), torch.empty(0))
+
+    @staticmethod
+    def nbytes(features: int) -> int:
+        """What the statistics of so many features take, but for some rows: little more than half a matrix."""
+        return 4 * features * (features + BLOCK) + 4 * SAMPLE * features
 
     def add(self, x: Tensor, generator: torch.Generator) -> None:
         """Take in rows x (M, I)."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.count += len(x)
         self.total += x.sum(0, dtype=torch.float64)
-        for i in range(0, x.shape[1], BLOCK):  # the blocks below the diagonal mirror those above
-            self.gram[i : i + BLOCK, i:] += x[:, i : i + BLOCK].T @ x[:, i:]
+        for i, block in zip(range(0, x.shape[1], BLOCK), self.gram, strict=True):
+            block += x[:, i : i + BLOCK].T @ x[:, i:]
         self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         keys = torch.cat([self.keys, torch.rand(len(x), generator=generator)])
         self.keys, order = keys.sort(stable=True)
@@ -55,7 +61,10 @@ class Statistics:
 
     def second_moment(self, shift: Tensor | None) -> Tensor:
         """E[(x − shift)(x − shift)ᵀ], (I, I) float64."""
-        moment = (self.gram.triu() + self.gram.triu(1).T) / self.count
+        moment = self.total.new_empty(len(self.total), len(self.total))
+        for i, block in zip(range(0, len(moment), BLOCK), self.gram, strict=True):
+            moment[i : i + BLOCK, i:] = block / self.count
+            moment[i + BLOCK :, i : i + BLOCK] = moment[i : i + BLOCK, i + BLOCK :].T
         if shift is None:
             return moment
         mean, s = self.total / self.count, shift.double()

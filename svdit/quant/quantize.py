@@ -97,7 +97,7 @@ def chunks(model: nn.Module, plan: dict[str, Recipe], names: list[str], max_memo
     pieces: list[list[str]] = []
     held = float("inf")
     for name in names:
-        need = 8 * linear_of(model, name).in_features ** 2 if plan[name].needs_inputs else 0
+        need = Statistics.nbytes(linear_of(model, name).in_features) if plan[name].needs_inputs else 0
         if held + need > max_memory or not pieces:
             pieces.append([])
             held = 0

@@ -26,6 +26,9 @@ class QuantReport:
                 f"in {len(grown)} of {len(self.layers)} layers the two factors hold more numbers than the weight they "
                 f"replace ({ratio:.2f} times as many); a dense weight of as many bits would be smaller and more exact"
             )
+        for weight in sorted({line.weight for line in self.layers if line.weight.startswith("FP")}):
+            where = " but on GPUs of capability 9.0" if weight.startswith("FP8") else ""
+            sentences.append(f"{weight} is emulated everywhere{where}: the file is small, products are made in floats")
         return sentences
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from svdit.model.zoo import DiT_models
 from svdit.quant import quantize as module
 from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, rank_ratio_config
 from svdit.quant.linear import linears, quantized_layers
+from svdit.quant.observe import Statistics
 from svdit.quant.quantize import quantize_
 from svdit.quant.recipe import quantize_linear
 from svdit.sampling.trajectories import calibration_loop, calibration_size
@@ -90,7 +91,7 @@ def test_memory_only_decides_how_often_the_loop_runs(tiny: DiT) -> None:
 
     quantize_(tiny, CONFIG, counting)
     assert len(runs) == 1
-    quantize_(other, CONFIG, counting, max_memory=8 * 256**2)
+    quantize_(other, CONFIG, counting, max_memory=Statistics.nbytes(256))
     assert len(runs) > 3
     assert equal(state_of(tiny), state_of(other))
 
@@ -158,3 +159,11 @@ def test_a_large_model_is_shown_eight_tokens_a_feature() -> None:
     assert images * steps >= 48
     assert calibration_size(model, images=3) == (3, steps)
     assert calibration_size(model, steps=4) == (18, 4)
+
+
+@pytest.mark.parametrize(("preset", "where"), [("nvfp4", "everywhere: "), ("fp8", "but on GPUs of capability 9.0")])
+def test_emulated_formats_are_called_so(tiny: DiT, preset: str, where: str) -> None:
+    recipe = replace(RECIPES[preset], rank=4, smoothing=0, iterations=1)
+    report = quantize_(tiny, QuantConfig((Rule("blocks.0.mlp.*", recipe),)), LOOP)
+    assert [where in warning and "emulated" in warning for warning in report.warnings] == [True]
+    assert "emulated" not in str(quantize_(DiT(tiny.config), rank_ratio_config(0.5, 8)).warnings)
