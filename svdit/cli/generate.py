@@ -5,10 +5,13 @@ torchrun --nproc-per-node 8 sample_ddp.py --ckpt PATH --num-fid-samples 50000 --
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svdit.cli import options
 from svdit.errors import UserError
+
+if TYPE_CHECKING:
+    from svdit.model.dit import DiT
 
 VAE = "ema"
 
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
                 seed=args.global_seed,
                 batch_size=args.per_proc_batch_size,
                 label_policy=args.label_policy,
-                origin=origin(checkpoint, tf32) if first else None,
+                origin=origin(checkpoint, model, tf32) if first else None,
                 progress=tick,
             )
         if first:
@@ -97,15 +100,18 @@ def set_tf32(allowed: bool) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def origin(checkpoint: options.Checkpoint, tf32: bool) -> dict[str, Any]:
-    """What the manifest says of the model."""
+def origin(checkpoint: options.Checkpoint, model: "DiT", tf32: bool) -> dict[str, Any]:
+    """What the manifest says of the model; a float model has no backend."""
     from svdit.files import sha256
+    from svdit.kernels import ops
+    from svdit.runtime.dit import FastDiT
 
     return {
         "model": checkpoint.name,
         "checkpoint": checkpoint.path.name,
         "checkpoint_sha256": sha256(checkpoint.path),
         "quantization": ((checkpoint.header or {}).get("provenance") or {}).get("quantization"),
+        "backend": ops.describe(model.backend) if isinstance(model, FastDiT) else None,
         "precision": "tf32" if tf32 else "float32",
     }
 

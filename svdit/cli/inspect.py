@@ -17,6 +17,7 @@ def run(args: argparse.Namespace) -> None:
     """Print it."""
     from svdit.checkpoints.store import load_model, locate, read_header
     from svdit.cli.tables import console, spec_table
+    from svdit.kernels import ops
     from svdit.quant.linear import quantized_layers
 
     path = locate(args.file)
@@ -30,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
         f"model: {(header or {}).get('name') or 'a DiT'}, {model.config}",
         f"layers: {len(layers)} quantized" if layers else "layers: all at full precision",
     ]
+    if layers:
+        lines.append(f"runs here by: {ops.describe(ops.choose())}")
     if model.config.absorbed:
         lines.append("folded: smoothing and centring of qkv, proj and fc1 are in adaLN and in the rows of v")
     for key, value in {} if header is None else options.flat(header.get("provenance", {})):

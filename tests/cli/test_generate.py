@@ -15,6 +15,7 @@ from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command
 from svdit.compat import apply_svd_to_dit
 from svdit.files import sha256
+from svdit.kernels import ops
 from svdit.kernels.formats import Format
 from svdit.quant.linear import LinearSpec, rebuild_
 
@@ -50,6 +51,7 @@ def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.
     assert manifest["checkpoint"] == "quantized.safetensors"
     assert manifest["checkpoint_sha256"] == sha256(quantized)
     assert manifest["quantization"] == {"mode": "rank_ratio", "rank_ratio": 0.5}
+    assert manifest["backend"] == ops.describe(ops.choose())
     assert manifest["cfg_scale"] == 1.5
 
 

@@ -8,6 +8,7 @@ from conftest import randomize
 
 from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.cli import command
+from svdit.kernels import ops
 from svdit.model.dit import DiT, DiTConfig
 
 
@@ -118,6 +119,7 @@ def test_inspect_tells_format_layers_and_origin(files: tuple[Path, Path], capsys
         "rank 4, INT8",
         "Hadamard 64",
         "row scale",
+        f"runs here by: {ops.describe(ops.choose())}",
         "folded:",
         "quantization.preset: w4a8",
         "sha256",

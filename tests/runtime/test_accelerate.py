@@ -2,13 +2,16 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from conftest import relative
 from torch import nn
 
+from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import batch_noise
 from svdit.errors import UserError
+from svdit.images import to_uint8
 from svdit.kernels import ops
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, rank_ratio_config, recipe_for
@@ -18,6 +21,7 @@ from svdit.runtime import dit as runtime_dit
 from svdit.runtime.accelerate import accelerate
 from svdit.runtime.dit import FastDiT
 from svdit.sampling.generate import SamplingConfig, generate
+from svdit.sampling.trajectories import calibration_loop
 
 USABLE = [name for name, reason in ops.reasons().items() if not reason]
 CONFIGS = {
@@ -64,6 +68,24 @@ def test_pictures_are_the_same_on_every_backend(tiny: DiT, config: str) -> None:
     for backend, picture in drawn.items():
         assert relative(picture, drawn["reference"]) < 0.02, backend
         assert picture.std() > 0.1
+
+
+def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
+    model, walk = load_model("digits"), SamplingConfig("ddim", "ddim10", 1.5)
+    recipe = recipe_for("w4a8", rank=8, smoothing=7, iterations=1)
+    quantize_(model, dit_config(recipe), calibration_loop(images=4, steps=5))
+
+    def picture_of(model: DiT) -> np.ndarray:
+        noise = batch_noise(0, (10, 1, 8, 8), torch.device("cpu"), False)
+        return to_uint8(generate(model, torch.arange(10), noise, walk)).astype(int)
+
+    pictures = {name: picture_of(accelerate(deepcopy(model), name)) for name in USABLE}
+    full = picture_of(load_model("digits"))
+    quantization = np.abs(pictures["reference"] - full).mean()
+    assert quantization > 0.2
+    for name, picture in pictures.items():
+        assert np.abs(picture - pictures["reference"]).mean() < 0.25 * quantization, name
+        assert picture.std() > 50
 
 
 def test_large_hidden_layers_are_computed_in_parts(tiny: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
