@@ -70,6 +70,15 @@ def test_pictures_are_the_same_on_every_backend(tiny: DiT, config: str) -> None:
         assert picture.std() > 0.1
 
 
+@pytest.mark.parametrize("config", ["w8a8", "w4a8", "svdquant", "factors"])
+def test_stored_layers_compile_into_one_graph(tiny: DiT, config: str) -> None:
+    model = quantized(tiny, config)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)  # a graph break is an error
+    with torch.no_grad():
+        assert relative(compiled(X, T, Y), model(X, T, Y)) < 2e-3
+
+
 def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
     model, walk = load_model("digits"), SamplingConfig("ddim", "ddim10", 1.5)
     recipe = recipe_for("w4a8", rank=8, smoothing=7, iterations=1)
