@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from svdit import distributed
 from svdit.diffusion.noise import stream
 from svdit.errors import UserError
-from svdit.images import list_images, read_image, to_float
+from svdit.images import Pixels, center_crop, list_images, read_image, to_float
 
 ORDER, AUGMENT = 2, 3  # purposes of streams; 0 and 1 are the samplers'
 HELD_OUT = 0.2  # of the digits
@@ -95,33 +95,34 @@ def archive(path: Path, image_size: int) -> Pictures:
             raise UserError(f"arr_0 of {path} is {pixels.dtype} {pixels.shape}; it must be uint8 (N, H, W, 3)")
         read, count = partial(_read_array, pixels, image_size), len(pixels)
     else:
-        read, count = partial(_read_jpeg, arrays["jpeg"], arrays["offsets"], image_size), len(arrays["offsets"]) - 1
+        read, count = (
+            partial(_read_jpeg, arrays["jpeg"], arrays["offsets"], path, image_size),
+            len(arrays["offsets"]) - 1,
+        )
     if count != len(labels):
         raise UserError(f"{path} holds {count} pictures and {len(labels)} labels; each picture needs one")
     return Pictures(read, labels, int(labels.max()) + 1, 3)
 
 
 def _read_file(paths: tuple[Path, ...], size: int, i: int) -> Tensor:
-    return center_crop(Image.fromarray(read_image(paths[i])), size)
+    return _cropped(read_image(paths[i]), size)
 
 
 def _read_array(pixels: Any, size: int, i: int) -> Tensor:
-    return center_crop(Image.fromarray(pixels[i]), size)
+    return _cropped(pixels[i], size)
 
 
-def _read_jpeg(files: Any, offsets: Any, size: int, i: int) -> Tensor:
-    data = files[offsets[i] : offsets[i + 1]].tobytes()
-    return center_crop(Image.open(io.BytesIO(data)).convert("RGB"), size)
+def _read_jpeg(files: Any, offsets: Any, path: Path, size: int, i: int) -> Tensor:
+    try:
+        with Image.open(io.BytesIO(files[offsets[i] : offsets[i + 1]].tobytes())) as image:
+            return _cropped(np.asarray(image.convert("RGB")), size)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"picture {i} of {path} cannot be read ({error}); write the file again without it") from None
 
 
-def center_crop(image: Image.Image, size: int) -> Tensor:
-    """The middle square, resized to size × size as ADM does: halved while twice too large, then bicubic."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return to_float(np.array(image)[None, top : top + size, left : left + size])[0]
+def _cropped(pixels: Pixels, size: int) -> Tensor:
+    """The middle square of (H, W, 3) as float32 (3, size, size)."""
+    return to_float(np.array(center_crop(pixels, size))[None])[0]
 
 
 def flip(x: Tensor, random: np.random.Generator) -> Tensor:

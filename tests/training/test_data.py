@@ -13,7 +13,7 @@ from PIL import Image
 from svdit.errors import UserError
 from svdit.images import write_png
 from svdit.training import data
-from svdit.training.data import AUGMENTATIONS, Examples, Pictures, batches, center_crop, load, order, share
+from svdit.training.data import AUGMENTATIONS, Examples, Pictures, batches, load, order, share
 
 RANDOM = np.random.default_rng(0)
 COLOURS = RANDOM.integers(256, size=(6, 8, 8, 3), dtype=np.uint8)
@@ -125,17 +125,22 @@ def test_npz_with_jpeg(tmp_path: Path) -> None:
         assert torch.equal(pictures.read(i), as_float(np.array(Image.open(file))))
 
 
-def test_center_crop() -> None:
-    image = Image.fromarray(COLOURS[0])
-    assert torch.equal(center_crop(image, 8), as_float(COLOURS[0]))
+def test_pictures_of_any_size_are_halved_and_cut(tmp_path: Path) -> None:
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = COLOURS[1]
-    assert torch.equal(center_crop(Image.fromarray(wide), 8), as_float(COLOURS[1]))
-    halved = COLOURS[0].astype(float).reshape(4, 2, 4, 2, 3).mean((1, 3))
-    error = 127.5 * (center_crop(image, 4) + 1) - torch.from_numpy(halved).permute(2, 0, 1)
+    np.savez(tmp_path / "a.npz", arr_0=np.stack([wide, wide]), labels=np.arange(2))
+    assert torch.equal(load(str(tmp_path / "a.npz"), 8).read(1), as_float(COLOURS[1]))
+    halved = COLOURS[1].astype(float).reshape(4, 2, 4, 2, 3).mean((1, 3))
+    error = 127.5 * (load(str(tmp_path / "a.npz"), 4).read(0) + 1) - torch.from_numpy(halved).permute(2, 0, 1)
     assert 0 < error.abs().max() <= 1  # each of the two passes rounds
-    assert center_crop(image, 16).shape == (3, 16, 16)
-    assert center_crop(Image.new("RGB", (50, 37)), 9).shape == (3, 9, 9)
+    assert load(str(tmp_path / "a.npz"), 16).read(0).shape == (3, 16, 16)
+
+
+def test_a_jpeg_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    rubbish = np.arange(64, dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", jpeg=rubbish, offsets=np.array([0, 64]), labels=np.zeros(1))
+    with pytest.raises(UserError, match=r"picture 0 of .*a\.npz cannot be read"):
+        load(str(tmp_path / "a.npz"), 8).read(0)
 
 
 def test_what_is_no_data(tmp_path: Path) -> None:
