@@ -56,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", default=["w8a8", "w4a8", "347"])
     parser.add_argument("--model", default="DiT-XL/2")
+    parser.add_argument("--images", type=int, help="calibrate on fewer, to time the rest alone")
     args = parser.parse_args()
 
     def note(run: str, what: str, value: float, unit: str) -> None:
@@ -64,18 +65,20 @@ def main() -> None:
     start = time.perf_counter()
     model, calls = random_model(args.model), list[Call]()
     images, steps = calibration_size(model)
+    images = args.images or images
     loop = recording(calibration_loop(images=images, steps=steps), calls)
     statistics = observe(model, [name for name, _ in linears(model) if name.startswith(("blocks", "final"))], loop)
     calibrated = (time.perf_counter() - start) / 60
-    note("all", "calibration", calibrated, "min")
+    note(f"{images} images", "calibration", calibrated, "min")
     for run in args.runs:
+        del model
         start, model = time.perf_counter(), random_model(args.model)
         config = config_of("w4a8" if run.isdigit() else run)
         if run.isdigit():
             config = allot(model, config, statistics, calls, int(run) * 10**6, None).config
             note(run, "plan", (time.perf_counter() - start) / 60, "min")
-        quantize_(model, config, statistics=dict(statistics))
-        note(run, "in all", calibrated + (time.perf_counter() - start) / 60, "min")
+        report = quantize_(model, config, statistics=dict(statistics))
+        note(run, "solving", report.seconds["quantize"] / 60, "min")
         note(run, "peak memory so far", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB")
         note(run, "file", file_megabytes(model), "MB")
 

@@ -4,7 +4,9 @@
     python benchmarks/bench_end_to_end.py ablation     # the recipe with each ingredient taken out, W4A4 and W4A8
     python benchmarks/bench_end_to_end.py ranks        # rank 0, 8, 16, 32, 64
 
-DDIM, 50 steps, guidance 1.5, rank 8 unless said otherwise; PSNR and relative L2 over the pictures' uint8 values.
+DDIM, 50 steps, guidance 1.5, rank 8 unless said otherwise; PSNR and relative L2 over the pictures' uint8 values. What
+is calibrated on other noise rounds differently, and the pictures differ by some tenths of a decibel: every number is
+the mean of several calibrations, with its standard error.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from svdit.model.dit import DiT
 from svdit.quant.config import RECIPES, Recipe, dit_config
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.quantize import quantize_
+from svdit.runtime.accelerate import accelerate
 from svdit.sampling.generate import SamplingConfig, pictures
 from svdit.sampling.trajectories import calibration_loop, calibration_size
 
@@ -67,9 +70,9 @@ def ranks() -> dict[str, Recipe]:
     }
 
 
-def calibration(model: DiT) -> ForwardLoop:
+def calibration(model: DiT, seed: int = 0) -> ForwardLoop:
     images, steps = calibration_size(model)
-    return calibration_loop(images=images, steps=steps)
+    return calibration_loop(images=images, steps=steps, seed=seed)
 
 
 def draw(model: DiT, count: int) -> Pixels:
@@ -87,26 +90,35 @@ def differences(a: Pixels, b: Pixels) -> tuple[float, float]:
     return float(psnr.mean()), float(np.linalg.norm(one - two) / np.linalg.norm(two))
 
 
+def measured(recipe: Recipe, full: Pixels, seed: int) -> tuple[float, float, float, float]:
+    """PSNR, relative L2, the median SQNR of the blocks' layers and the model's megabytes, by one calibration."""
+    model = load_model("digits")
+    report = quantize_(model, dit_config(recipe), calibration(model, seed))
+    layers = [line.sqnr for line in report.layers if line.sqnr is not None and "adaLN" not in line.name]
+    psnr, relative = differences(draw(accelerate(model), len(full)), full)
+    return psnr, relative, float(np.median(layers)) if layers else float("nan"), report.bytes_after / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["presets", "ablation", "ranks"])
     parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--calibrations", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="of these names")
     args = parser.parse_args()
     recipes = {"presets": presets, "ablation": ablation, "ranks": ranks}[args.what]()
-    original = load_model("digits")
-    full = draw(original, args.count)
+    full = draw(load_model("digits"), args.count)
     for name in args.only or recipes:
         recipe = recipes[name] if args.what == "ranks" else replace(recipes[name], rank=RANK)
-        model = load_model("digits")
-        report = quantize_(model, dit_config(recipe), calibration(model))
-        psnr, relative = differences(draw(model, args.count), full)
-        layers = [line.sqnr for line in report.layers if line.sqnr is not None and "adaLN" not in line.name]
-        note = f"{args.count} digits, DDIM 50, cfg 1.5, rank {recipe.rank}, {report.bytes_after / 1e6:.3f} MB"
+        runs = np.array([measured(recipe, full, seed) for seed in range(args.calibrations)])
+        psnr, relative, layer, megabytes = runs.mean(0)
+        error = runs[:, 0].std(ddof=1) / args.calibrations**0.5 if args.calibrations > 1 else float("nan")
+        note = f"{args.count} digits, DDIM 50, cfg 1.5, rank {recipe.rank}, {megabytes:.3f} MB, "
+        note += f"{args.calibrations} calibrations, se {error:.2f} dB"
         record(f"digits {args.what}", f"{name} PSNR", psnr, "dB", note)
         record(f"digits {args.what}", f"{name} relative L2", relative, "", note)
-        if layers:
-            record(f"digits {args.what}", f"{name} layer SQNR", float(np.median(layers)), "dB", "median over layers")
+        if np.isfinite(layer):
+            record(f"digits {args.what}", f"{name} layer SQNR", layer, "dB", "median over layers")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""What quantization costs the digits model, by every measure that can be had offline: 2000 pictures a method.
+
+    python benchmarks/digits_evaluation.py [--only w4a4 …] [--count 2000] [--folder results/digits]
+
+Each set is drawn from the same noise, by real kernels, and measured against the real digits and, pair by pair, against
+full precision. The features are those of a randomly filled Inception: they compare to nothing else.
+The table that `svdit compare` makes of it is kept in digits_evaluation.md.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from bench_end_to_end import BEST_PUBLISHED, RANK, WALK, calibration
+from record import record
+
+from svdit.checkpoints.store import load_model
+from svdit.cli import command
+from svdit.evaluation.compare import compare
+from svdit.images import to_uint8, write_png
+from svdit.model.autoencoder import load_autoencoder
+from svdit.quant.config import RECIPES, Recipe, dit_config
+from svdit.quant.quantize import quantize_
+from svdit.runtime.accelerate import accelerate
+from svdit.sampling.dataset import generate_dataset
+from svdit.training.data import digits
+
+METHODS: dict[str, Recipe | None] = {
+    "full": None,
+    "w8a8": RECIPES["w8a8"],
+    "svdquant-w8a8": BEST_PUBLISHED["svdquant w8a8, gptq"],
+    "w4a8": RECIPES["w4a8"],
+    "svdquant-w4a8": BEST_PUBLISHED["svdquant w4a8, gptq"],
+    "w4a4": RECIPES["w4a4"],
+    "svdquant-w4a4": BEST_PUBLISHED["svdquant-w4a4, gptq"],
+}
+METRICS = ("random_fid", "random_kid_full", "random_precision", "random_recall", "psnr", "relative_l2")
+
+
+def write_real(folder: Path) -> None:
+    """All 1797 real digits, as the model draws them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    together = [picture for part in digits() for picture in (part.read(i) for i in range(len(part)))]
+    for i, picture in enumerate(to_uint8(torch.stack(together))):
+        write_png(folder / f"{i:06}.png", picture)
+
+
+def draw(name: str, folder: Path, count: int) -> None:
+    """The set of one method, unless it is there already."""
+    model, recipe = load_model("digits"), METHODS[name]
+    if recipe:
+        quantize_(model, dit_config(replace(recipe, rank=RANK)), calibration(model))
+    vae, origin = load_autoencoder("none"), {"model": "digits", "checkpoint": name, "precision": "float32"}
+    generate_dataset(accelerate(model), vae, WALK, folder=folder, count=count, seed=0, batch_size=200, origin=origin)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--folder", type=Path, default=Path("results/digits"))
+    args = parser.parse_args()
+    folder: Path = args.folder
+    write_real(folder / "real")
+    for name in dict.fromkeys(["full", *args.only]):
+        draw(name, folder / "sets" / name, args.count)
+        flags = f"--paired_dir {folder}/sets/full --metrics fid,kid,prc,paired --feature-extractor random"
+        where = f"--real_dir {folder}/real --fake_dir {folder}/sets/{name} --output {folder}/{name}"
+        command("evaluate", [*where.split(), *flags.split(), "--num_images", str(args.count)])
+        found = json.loads((folder / name / "metrics.json").read_text())["metrics"]
+        for metric in METRICS:
+            if found[metric]["value"] is not None:
+                note = f"se {found[metric]['se']}, {args.count} images"
+                record("digits evaluation", f"{name} {metric}", found[metric]["value"], "", note)
+    table = compare([folder / name for name in dict.fromkeys(["full", *args.only])], METRICS[:4])
+    Path(__file__).with_suffix(".md").write_text(f"{table}\n")
+    sys.stdout.write(f"{table}\n")
+
+
+if __name__ == "__main__":
+    main()
