@@ -1,6 +1,7 @@
 """What quantizing a DiT-XL/2 costs: wall time by phase, peak memory, bytes on disk.
 
     python benchmarks/bench_cost.py [w8a8 w4a8 347 …]
+    python benchmarks/bench_cost.py svd             # what 100 exact decompositions of every weight would take
 
 A number is a size in MB for the planned choice of bits and ranks, from w4a8. Rank 32, or 16 at W8A8; adaLN INT8 at
 W8A8, else INT4. Random weights, none of them zero: time and memory do not depend on the values. The model's inputs
@@ -11,6 +12,7 @@ import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,6 +54,17 @@ def file_megabytes(model: DiT) -> float:
         return (Path(folder) / "model.safetensors").stat().st_size / 1e6
 
 
+def exact_svd_hours(model: DiT, iterations: int = 100) -> float:
+    """Hours for the decompositions of SVDQuant's iteration, in float64, were it never to stop early."""
+    seconds = 0.0
+    for name, layer in linears(model.blocks[0]):
+        if "adaLN" not in name:
+            start = time.perf_counter()
+            torch.linalg.svd(layer.weight.detach().double(), full_matrices=False)
+            seconds += time.perf_counter() - start
+    return seconds * iterations * len(model.blocks) / 3600
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", default=["w8a8", "w4a8", "347"])
@@ -62,17 +75,23 @@ def main() -> None:
     def note(run: str, what: str, value: float, unit: str) -> None:
         record("cost", f"{args.model} {run} {what}", value, unit)
 
+    if args.runs == ["svd"]:
+        note("published", "100 exact float64 SVDs a weight", exact_svd_hours(random_model(args.model)), "h")
+    else:
+        quantized(args.runs, args.model, args.images, note)
+
+
+def quantized(runs: list[str], name: str, images: int | None, note: Callable[[str, str, float, str], None]) -> None:
+    """Calibrate once, then time and weigh every run."""
     start = time.perf_counter()
-    model, calls = random_model(args.model), list[Call]()
-    images, steps = calibration_size(model)
-    images = args.images or images
+    model, calls = random_model(name), list[Call]()
+    images, steps = calibration_size(model, images, calibration_size(model)[1])
     loop = recording(calibration_loop(images=images, steps=steps), calls)
     statistics = observe(model, [name for name, _ in linears(model) if name.startswith(("blocks", "final"))], loop)
-    calibrated = (time.perf_counter() - start) / 60
-    note(f"{images} images", "calibration", calibrated, "min")
-    for run in args.runs:
+    note(f"{images} images", "calibration", (time.perf_counter() - start) / 60, "min")
+    for run in runs:
         del model
-        start, model = time.perf_counter(), random_model(args.model)
+        start, model = time.perf_counter(), random_model(name)
         config = config_of("w4a8" if run.isdigit() else run)
         if run.isdigit():
             config = allot(model, config, statistics, calls, int(run) * 10**6, None).config
