@@ -3,8 +3,8 @@
     python benchmarks/bench_cost.py [w8a8 w4a8 347 …]
     python benchmarks/bench_cost.py svd             # what 100 exact decompositions of every weight would take
 
-A number is a size in MB for the planned choice of bits and ranks, from w4a8. Rank 32, or 16 at W8A8; adaLN INT8 at
-W8A8, else INT4. Random weights, none of them zero: time and memory do not depend on the values. The model's inputs
+A number is a size in MB for the planned choice of bits and ranks, without GPTQ, as it does not change the choice.
+Rank 32, or 16 at W8A8; adaLN INT8 at W8A8, else INT4. Random weights, none of them zero: time and memory do not depend on the values. The model's inputs
 are observed once for all; a user's own run takes the calibration and one of the others.
 """
 
@@ -42,9 +42,11 @@ def random_model(name: str) -> DiT:
     return model
 
 
-def config_of(preset: str) -> QuantConfig:
-    eight = preset == "w8a8"
-    return dit_config(replace(RECIPES[preset], rank=16 if eight else 32), "int8" if eight else "int4")
+def config_of(run: str) -> QuantConfig:
+    if run.isdigit():
+        return dit_config(replace(RECIPES["w4a8"], rounding="nearest", smoothing=7, iterations=1), "int4")
+    eight = run == "w8a8"
+    return dit_config(replace(RECIPES[run], rank=16 if eight else 32), "int8" if eight else "int4")
 
 
 def file_megabytes(model: DiT) -> float:
@@ -92,7 +94,7 @@ def quantized(runs: list[str], name: str, images: int | None, note: Callable[[st
     for run in runs:
         del model
         start, model = time.perf_counter(), random_model(name)
-        config = config_of("w4a8" if run.isdigit() else run)
+        config = config_of(run)
         if run.isdigit():
             config = allot(model, config, statistics, calls, int(run) * 10**6, None).config
             note(run, "plan", (time.perf_counter() - start) / 60, "min")

@@ -3,6 +3,7 @@
     python benchmarks/bench_end_to_end.py presets      # every preset, and the published algorithm with GPTQ
     python benchmarks/bench_end_to_end.py ablation     # the recipe with each ingredient taken out, W4A4 and W4A8
     python benchmarks/bench_end_to_end.py ranks        # rank 0, 8, 16, 32, 64
+    python benchmarks/bench_end_to_end.py budget       # uniform settings, and --target-size at the size of each
 
 DDIM, 50 steps, guidance 1.5, rank 8 unless said otherwise; PSNR and relative L2 over the pictures' uint8 values. What
 is calibrated on other noise rounds differently, and the pictures differ by some tenths of a decibel: every number is
@@ -10,6 +11,7 @@ the mean of several calibrations, with its standard error.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +24,8 @@ from svdit.images import Pixels
 from svdit.kernels.formats import ACT_FORMATS, Format
 from svdit.model.autoencoder import load_autoencoder
 from svdit.model.dit import DiT
-from svdit.quant.config import RECIPES, Recipe, dit_config
+from svdit.quant.budget import HEADER, plan_
+from svdit.quant.config import RECIPES, QuantConfig, Recipe, dit_config
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.quantize import quantize_
 from svdit.runtime.accelerate import accelerate
@@ -39,11 +42,18 @@ BEST_PUBLISHED = {
 }
 
 
-def presets() -> dict[str, Recipe]:
-    return {**RECIPES, **BEST_PUBLISHED}
+Choice = Callable[[DiT, int], QuantConfig]  # of the model and the calibration's seed
 
 
-def ablation() -> dict[str, Recipe]:
+def uniform(recipe: Recipe) -> Choice:
+    return lambda model, seed: dit_config(recipe)
+
+
+def presets() -> dict[str, Choice]:
+    return {name: uniform(replace(recipe, rank=RANK)) for name, recipe in {**RECIPES, **BEST_PUBLISHED}.items()}
+
+
+def ablation() -> dict[str, Choice]:
     without = {
         "branch": {"low_rank": "none"},
         "refit": {"low_rank": "svd"},
@@ -55,19 +65,44 @@ def ablation() -> dict[str, Recipe]:
     }
     found = {}
     for base in ("w4a4", "w4a8"):
-        found[base] = RECIPES[base]
-        found |= {f"{base}, no {what}": replace(RECIPES[base], **change) for what, change in without.items()}
-        found[f"{base}, int8 factors"] = replace(RECIPES[base], factors=Format(8))
+        whole = replace(RECIPES[base], rank=RANK)
+        found[base] = uniform(whole)
+        found |= {f"{base}, no {what}": uniform(replace(whole, **change)) for what, change in without.items()}
+        found[f"{base}, int8 factors"] = uniform(replace(whole, factors=Format(8)))
     return found
 
 
-def ranks() -> dict[str, Recipe]:
+def ranks() -> dict[str, Choice]:
     low = {"low_rank": "none"}
     return {
-        f"{base}, rank {r}": replace(RECIPES[base], rank=r, **({} if r else low))
+        f"{base}, rank {r}": uniform(replace(RECIPES[base], rank=r, **({} if r else low)))
         for base in ("w4a4", "w4a8")
         for r in (0, 8, 16, 32, 64)
     }
+
+
+def budget() -> dict[str, Choice]:
+    base, found = replace(RECIPES["w4a8"], rank=RANK), dict[str, Choice]()
+    for bits in (3, 4, 5, 6, 8):
+        form = Format(8) if bits == 8 else Format(bits, 64, "int8" if bits < 5 else "bf16", "full")
+        found[f"{bits} bits"] = uniform(replace(base, weight=form))
+        found[f"planned, as large as {bits} bits"] = planned(base, replace(base, weight=form))
+    return found
+
+
+def planned(base: Recipe, same_size: Recipe) -> Choice:
+    """Bits and ranks by budget, for a file as large as that of a uniform recipe."""
+
+    def choose(model: DiT, seed: int) -> QuantConfig:
+        other = load_model("digits")
+        report = quantize_(other, dit_config(replace(same_size, rounding="nearest")), calibration(other, seed))
+        size = report.bytes_after + HEADER * len(report.layers)
+        return plan_(model, dit_config(base), calibration(model, seed), target_bytes=size).config
+
+    return choose
+
+
+WHAT = {"presets": presets, "ablation": ablation, "ranks": ranks, "budget": budget}
 
 
 def calibration(model: DiT, seed: int = 0) -> ForwardLoop:
@@ -90,10 +125,10 @@ def differences(a: Pixels, b: Pixels) -> tuple[float, float]:
     return float(psnr.mean()), float(np.linalg.norm(one - two) / np.linalg.norm(two))
 
 
-def measured(recipe: Recipe, full: Pixels, seed: int) -> tuple[float, float, float, float]:
+def measured(choose: Choice, full: Pixels, seed: int) -> tuple[float, float, float, float]:
     """PSNR, relative L2, the median SQNR of the blocks' layers and the model's megabytes, by one calibration."""
     model = load_model("digits")
-    report = quantize_(model, dit_config(recipe), calibration(model, seed))
+    report = quantize_(model, choose(model, seed), calibration(model, seed))
     layers = [line.sqnr for line in report.layers if line.sqnr is not None and "adaLN" not in line.name]
     psnr, relative = differences(draw(accelerate(model), len(full)), full)
     return psnr, relative, float(np.median(layers)) if layers else float("nan"), report.bytes_after / 1e6
@@ -101,19 +136,18 @@ def measured(recipe: Recipe, full: Pixels, seed: int) -> tuple[float, float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["presets", "ablation", "ranks"])
+    parser.add_argument("what", choices=WHAT)
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--calibrations", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="of these names")
     args = parser.parse_args()
-    recipes = {"presets": presets, "ablation": ablation, "ranks": ranks}[args.what]()
+    choices = WHAT[args.what]()
     full = draw(load_model("digits"), args.count)
-    for name in args.only or recipes:
-        recipe = recipes[name] if args.what == "ranks" else replace(recipes[name], rank=RANK)
-        runs = np.array([measured(recipe, full, seed) for seed in range(args.calibrations)])
+    for name in args.only or choices:
+        runs = np.array([measured(choices[name], full, seed) for seed in range(args.calibrations)])
         psnr, relative, layer, megabytes = runs.mean(0)
         error = runs[:, 0].std(ddof=1) / args.calibrations**0.5 if args.calibrations > 1 else float("nan")
-        note = f"{args.count} digits, DDIM 50, cfg 1.5, rank {recipe.rank}, {megabytes:.3f} MB, "
+        note = f"{args.count} digits, DDIM 50, cfg 1.5, {megabytes:.3f} MB, "
         note += f"{args.calibrations} calibrations, se {error:.2f} dB"
         record(f"digits {args.what}", f"{name} PSNR", psnr, "dB", note)
         record(f"digits {args.what}", f"{name} relative L2", relative, "", note)
