@@ -4,8 +4,8 @@
     python benchmarks/bench_cost.py svd             # what 100 exact decompositions of every weight would take
 
 A number is a size in MB for the planned choice of bits and ranks, without GPTQ, as it does not change the choice.
-Rank 32, or 16 at W8A8; adaLN INT8 at W8A8, else INT4. Random weights, none of them zero: time and memory do not depend on the values. The model's inputs
-are observed once for all; a user's own run takes the calibration and one of the others.
+Rank 32, or 16 at W8A8; adaLN INT8 at W8A8, else INT4. Random weights, none of them zero: time and memory do not depend
+on the values. The model's inputs are observed once for all; a user's run is the calibration and one of the rest.
 """
 
 import argparse

@@ -1,49 +1,101 @@
-"""The tables of the README, made from results.csv: `python benchmarks/tables.py` puts them between their markers."""
+"""The tables of the docs, made from results.csv: `python benchmarks/tables.py` puts them between their markers."""
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results.csv")
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("quantization.md", "evaluation.md")))
+Rows = dict[str, dict[str, str]]
 
 
-def latest(benchmark: str) -> dict[str, dict[str, str]]:
+def latest(benchmark: str) -> Rows:
     """The newest row of every name."""
     with RESULTS.open(newline="") as file:
         return {row["name"]: row for row in csv.DictReader(file) if row["benchmark"] == benchmark}
 
 
-def digits() -> str:
+def markdown(header: list[str], lines: list[list[str]], below: str) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", below])
+
+
+def source(rows: Rows, command: str, setting: str = "") -> str:
+    """Where and when the newest of the rows was measured, and how to do it again."""
+    row = list(rows.values())[-1]
+    parts = [setting, row["machine"], row["versions"], f"commit {row['commit']}", row["date"]]
+    return "; ".join(filter(None, parts)) + f". `python benchmarks/{command}` measures it again."
+
+
+def found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in {text!r}"
+    return match[1]
+
+
+def pictures(what: str, header: str) -> str:
     """What each method does to the digits, and how many megabytes its model takes."""
-    rows = latest("digits presets")
-    lines = ["| method | model, MB | PSNR, dB | relative L2 | layer SQNR, dB |", "|---|---|---|---|---|"]
+    rows = latest(f"digits {what}")
+    lines = []
     for name in [key.removesuffix(" PSNR") for key in rows if key.endswith(" PSNR")]:
-        psnr, relative, layers = (rows.get(f"{name} {what}") for what in ("PSNR", "relative L2", "layer SQNR"))
+        psnr, relative, layer = (rows.get(f"{name} {key}") for key in ("PSNR", "relative L2", "layer SQNR"))
         assert psnr is not None
         assert relative is not None
-        size = re.search(r"([\d.]+) MB", psnr["note"])
-        assert size is not None
-        shown = f"{float(layers['value']):.1f}" if layers else "–"
-        values = f"{float(psnr['value']):.1f} | {float(relative['value']):.4f} | {shown}"
-        lines.append(f"| `{name}` | {float(size[1]):.2f} | {values} |")
-    row = next(iter(rows.values()))
-    setting = row["note"].rpartition(",")[0]
-    source = f"{setting}; {row['machine']}; {row['versions']}; commit {row['commit']}; {row['date']}."
-    return "\n".join([*lines, "", f"{source} `python benchmarks/bench_end_to_end.py presets` measures it again."])
+        note = psnr["note"]
+        se = found("se ([0-9.]+|nan)", note)
+        value = f"{float(psnr['value']):.1f}" + ("" if se == "nan" else f" ± {se}")
+        shown = f"{float(layer['value']):.1f}" if layer else "–"
+        size = f"{float(found('([0-9.]+) MB', note)):.2f}"
+        lines.append([f"`{name}`", size, value, f"{float(relative['value']):.4f}", shown])
+    rank = "" if what == "ranks" else ", rank 8"
+    setting = f"256 digits, DDIM 50, cfg 1.5{rank}; ± over calibrations, of which rows without it have one"
+    columns = [header, "model, MB", "PSNR, dB", "relative L2", "layer SQNR, dB"]
+    return markdown(columns, lines, source(rows, f"bench_end_to_end.py {what}", setting))
 
 
-TABLES = {"digits": digits}
+def synthetic() -> str:
+    """SQNR of layer outputs on the synthetic block."""
+    rows = latest("synthetic")
+    columns = [("moderate", layer) for layer in ("qkv", "proj", "fc1", "fc2")] + [("plain", "qkv"), ("plain", "fc2")]
+    names = dict.fromkeys(name.split(" ", 2)[2] for name in rows)
+    lines = []
+    for name in names:
+        values = [rows.get(f"{profile} {layer} {name}") for profile, layer in columns]
+        lines.append([name, *(f"{float(row['value']):.2f}" if row else "" for row in values)])
+    header = ["SQNR, dB", *(layer if profile == "moderate" else f"{layer}, plain" for profile, layer in columns)]
+    return markdown(header, lines, source(rows, "bench_quantization.py --profiles moderate plain", "rank 16"))
+
+
+def cost() -> str:
+    """Minutes, memory and bytes of quantizing DiT-XL/2."""
+    rows = latest("cost")
+    lines = [[name, f"{float(row['value']):.3g} {row['unit']}"] for name, row in rows.items()]
+    return markdown(["", ""], lines, source(rows, "bench_cost.py"))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "digits": lambda: pictures("presets", "method"),
+    "ablation": lambda: pictures("ablation", "recipe"),
+    "ranks": lambda: pictures("ranks", "recipe"),
+    "budget": lambda: pictures("budget", "weights"),
+    "synthetic": synthetic,
+    "cost": cost,
+    "evaluation": lambda: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
+}
 
 
 def filled(text: str) -> str:
     """The text with every marked table made anew."""
     for name, table in TABLES.items():
         start, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-        before, _, rest = text.partition(start)
-        text = f"{before}{start}\n{table()}\n{end}{rest.partition(end)[2]}"
+        if start in text:
+            before, _, rest = text.partition(start)
+            text = f"{before}{start}\n{table()}\n{end}{rest.partition(end)[2]}"
     return text
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

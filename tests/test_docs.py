@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tables import PAGES as TABLED
 from benchmarks.tables import filled
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "svdit").rglob("*.md")])
 
 
-def test_the_readmes_tables_are_made_from_the_results() -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", TABLED, ids=lambda page: page.name)
+def test_tables_are_made_from_the_results(page: Path) -> None:
+    text = page.read_text()
+    assert "<!-- table: " in text
     assert filled(text) == text
 
 
