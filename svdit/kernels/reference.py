@@ -144,8 +144,8 @@ def pack(codes: Tensor, form: Format) -> Tensor:
     if form.bits == 8:
         return codes
     if form.bits == 4 and codes.shape[-1] % 2 == 0:
-        low, high = (codes.view(torch.uint8) + 8 & 15).unflatten(-1, (-1, 2)).unbind(-1)
-        return low | high << 4
+        offset = codes.view(torch.uint8) + 8 & 15
+        return offset[..., 0::2] | offset[..., 1::2] << 4
     offset = codes.to(torch.int16) + 2 ** (form.bits - 1)
     planes = torch.arange(form.bits, device=codes.device)
     bits = (offset.unsqueeze(-1) >> planes & 1).flatten(-2).to(torch.uint8)
