@@ -50,7 +50,7 @@ def pictures(what: str, header: str) -> str:
         size = f"{float(found('([0-9.]+) MB', note)):.2f}"
         lines.append([f"`{name}`", size, value, f"{float(relative['value']):.4f}", shown])
     rank = "" if what == "ranks" else ", rank 8"
-    setting = f"256 digits, DDIM 50, cfg 1.5{rank}; ± over calibrations, of which rows without it have one"
+    setting = f"{found('^([0-9]+) digits', note)} digits, DDIM 50, cfg 1.5{rank}; ± over 2 or 3 calibrations, else one"
     columns = [header, "model, MB", "PSNR, dB", "relative L2", "layer SQNR, dB"]
     return markdown(columns, lines, source(rows, f"bench_end_to_end.py {what}", setting))
 

@@ -21,7 +21,7 @@ from svdit.quant.lowrank import truncated_svd
 from svdit.quant.observe import ForwardLoop, Statistics, observe
 from svdit.quant.recipe import fit
 from svdit.quant.sensitivity import Call, recording, sensitivities
-from svdit.quant.transforms import Transform, choose_transform, trial_output
+from svdit.quant.transforms import TRIED, Transform, choose_transform, rough_output
 
 RESOLUTION = 1 << 14
 HEADER = 1500  # bytes that a layer's names and spec take in the file
@@ -110,19 +110,21 @@ def allot(
 
 def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivity: float) -> list[Option]:
     """What a layer could be stored as, none of them larger and worse than another."""
-    W, x = linear.weight.detach().float(), statistics.choosing
+    W, x = linear.weight.detach().float(), statistics.choosing[:TRIED]
     transform, _ = (
         choose_transform(W, statistics, fit(recipe, W)) if recipe.smoothing else (plain(recipe, statistics), 0)
     )
-    Y = (x if transform.shift is None else x - transform.shift) @ W.T
+    hat, What = transform.inputs(x), transform.weight(W)
+    Y = hat @ What.T
+    l1, l2 = truncated_svd(What, min(max(RANKS), *W.shape)) if recipe.rank else (W[:, :0], W[:0])
     found: list[Option] = []
-    l1, l2 = truncated_svd(transform.weight(W), min(max(RANKS), *W.shape)) if recipe.rank else (W[:, :0], W[:0])
     for form, rank in product(WEIGHTS, RANKS if recipe.rank else (0,)):
         if form.group and W.shape[1] % form.group:
             continue
         low_rank = recipe.low_rank if rank else "none"
         variant = fit(replace(recipe, weight=form, rank=rank, low_rank=low_rank), W)
-        error = float((trial_output(transform, W, x, variant, (l1[:, :rank], l2[:rank])) - Y).square().sum()) / len(x)
+        rough = rough_output(hat, What, variant, (l1[:, :rank], l2[:rank]))
+        error = float((rough - Y).square().sum()) / len(x)
         found.append(Option(variant, size_of(variant, transform, linear), error * sensitivity))
     found.sort(key=lambda option: (option.nbytes, option.error))
     best, kept = float("inf"), []

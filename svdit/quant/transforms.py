@@ -83,21 +83,20 @@ def choose_transform(W: Tensor, statistics: Statistics, recipe: Recipe) -> tuple
     Y = (x if shift is None else x - shift) @ W.T
     for alpha, beta in grid:
         transform = Transform(shift, smoothing_scale(largest, W, alpha, beta), recipe.hadamard)
-        error = float((trial_output(transform, W, x, recipe) - Y).square().sum())
+        error = float((rough_output(transform.inputs(x), transform.weight(W), recipe) - Y).square().sum())
         if error <= least:
             best, least, chosen = transform, error, (alpha, beta)
     return best, chosen
 
 
-def trial_output(transform: Transform, W: Tensor, x: Tensor, recipe: Recipe, branch: Factors | None = None) -> Tensor:
-    """The layer's output (M, O), without its bias, under a transform and the quickest form of the recipe.
+def rough_output(hat: Tensor, What: Tensor, recipe: Recipe, branch: Factors | None = None) -> Tensor:
+    """The output (M, O), without a bias, of a transformed weight and inputs under the quickest form of the recipe.
 
-    `branch` is the truncated SVD of the transformed weight, where the caller has it already.
+    `branch` is the truncated SVD of the weight, where the caller has it already.
     """
     assert recipe.weight is not None
-    hat, What = transform.inputs(x), transform.weight(W)
     rounded = ref.fake_quantize(hat, recipe.act) if recipe.act else hat
-    rank = 0 if recipe.low_rank == "none" else min(recipe.rank, *W.shape)
+    rank = 0 if recipe.low_rank == "none" else min(recipe.rank, *What.shape)
     if not rank:
         return rounded @ ref.fake_quantize(What, recipe.weight).T
     l1, l2 = branch or truncated_svd(What, rank, sweeps=2)
