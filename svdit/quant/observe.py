@@ -68,7 +68,7 @@ class Statistics:
         if shift is None:
             return moment
         mean, s = self.total / self.count, shift.double()
-        return moment - torch.outer(mean, s) - torch.outer(s, mean) + torch.outer(s, s)
+        return moment.addr_(mean, s, alpha=-1).addr_(s, mean, alpha=-1).addr_(s, s)
 
     def largest(self, shift: Tensor | None) -> Tensor:
         """max |x − shift| a channel, (I,)."""

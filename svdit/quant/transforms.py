@@ -38,7 +38,7 @@ class Transform:
         """E[x̂ x̂ᵀ] (I, I) float64, by congruence."""
         R = statistics.second_moment(self.shift)
         if self.scale is not None:
-            R = R / torch.outer(self.scale, self.scale)
+            R.div_(self.scale).div_(self.scale[:, None])
         return mix(mix(R, self.hadamard).T, self.hadamard)
 
 

@@ -6,7 +6,7 @@ from helpers import hard_inputs
 
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import WEIGHT_FORMATS
-from svdit.quant.gptq import DAMPING, Inverse, gptq
+from svdit.quant.gptq import DAMPING, Inverse, gptq, invert_lower_
 from svdit.quant.lowrank import output_error
 from svdit.quant.rounding import round_weight, weight_scales
 
@@ -45,6 +45,14 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     identity = inverse.upper.double().T @ inverse.upper.double() @ damped
     assert (identity - torch.eye(128)).abs().max() < 1e-2
     assert (R.diagonal()[inverse.order].diff() <= 0).all()
+
+
+def test_a_triangle_is_inverted_in_place() -> None:
+    L = torch.randn(301, 301, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tril() * 0.1
+    L.diagonal().add_(3)
+    inverse = invert_lower_(L.clone())
+    assert (inverse @ L - torch.eye(301)).abs().max() < 1e-12
+    assert torch.equal(inverse, inverse.tril())
 
 
 def test_dead_channels_and_singular_moments_still_round() -> None:
