@@ -69,7 +69,7 @@ def main() -> None:
         draw(name, folder / "sets" / name, args.count)
         flags = f"--paired_dir {folder}/sets/full --metrics fid,kid,prc,paired --feature-extractor random"
         where = f"--real_dir {folder}/real --fake_dir {folder}/sets/{name} --output {folder}/{name}"
-        command("evaluate", [*where.split(), *flags.split(), "--num_images", str(args.count)])
+        command("evaluate", [*where.split(), *flags.split()])
         found = json.loads((folder / name / "metrics.json").read_text())["metrics"]
         for metric in METRICS:
             if found[metric]["value"] is not None:
