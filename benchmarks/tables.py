@@ -7,7 +7,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results.csv")
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("quantization.md", "evaluation.md")))
+PAGES = (ROOT / "README.md", ROOT / "docs" / "quantization.md")
 Rows = dict[str, dict[str, str]]
 
 
@@ -37,8 +37,9 @@ def found(pattern: str, text: str) -> str:
 
 def pictures(what: str, header: str) -> str:
     """What each method does to the digits, and how many megabytes its model takes."""
-    rows = latest(f"digits {what}")
-    lines = []
+    rows, lines, note = latest(f"digits {what}"), [], ""
+    if not rows:
+        return "Not measured yet."
     for name in [key.removesuffix(" PSNR") for key in rows if key.endswith(" PSNR")]:
         psnr, relative, layer = (rows.get(f"{name} {key}") for key in ("PSNR", "relative L2", "layer SQNR"))
         assert psnr is not None
@@ -71,8 +72,8 @@ def synthetic() -> str:
 def cost() -> str:
     """Minutes, memory and bytes of quantizing DiT-XL/2."""
     rows = latest("cost")
-    lines = [[name, f"{float(row['value']):.3g} {row['unit']}"] for name, row in rows.items()]
-    return markdown(["", ""], lines, source(rows, "bench_cost.py"))
+    lines = [[name, f"{float(row['value']):.3g} {row['unit']}", row["machine"]] for name, row in rows.items()]
+    return markdown(["", "", ""], lines, source(rows, "bench_cost.py"))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -82,7 +83,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": lambda: pictures("budget", "weights"),
     "synthetic": synthetic,
     "cost": cost,
-    "evaluation": lambda: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
 }
 
 
