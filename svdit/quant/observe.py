@@ -26,7 +26,7 @@ class Statistics:
     gram: list[Tensor]  # Σ x xᵀ in float64: rows of BLOCK, each from its diagonal block on; the rest mirrors them
     low: Tensor  # (I,)
     high: Tensor  # (I,)
-    sample: Tensor  # (up to SAMPLE, I), uniformly drawn
+    room: Tensor  # (SAMPLE, I), allocated once: what comes and goes a thousand times leaves holes of gigabytes
     keys: Tensor  # the sample's random keys, ascending
 
     @classmethod
@@ -35,7 +35,7 @@ class Statistics:
         infinity = torch.full((features,), torch.inf, device=device)
         starts = range(0, features, BLOCK)
         gram = [zeros.new_zeros(min(BLOCK, features - i), features - i) for i in starts]
-        return cls(0, zeros, gram, infinity, -infinity, torch.empty(0, features, device=device), torch.empty(0))
+        return cls(0, zeros, gram, infinity, -infinity, infinity.new_empty(SAMPLE, features), torch.empty(0))
 
     @staticmethod
     def nbytes(features: int) -> int:
@@ -50,10 +50,15 @@ class Statistics:
         for i, block in zip(range(0, x.shape[1], BLOCK), self.gram, strict=True):
             block += x[:, i : i + BLOCK].T @ x[:, i:]
         self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
-        keys = torch.cat([self.keys, torch.rand(len(x), generator=generator)])
-        self.keys, order = keys.sort(stable=True)
-        self.keys, order = self.keys[:SAMPLE], order[:SAMPLE].to(x.device)
-        self.sample = torch.cat([self.sample, x])[order]
+        keys, order = torch.cat([self.keys, torch.rand(len(x), generator=generator)]).sort(stable=True)
+        both = torch.cat([self.sample, x])
+        self.keys = keys[:SAMPLE].clone()
+        torch.index_select(both, 0, order[:SAMPLE].to(x.device), out=self.sample)
+
+    @property
+    def sample(self) -> Tensor:
+        """(up to SAMPLE, I), uniformly drawn"""
+        return self.room[: len(self.keys)]
 
     @property
     def mean(self) -> Tensor:
