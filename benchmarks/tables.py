@@ -40,7 +40,10 @@ def pictures(what: str, header: str) -> str:
     rows, lines, note = latest(f"digits {what}"), [], ""
     if not rows:
         return "Not measured yet."
-    for name in [key.removesuffix(" PSNR") for key in rows if key.endswith(" PSNR")]:
+    names = [key.removesuffix(" PSNR") for key in rows if key.endswith(" PSNR")]
+    if what == "presets":
+        names.sort(key=lambda name: -float(rows[f"{name} PSNR"]["value"]))
+    for name in names:
         psnr, relative, layer = (rows.get(f"{name} {key}") for key in ("PSNR", "relative L2", "layer SQNR"))
         assert psnr is not None
         assert relative is not None
