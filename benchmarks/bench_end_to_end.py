@@ -21,7 +21,7 @@ from record import record
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.images import Pixels
-from svdit.kernels.formats import ACT_FORMATS, Format
+from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.model.autoencoder import load_autoencoder
 from svdit.model.dit import DiT
 from svdit.quant.budget import HEADER, plan_
@@ -69,6 +69,8 @@ def ablation() -> dict[str, Choice]:
         found[base] = uniform(whole)
         found |= {f"{base}, no {what}": uniform(replace(whole, **change)) for what, change in without.items()}
         found[f"{base}, int8 factors"] = uniform(replace(whole, factors=Format(8)))
+    found["w4a8, bfloat16 scales"] = uniform(replace(RECIPES["w4a8"], rank=RANK, weight=WEIGHT_FORMATS["int4-bf16"]))
+    found["w4a8, adaLN INT4"] = lambda model, seed: dit_config(replace(RECIPES["w4a8"], rank=RANK), "int4")
     return found
 
 
@@ -76,7 +78,7 @@ def ranks() -> dict[str, Choice]:
     low = {"low_rank": "none"}
     return {
         f"{base}, rank {r}": uniform(replace(RECIPES[base], rank=r, **({} if r else low)))
-        for base in ("w4a4", "w4a8")
+        for base in ("w4a4", "w4a8", "w8a8")
         for r in (0, 8, 16, 32, 64)
     }
 

@@ -7,7 +7,9 @@ import torch
 
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import Format
-from svdit.kernels.layer import Layer
+from svdit.kernels.layer import Dequantized, Layer, Linear, Modulation, Residual
+
+U, U_BF16 = 2.0**-24, 2.0**-8  # unit roundoffs
 
 
 def random_layer(O: int, I: int, R: int, weight: Format, seed: int, hadamard: int = 0) -> Layer:
@@ -36,3 +38,20 @@ def shapes(count: int, seed: int) -> Iterator[tuple[int, int, int, int]]:
     for _ in range(count):
         M, O, I, R = (draw.choice(edges) if draw.random() < 0.5 else draw.randint(1, 300) for _ in range(4))
         yield M, O, I, 0 if draw.random() < 0.3 else R
+
+
+def error_around(layer: Layer, packed: Linear, N: int, T: int, gelu: bool, device: torch.device) -> float:
+    """Relative L2 error of a backend's linear with all that can be around it, against the definition.
+
+    A code may move by one where the normalized number lies on the edge between two.
+    """
+    (O, I), g = layer.shape, torch.Generator().manual_seed(0)
+    modulations, gates = torch.randn(N, 2 * I, generator=g), torch.randn(N, 2 * O, generator=g)
+    modulation = Modulation(*modulations.to(device).chunk(2, dim=1))  # not contiguous
+    gate, x = gates.to(device)[:, O:], torch.randn(N, T, I, generator=g).to(device) + 3
+    stream, found = torch.randn(N, T, O, generator=g).to(device), []
+    for linear in (packed, Dequantized(layer)):
+        residual = Residual(stream.clone(), gate)
+        found.append(linear(x, modulation=modulation, gelu=gelu, residual=residual))
+        assert found[-1] is residual.x
+    return float((found[0] - found[1]).norm() / (found[1] - stream).norm())

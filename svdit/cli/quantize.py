@@ -19,7 +19,7 @@ PRESETS = (
     "w8a8", "w4a8", "w4a8-channel", "w4a4", "w4a16", "w8a16", "fp8", "nvfp4", "mxfp4",
     "svdquant", "svdquant-w4a4", "rtn", "smoothquant", "gptq", "qera",
 )  # fmt: skip
-FOUR_BITS = {"w8a8": "w4a8", "w8a16": "w4a16"}  # which preset --num-bits 4 and less begin with
+LOW_BIT = {"w8a8": "w4a8", "w8a16": "w4a16"}  # which preset --num-bits 4 and less begin with
 
 
 def parser() -> argparse.ArgumentParser:
@@ -133,7 +133,7 @@ def recipe_of(args: argparse.Namespace) -> "Recipe":
     from svdit.quant.config import recipe_for
 
     low = args.num_bits is not None and args.num_bits <= 4
-    recipe = recipe_for(FOUR_BITS.get(args.preset, args.preset) if low else args.preset)
+    recipe = recipe_for(LOW_BIT.get(args.preset, args.preset) if low else args.preset)
     if args.rank is not None:
         recipe = replace(recipe, rank=args.rank)
     if args.factors == "int8":

@@ -270,7 +270,7 @@ class WeightOnlyLinear(Composed):
         call.weight, call.scales = self.weight.data_ptr(), self.scales.data_ptr()
         call.bias = None if layer.bias is None else pointer(layer.bias, torch.float32, (O,))
         self.kernels.call("weigh", call)
-        return layer.plus_low_rank(out, hat).view(*x.shape[:-1], O)
+        return layer.completed(out, hat).view(*x.shape[:-1], O)
 
 
 def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:

@@ -45,7 +45,7 @@ class Format:
     @property
     def lo(self) -> int:
         """The smallest code."""
-        return {"symmetric": -self.hi, "unsigned": 0}.get(self.span, -self.hi - 1)
+        return {"symmetric": -self.hi, "unsigned": 0, "full": -self.hi - 1, "affine": -self.hi - 1}[self.span]
 
     @property
     def hi(self) -> int:

@@ -36,4 +36,4 @@ class Float8Linear(Composed):
         codes, scales = ref.quantize(hat, FP8)
         y = torch._scaled_mm(codes, self.weight.t(), scales.values(), self.scales, out_dtype=torch.bfloat16).float()
         y = y if self.layer.bias is None else y + self.layer.bias
-        return self.layer.plus_low_rank(y, hat).view(*x.shape[:-1], -1)
+        return self.layer.completed(y, hat).view(*x.shape[:-1], -1)

@@ -1,5 +1,6 @@
 """What every backend packs and computes: a quantized linear as stored, and a call with what is fused around it."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -61,8 +62,8 @@ class Layer:
         """L1 and L2, where there is a branch."""
         return None if self.l1 is None or self.l2 is None else (self.l1, self.l2)
 
-    def plus_low_rank(self, y: Tensor, hat: Tensor) -> Tensor:
-        """y + (x̂ L2ᵀ) L1ᵀ, less what the zero points add to y: the offsets times x̂ summed over groups."""
+    def completed(self, y: Tensor, hat: Tensor) -> Tensor:
+        """The product of the codes y plus (x̂ L2ᵀ) L1ᵀ, less the zero points' part: offsets times x̂ summed by groups."""
         low, offsets = self.low_rank(), self.scales.offsets()
         if offsets is not None:
             y = y - ref.grouped(hat, self.weight).sum(-1) @ offsets.T
@@ -72,9 +73,8 @@ class Layer:
     def has_integers(self) -> bool:
         """Whether the weights are integers times one number a row, two-level scales multiplied out."""
         form = self.weight
-        if form.span == "affine":
-            return False
-        return form.element == "int" and (form.scale == "int8" or (form.scale == "fp32" and not form.group))
+        one_a_row = form.scale == "int8" or (form.scale == "fp32" and not form.group)
+        return form.element == "int" and form.span != "affine" and one_a_row
 
     def integers(self) -> Tensor:
         """(O, I) int8 numbers whose fp32 scale is one a row, `steps()`. Only where `has_integers`."""
@@ -95,12 +95,12 @@ class Linear(Protocol):
     ) -> Tensor: ...
 
 
-class Composed:
+class Composed(ABC):
     """The schema out of torch's own operations, around `core`; the definition of what fused backends compute."""
 
+    @abstractmethod
     def core(self, x: Tensor) -> Tensor:
         """(N, T, I) to (N, T, O)"""
-        raise NotImplementedError
 
     def __call__(
         self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
@@ -123,7 +123,7 @@ class Dequantized(Composed):
     def core(self, x: Tensor) -> Tensor:
         layer, hat = self.layer, self.layer.transform(x)
         y = F.linear(ref.fake_quantize(hat, layer.act) if layer.act else hat, self.weight, layer.bias)
-        return layer.plus_low_rank(y, hat)
+        return layer.completed(y, hat)
 
 
 class TorchInt8(Composed):
@@ -141,5 +141,5 @@ class TorchInt8(Composed):
     def core(self, x: Tensor) -> Tensor:
         layer, hat = self.layer, self.layer.transform(x.flatten(0, 1))
         codes, scales = ref.quantize(hat, Format(8))
-        y = layer.plus_low_rank(torch._int_mm(codes, self.integers).float() * scales.groups * self.steps, hat)
+        y = layer.completed(torch._int_mm(codes, self.integers).float() * scales.groups * self.steps, hat)
         return (y if layer.bias is None else y + layer.bias).view(*x.shape[:-1], -1)

@@ -41,10 +41,12 @@ class Scales(NamedTuple):
         """(…, G) fp32: x is what the codes stand for, less this; None without zero points."""
         return None if self.zeros is None else self.values() * self.zeros
 
-    def shifted(self, x: Tensor) -> Tensor:
-        """x (…, K) with the offsets added: what is rounded to codes."""
+    def shifted(self, x: Tensor, times: int = 1) -> Tensor:
+        """x (…, K) with so many times the offsets added: with one, what is rounded to codes."""
         offsets = self.offsets()
-        return x if offsets is None else x + offsets.repeat_interleave(x.shape[-1] // offsets.shape[-1], dim=-1)
+        if offsets is None:
+            return x
+        return x + times * offsets.repeat_interleave(x.shape[-1] // offsets.shape[-1], dim=-1)
 
 
 def grouped(x: Tensor, form: Format) -> Tensor:
@@ -130,8 +132,7 @@ def quantize(x: Tensor, form: Format) -> tuple[Tensor, Scales]:
 
 def dequantize(codes: Tensor, scales: Scales, form: Format) -> Tensor:
     """The inverse of `quantize`, but for its rounding: fp32 (…, K)."""
-    x, offsets = decode(codes, scales.values(), form), scales.offsets()
-    return x if offsets is None else x - offsets.repeat_interleave(x.shape[-1] // offsets.shape[-1], dim=-1)
+    return scales.shifted(decode(codes, scales.values(), form), -1)
 
 
 def fake_quantize(x: Tensor, form: Format) -> Tensor:

@@ -204,4 +204,4 @@ class WeightOnlyLinear(Composed):
                 hat, self.weight, self.scales, layer.bias, out, M, O, I, self.width,
                 BITS=self.bits, GROUPED=self.grouped, SPLIT=not INTERPRETED, BLOCK_M=block_m, BLOCK_O=64,
             )  # fmt: skip
-        return layer.plus_low_rank(out, hat).view(*x.shape[:-1], O)
+        return layer.completed(out, hat).view(*x.shape[:-1], O)

@@ -7,6 +7,7 @@ is known of it here.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +55,12 @@ def layer_inputs(
 
         return take
 
-    handles = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave)]
-    try:
+    with ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(enter))
+        hooks.enter_context(model.register_forward_hook(leave))
         for name in kept:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(taker(name)))
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(taker(name)))
         loop(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     return kept
 
 

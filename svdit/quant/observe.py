@@ -5,6 +5,7 @@ from those of x.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,6 @@ class Statistics:
 def observe(model: nn.Module, names: Iterable[str], loop: ForwardLoop, seed: int = 0) -> dict[str, Statistics]:
     """Run `loop(model)` once and return the statistics of the named linears' inputs. Hooks never outlive the call."""
     statistics: dict[str, Statistics] = {}
-    handles = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         generator = torch.Generator().manual_seed(seed)  # one a layer: a sample must not depend on the others
@@ -112,13 +112,10 @@ def observe(model: nn.Module, names: Iterable[str], loop: ForwardLoop, seed: int
 
         return take
 
-    try:
+    with ExitStack() as hooks:
         for name in names:
-            handles.append(model.get_submodule(name).register_forward_pre_hook(hook(name)))
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name)))
         loop(model)
-    finally:
-        for handle in handles:
-            handle.remove()
     if missing := [name for name in names if name not in statistics]:
         raise UserError(f"calibration never reached {missing[0]}; skip it, or give a forward loop that uses it")
     return statistics

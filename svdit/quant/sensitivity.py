@@ -5,6 +5,7 @@ of variance σ² on a layer's output then adds σ²‖J‖²_F to the squared er
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -53,9 +54,10 @@ def sensitivities(model: nn.Module, names: Iterable[str], calls: list[Call]) -> 
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     generator = torch.Generator().manual_seed(0)
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
         for inputs in calls:
             with torch.enable_grad():
                 y = model(*inputs)
@@ -64,7 +66,4 @@ def sensitivities(model: nn.Module, names: Iterable[str], calls: list[Call]) -> 
             for name, gradient in zip(names, gradients, strict=True):
                 total[name] += float(gradient.square().sum()) / gradient.shape[-1] / len(calls)
             energy += float(y.detach().square().sum()) / len(calls)
-    finally:
-        for handle in handles:
-            handle.remove()
     return total, energy

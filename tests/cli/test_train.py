@@ -22,7 +22,8 @@ SHORT = [*DIGITS, "--global-batch-size", "4", "--steps", "3", "--log-every", "1"
 
 
 def run(*command: str) -> None:
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
 
 
 @pytest.fixture

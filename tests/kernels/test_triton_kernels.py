@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative
-from layers import random_layer, shapes
+from layers import U_BF16, U, error_around, random_layer, shapes
 
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
-from svdit.kernels.layer import Dequantized, Layer, Modulation, Residual
+from svdit.kernels.layer import Layer, Modulation
 from svdit.model.dit import DiT
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -28,7 +28,6 @@ if not INTERPRETED and not torch.cuda.is_available():
 tri = pytest.importorskip("svdit.kernels.triton_linear", reason="triton is not installed")
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-U, U_BF16 = 2.0**-24, 2.0**-8
 INT8, INT4 = Format(8), ACT_FORMATS["int4"]
 SCHEMES = {
     "W8A8": ("int8", INT8), "W4A8": ("int4", INT8), "W4A8 channel": ("int4-channel", INT8),
@@ -186,18 +185,8 @@ def test_everything_around_a_layer() -> None:
         (2, 3, 192, 20, "W4A4"),
     ):
         layer = make(scheme, O, I, 4, 1)
-        modulations, gates = rows(N, 2 * I, 1), rows(N, 2 * O, 2)
-        modulation = Modulation(*modulations.chunk(2, dim=1))  # not contiguous
-        x, stream = rows(N * T, I, 3).view(N, T, I) + 3, rows(N * T, O, 4).view(N, T, O)
-        packed, definition = tri.IntegerLinear(layer), Dequantized(layer)
         for gelu in (False, True):
-            calls: list[torch.Tensor] = []
-            for linear in (packed, definition):
-                residual = Residual(stream.clone(), gates[:, O:])
-                calls.append(linear(x, modulation=modulation, gelu=gelu, residual=residual))
-                assert calls[-1] is residual.x
-            # A code may move by one where the normalized number lies on the edge between two.
-            error = (calls[0] - calls[1]).norm() / (calls[1] - stream).norm()
+            error = error_around(layer, tri.IntegerLinear(layer), N, T, gelu, DEVICE)
             assert error < (0.05 if scheme == "W4A4" else 5e-3) and (error > 0 or T == 1)
 
 
