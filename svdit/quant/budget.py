@@ -2,26 +2,27 @@
 
 Each layer offers options (bytes, error); choosing one each is a multiple-choice knapsack. Sizes are rounded up to
 1/RESOLUTION of the largest; with them the dynamic programme is exact, so the choice is at least as good as every
-one whose size is smaller by a layer count of such units. Errors are those of a quick rounding (no GPTQ) on the
-calibration sample, weighted by how much the layer's output moves the model's (`sensitivity`).
+one whose size is smaller by a layer count of such units. Errors are those of rounding to nearest on the calibration
+sample, times what GPTQ leaves of them, and weighted by how much the layer's output moves the model's (`sensitivity`).
 """
 
 from dataclasses import dataclass, field, replace
-from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from torch import nn
 
 from svdit.errors import UserError
+from svdit.kernels import reference as ref
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.config import QuantConfig, Recipe, Rule
+from svdit.quant.gptq import Inverse
 from svdit.quant.linear import LinearSpec, linears
 from svdit.quant.lowrank import truncated_svd
 from svdit.quant.observe import ForwardLoop, Statistics, observe
 from svdit.quant.recipe import fit
 from svdit.quant.sensitivity import Call, recording, sensitivities
-from svdit.quant.transforms import TRIED, Transform, choose_transform, rough_output
+from svdit.quant.transforms import TRIED, Transform, choose_transform
 
 RESOLUTION = 1 << 14
 HEADER = 1500  # bytes that a layer's names and spec take in the file
@@ -115,17 +116,21 @@ def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivi
         choose_transform(W, statistics, fit(recipe, W)) if recipe.smoothing else (plain(recipe, statistics), 0)
     )
     hat, What = transform.inputs(x), transform.weight(W)
-    Y = hat @ What.T
+    lost = ref.fake_quantize(hat, recipe.act) - hat if recipe.act else 0 * hat
+    left = Inverse(transform.second_moment(statistics)).left if recipe.rounding == "gptq" else 1.0
     l1, l2 = truncated_svd(What, min(max(RANKS), *W.shape)) if recipe.rank else (W[:, :0], W[:0])
     found: list[Option] = []
-    for form, rank in product(WEIGHTS, RANKS if recipe.rank else (0,)):
-        if form.group and W.shape[1] % form.group:
-            continue
-        low_rank = recipe.low_rank if rank else "none"
-        variant = fit(replace(recipe, weight=form, rank=rank, low_rank=low_rank), W)
-        rough = rough_output(hat, What, variant, (l1[:, :rank], l2[:rank]))
-        error = float((rough - Y).square().sum()) / len(x)
-        found.append(Option(variant, size_of(variant, transform, linear), error * sensitivity))
+    for rank in RANKS if recipe.rank else (0,):
+        residual = What - l1[:, :rank] @ l2[:rank]
+        of_inputs = float((lost @ residual.T).square().sum())
+        for form in WEIGHTS:
+            if form.group and W.shape[1] % form.group:
+                continue
+            of_weights = float((hat @ (ref.fake_quantize(residual, form) - residual).T).square().sum())
+            low_rank = recipe.low_rank if rank else "none"
+            variant = fit(replace(recipe, weight=form, rank=rank, low_rank=low_rank), W)
+            error = (of_inputs + left * of_weights) / len(x) * sensitivity
+            found.append(Option(variant, size_of(variant, transform, linear), error))
     found.sort(key=lambda option: (option.nbytes, option.error))
     best, kept = float("inf"), []
     for option in found:

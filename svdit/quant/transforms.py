@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdit.kernels import reference as ref
 from svdit.quant.config import Recipe
-from svdit.quant.lowrank import Factors, truncated_svd
+from svdit.quant.lowrank import truncated_svd
 from svdit.quant.observe import Statistics
 
 LIMITS = (1e-4, 1e4)  # of λ
@@ -89,15 +89,12 @@ def choose_transform(W: Tensor, statistics: Statistics, recipe: Recipe) -> tuple
     return best, chosen
 
 
-def rough_output(hat: Tensor, What: Tensor, recipe: Recipe, branch: Factors | None = None) -> Tensor:
-    """The output (M, O), without a bias, of a transformed weight and inputs under the quickest form of the recipe.
-
-    `branch` is the truncated SVD of the weight, where the caller has it already.
-    """
+def rough_output(hat: Tensor, What: Tensor, recipe: Recipe) -> Tensor:
+    """The output (M, O), without a bias, of a transformed weight and inputs under the quickest form of the recipe."""
     assert recipe.weight is not None
     rounded = ref.fake_quantize(hat, recipe.act) if recipe.act else hat
     rank = 0 if recipe.low_rank == "none" else min(recipe.rank, *What.shape)
     if not rank:
         return rounded @ ref.fake_quantize(What, recipe.weight).T
-    l1, l2 = branch or truncated_svd(What, rank, sweeps=2)
+    l1, l2 = truncated_svd(What, rank, sweeps=2)
     return rounded @ ref.fake_quantize(What - l1 @ l2, recipe.weight).T + (hat @ l2.T) @ l1.T

@@ -28,12 +28,13 @@ def test_white_inputs_give_rounding_to_nearest(name: str) -> None:
 
 @pytest.mark.parametrize("name", WEIGHT_FORMATS)
 def test_correlated_inputs_profit(name: str) -> None:
-    form, R = WEIGHT_FORMATS[name], hard_moment()
-    errors = []
-    for inverse in (None, Inverse(R)):
-        codes, scales = round_weight(W, form, None, inverse)
+    form, R, errors = WEIGHT_FORMATS[name], hard_moment(), []
+    inverse = Inverse(R)
+    for used in (None, inverse):
+        codes, scales = round_weight(W, form, None, used)
         errors.append(output_error(W - ref.dequantize(codes, scales, form), R))
     assert 0 < errors[1] < 0.7 * errors[0]
+    assert errors[1] / errors[0] == pytest.approx(inverse.left, rel=0.2)
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
