@@ -4,7 +4,7 @@
     python benchmarks/bench_cost.py svd             # what 100 exact decompositions of every weight would take
 
 A number is a size in MB for the planned choice of bits and ranks, without GPTQ, as it does not change the choice.
-Rank 32, or 16 at W8A8; adaLN INT8 at W8A8, else INT4. Random weights, none of them zero: time and memory do not depend
+adaLN is INT8 at W8A8, else INT4. Random weights, none of them zero: time and memory do not depend
 on the values. The model's inputs are observed once for all; a user's run is the calibration and one of the rest.
 """
 
@@ -45,8 +45,7 @@ def random_model(name: str) -> DiT:
 def config_of(run: str) -> QuantConfig:
     if run.isdigit():
         return dit_config(replace(RECIPES["w4a8"], rounding="nearest", smoothing=7, iterations=1), "int4")
-    eight = run == "w8a8"
-    return dit_config(replace(RECIPES[run], rank=16 if eight else 32), "int8" if eight else "int4")
+    return dit_config(RECIPES[run], "int8" if run == "w8a8" else "int4")
 
 
 def file_megabytes(model: DiT) -> float:

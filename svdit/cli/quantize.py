@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--act-bits", type=int, choices=(4, 8, 16), help="of the activations; 16 leaves them alone")
     what.add_argument("--group-size", type=int, metavar="G", help="weights that share a scale; 0: a whole row")
-    what.add_argument("--rank", type=int, metavar="R", help="of the low-rank branch; default 32")
+    what.add_argument("--rank", type=int, metavar="R", help="of the low-rank branch; default 32, with 8-bit weights 16")
     what.add_argument("--factors", choices=("bf16", "int8"), default="bf16", help="how the branch is stored")
     what.add_argument("--whiten", action="store_true", help="with --rank-ratio: weigh the SVD by the layers' inputs")
     what.add_argument("--adaln", choices=("int8", "int4", "fp16"), default="int8", help="adaLN weights; default int8")

@@ -90,8 +90,8 @@ ADALN = {
     "fp16": None,
 }
 
-FULL = Recipe()
-FOUR_BITS = replace(FULL, weight=WEIGHT_FORMATS["int4"], smoothing=19, iterations=3)
+FULL = Recipe(rank=16)  # more gives eight bits nothing
+FOUR_BITS = replace(FULL, weight=WEIGHT_FORMATS["int4"], rank=32, smoothing=19, iterations=3)
 PUBLISHED = Recipe(
     low_rank="iterated",
     centre=False,

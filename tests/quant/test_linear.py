@@ -1,5 +1,7 @@
 """SVDLinear: what it stores, what it computes, what it weighs."""
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from conftest import relative
@@ -9,6 +11,8 @@ from svdit.compat import apply_svd_to_dit
 from svdit.errors import UserError
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.model.dit import DiT
+from svdit.model.zoo import DiT_models
+from svdit.quant.config import RECIPES, dit_config
 from svdit.quant.linear import (
     LinearSpec,
     SVDLinear,
@@ -18,6 +22,7 @@ from svdit.quant.linear import (
     rank_for_ratio,
     rebuild_,
 )
+from svdit.quant.recipe import fit
 
 
 def seeded_linear(o: int = 48, i: int = 64, bias: bool = True) -> nn.Linear:
@@ -157,3 +162,18 @@ def test_zero_input_gives_exactly_the_bias() -> None:
 def test_rebuilding_over_something_else_is_a_sentence() -> None:
     with pytest.raises(UserError, match="0 is a ReLU, not a Linear"):
         rebuild_(nn.Sequential(nn.ReLU()), {"0": {"rank": 1}})
+
+
+@pytest.mark.parametrize(("preset", "adaln", "megabytes"), [("w8a8", "int8", 707), ("w4a8", "int4", 404)])
+def test_the_published_model_weighs_what_the_docs_say(preset: str, adaln: str, megabytes: float) -> None:
+    config = dit_config(RECIPES[preset], adaln)
+    with torch.device("meta"):
+        model = DiT_models["DiT-XL/2"]()
+        for name, linear in list(linears(model)):
+            if recipe := config.recipe(name):
+                recipe = fit(recipe, linear.weight)
+                scaled, shifted = bool(recipe.smoothing), recipe.centre
+                spec = LinearSpec(recipe.rank, None, recipe.factor_dtype, recipe.weight, recipe.act, scaled, shifted)
+                rebuild_(model, {name: asdict(spec)})
+    total = sum(tensor.nbytes for tensor in model.state_dict().values()) / 1e6
+    assert megabytes - 1.5 < total < megabytes
