@@ -3,9 +3,9 @@
     python benchmarks/bench_cost.py [w8a8 w4a8 347 …]
     python benchmarks/bench_cost.py svd             # what 100 exact decompositions of every weight would take
 
-A number is a size in MB for the planned choice of bits and ranks, without GPTQ, as it does not change the choice.
-adaLN is INT8 at W8A8, else INT4. Random weights, none of them zero: time and memory do not depend
-on the values. The model's inputs are observed once for all; a user's run is the calibration and one of the rest.
+A number is a size in MB for the planned choice of bits and ranks. adaLN is INT8 at W8A8 and above 500 MB, else INT4.
+Random weights, none of them zero: time and memory do not depend on the values. The model's inputs are observed once
+for all; a user's run is the calibration and one of the rest.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,9 +42,8 @@ def random_model(name: str) -> DiT:
 
 
 def config_of(run: str) -> QuantConfig:
-    if run.isdigit():
-        return dit_config(replace(RECIPES["w4a8"], rounding="nearest", smoothing=7, iterations=1), "int4")
-    return dit_config(RECIPES[run], "int8" if run == "w8a8" else "int4")
+    preset = run if not run.isdigit() else "w8a8" if int(run) > 500 else "w4a8"
+    return dit_config(RECIPES[preset], "int8" if preset == "w8a8" else "int4")
 
 
 def file_megabytes(model: DiT) -> float:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results.csv")
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "quantization.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "quantization.md", DOCS / "evaluation.md", DOCS / "performance.md")
 Rows = dict[str, dict[str, str]]
 
 
@@ -72,11 +73,15 @@ def synthetic() -> str:
     return markdown(header, lines, source(rows, "bench_quantization.py --profiles moderate plain", "rank 16"))
 
 
-def cost() -> str:
-    """Minutes, memory and bytes of quantizing DiT-XL/2."""
-    rows = latest("cost")
-    lines = [[name, f"{float(row['value']):.3g} {row['unit']}", row["machine"]] for name, row in rows.items()]
-    return markdown(["", "", ""], lines, source(rows, "bench_cost.py"))
+def listed(benchmark: str, command: str) -> str:
+    """Every number by its name."""
+    rows = latest(benchmark)
+    if not rows:
+        return "Not measured yet."
+    lines = [
+        [name, f"{float(row['value']):.3g} {row['unit']}", row["note"], row["machine"]] for name, row in rows.items()
+    ]
+    return markdown(["what", "", "setting", "machine"], lines, source(rows, command))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -85,7 +90,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "ranks": lambda: pictures("ranks", "recipe"),
     "budget": lambda: pictures("budget", "weights"),
     "synthetic": synthetic,
-    "cost": cost,
+    "cost": lambda: listed("cost", "bench_cost.py"),
+    "evaluation": lambda: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
+    "evaluation speed": lambda: listed("evaluation", "evaluation.py"),
+    "cpu": lambda: listed("cpu", "bench_cpu.py"),
 }
 
 

@@ -8,9 +8,12 @@ from conftest import relative
 from helpers import hard_inputs
 from torch import nn
 
+from svdit.checkpoints.store import load_model
 from svdit.errors import UserError
+from svdit.kernels import reference as ref
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.config import RECIPES, Recipe, dit_config, rank_ratio_config, recipe_for
+from svdit.quant.linear import linears
 from svdit.quant.observe import Statistics
 from svdit.quant.recipe import cholesky, quantize_linear
 
@@ -71,6 +74,14 @@ def test_the_hadamard_block_shrinks_to_divide_the_width(statistics: Statistics) 
     odd.add(hard_inputs(1000)[:, :48], torch.Generator().manual_seed(0))
     layer, _ = quantize_linear("layer", nn.Linear(48, 32), RECIPES["w8a8"], odd)
     assert layer.spec.hadamard == 16
+
+
+def test_a_zero_point_suits_the_weights_of_adaln() -> None:
+    for name, layer in linears(load_model("digits")):
+        if "adaLN" in name:
+            W, forms = layer.weight.detach(), (WEIGHT_FORMATS["int4-zero"], WEIGHT_FORMATS["int4-bf16"])
+            zero, signed = (relative(ref.fake_quantize(W, form), W) for form in forms)
+            assert 0.88 * signed < zero < 0.96 * signed
 
 
 def test_shifted_inputs_of_fc2_use_unsigned_codes() -> None:

@@ -2,7 +2,6 @@
 
 from copy import deepcopy
 
-import numpy as np
 import pytest
 import torch
 from conftest import relative
@@ -11,7 +10,6 @@ from torch import nn
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import batch_noise
 from svdit.errors import UserError
-from svdit.images import to_uint8
 from svdit.kernels import ops
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, rank_ratio_config, recipe_for
@@ -84,17 +82,16 @@ def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
     recipe = recipe_for("w4a8", rank=8, smoothing=7, iterations=1)
     quantize_(model, dit_config(recipe), calibration_loop(images=4, steps=5))
 
-    def picture_of(model: DiT) -> np.ndarray:
-        noise = batch_noise(0, (10, 1, 8, 8), torch.device("cpu"), False)
-        return to_uint8(generate(model, torch.arange(10), noise, walk)).astype(int)
+    def drawn(model: DiT) -> torch.Tensor:
+        return generate(model, torch.arange(10), batch_noise(0, (10, 1, 8, 8), torch.device("cpu"), False), walk)
 
-    pictures = {name: picture_of(accelerate(deepcopy(model), name)) for name in USABLE}
-    full = picture_of(load_model("digits"))
-    quantization = np.abs(pictures["reference"] - full).mean()
-    assert quantization > 0.2
+    pictures = {name: drawn(accelerate(deepcopy(model), name)) for name in USABLE}
+    quantization = relative(pictures["reference"], drawn(load_model("digits")))
+    assert quantization > 0.005
     for name, picture in pictures.items():
-        assert np.abs(picture - pictures["reference"]).mean() < 0.25 * quantization, name
-        assert picture.std() > 50
+        # Codes on the edge between two move, and some processors have a branch of bfloat16.
+        assert relative(picture, pictures["reference"]) < 0.25 * quantization, name
+        assert picture.std() > 0.5
 
 
 def test_large_hidden_layers_are_computed_in_parts(tiny: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
