@@ -35,12 +35,18 @@ WEIGHTS = (
     WEIGHT_FORMATS["int8"],
 )
 RANKS = (0, 8, 16, 32, 64)
+PLENTY = 6  # bits
 
 
 class Option(NamedTuple):
     recipe: Recipe
     nbytes: int
     error: float  # added to the squared norm of the model's output error
+
+    @property
+    def bits(self) -> int:
+        assert self.recipe.weight is not None
+        return self.recipe.weight.bits
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,10 @@ def allot(
     """`plan_` on what was observed: the layers' inputs, and some calls of the model."""
     layers = {name: (layer, recipe) for name, layer in linears(model) if (recipe := config.recipe(name))}
     weights, energy = sensitivities(model, layers, calls)
-    choices = {n: options(*pair, statistics[n], weights[n]) for n, pair in layers.items()}
+    every = {n: options(*pair, statistics[n], weights[n]) for n, pair in layers.items()}
     fixed = sum(t.nbytes for t in model.state_dict().values()) + HEADER * len(layers)
     fixed -= sum(p.nbytes for layer, _ in layers.values() for p in layer.parameters())
+    choices = {name: frontier(found) for name, found in every.items()}
     table = Table(list(choices.values()))
     curve = [(fixed + size, 10 * float(np.log10(energy / error))) for size, error in table.curve()]
     if target_bytes is not None:
@@ -97,20 +104,24 @@ def allot(
             raise UserError(
                 f"{target_bytes / 1e6:.2f} MB cannot be reached; the smallest is {curve[0][0] / 1e6:.2f} MB"
             )
-        reached = [point for point in curve if point[0] <= target_bytes][-1]
+        room = target_bytes - fixed
+        choices = {name: frontier(left) for name, left in no_less_than_uniform(every, layers, room).items()}
+        table = Table(list(choices.values()))
     else:
         assert target_sqnr is not None, "give target_bytes or target_sqnr"
-        good = [point for point in curve if point[1] >= target_sqnr]
+        good = [size for size, db in curve if db >= target_sqnr]
         if not good:
             raise UserError(f"{target_sqnr} dB cannot be reached; the best is {curve[-1][1]:.1f} dB")
-        reached = good[0]
-    picks = table.solve(reached[0] - fixed)
-    rules = tuple(Rule(name, choices[name][pick].recipe) for name, pick in zip(choices, picks, strict=True))
-    return Plan(QuantConfig(rules), reached[0], reached[1], curve, statistics)
+        room = good[0] - fixed
+    chosen = {name: choices[name][pick] for name, pick in zip(choices, table.solve(room), strict=True)}
+    nbytes = fixed + sum(option.nbytes for option in chosen.values())
+    sqnr = 10 * float(np.log10(energy / sum(option.error for option in chosen.values())))
+    rules = tuple(Rule(name, option.recipe) for name, option in chosen.items())
+    return Plan(QuantConfig(rules), nbytes, sqnr, curve, statistics)
 
 
 def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivity: float) -> list[Option]:
-    """What a layer could be stored as, none of them larger and worse than another."""
+    """What a layer could be stored as."""
     W, x = linear.weight.detach().float(), statistics.choosing[:TRIED]
     transform, _ = (
         choose_transform(W, statistics, fit(recipe, W)) if recipe.smoothing else (plain(recipe, statistics), 0)
@@ -131,13 +142,35 @@ def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivi
             variant = fit(replace(recipe, weight=form, rank=rank, low_rank=low_rank), W)
             error = (of_inputs + left * of_weights) / len(x) * sensitivity
             found.append(Option(variant, size_of(variant, transform, linear), error))
-    found.sort(key=lambda option: (option.nbytes, option.error))
+    return found
+
+
+def frontier(options: list[Option]) -> list[Option]:
+    """Those that are not larger and worse than another, by size."""
     best, kept = float("inf"), []
-    for option in found:
+    for option in sorted(options, key=lambda option: (option.nbytes, option.error)):
         if option.error < best:
             best = option.error
             kept.append(option)
     return kept
+
+
+def no_less_than_uniform(
+    every: dict[str, list[Option]], layers: dict[str, tuple[nn.Linear, Recipe]], room: int
+) -> dict[str, list[Option]]:
+    """If a uniform setting of PLENTY bits or more fits, with the recipes' ranks: only what is at least that.
+
+    Rounded inputs decide there, and a branch in every layer is worth more than its layer shows.
+    """
+    for bits in sorted({form.bits for form in WEIGHTS if form.bits >= PLENTY}, reverse=True):
+        left: dict[str, list[Option]] = {}
+        for name, (linear, recipe) in layers.items():
+            least = recipe.weight.bits if recipe.weight and not recipe.act else bits
+            rank = fit(recipe, linear.weight).rank
+            left[name] = [o for o in every[name] if o.bits >= least and o.recipe.rank >= rank]
+        if all(left.values()) and sum(min(o.nbytes for o in found) for found in left.values()) <= room:
+            return left
+    return every
 
 
 def plain(recipe: Recipe, statistics: Statistics) -> Transform:
@@ -174,8 +207,10 @@ class Table:
         self.least = least
 
     def solve(self, nbytes: int) -> list[int]:
-        """The options, one a layer, of least total error within `nbytes`."""
+        """The options, one a layer, of least total error within `nbytes`; the smallest, if only rounding is over it."""
         at = int(self.least[: nbytes // self.unit + 1].argmin())
+        if np.isinf(self.least[at]):
+            return [0] * len(self.choices)
         picks: list[int] = []
         for picked, sizes in zip(reversed(self.picked), reversed(self.sizes), strict=True):
             picks.append(int(picked[at]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdit.errors import UserError
 
 ForwardLoop = Callable[[nn.Module], None]
-SAMPLE = 2048  # rows kept: half to choose by, half to report on
+SAMPLE = 1024  # rows kept: half to choose by, half to report on
 BLOCK = 512  # rows of the Gram matrix that are computed together
 
 

@@ -94,6 +94,10 @@ def test_a_plan_meets_its_size_and_beats_the_uniform_setting(tiny: DiT, preset: 
         assert file_bytes(planned) <= plan.nbytes <= target
         errors = [float((model(x, t, y) - before).norm()) for model in (planned, uniform)]
     assert 0 < errors[0] < factor * errors[1]
+    if preset == "w8a8":  # from 6 bits on no layer gets less than all could have
+        assert all(
+            rule.recipe.weight.bits == 8 and rule.recipe.rank >= 8 * bool(rule.recipe.act) for rule in plan.config.rules
+        )
 
 
 def test_a_quality_is_reached_with_the_fewest_bytes(tiny: DiT) -> None:
