@@ -165,7 +165,7 @@ def no_less_than_uniform(
     for bits in sorted({form.bits for form in WEIGHTS if form.bits >= PLENTY}, reverse=True):
         left: dict[str, list[Option]] = {}
         for name, (linear, recipe) in layers.items():
-            least = recipe.weight.bits if recipe.weight and not recipe.act else bits
+            least = recipe.weight.bits if recipe.weight and recipe.low_rank == "none" else bits  # adaLN keeps its own
             rank = fit(recipe, linear.weight).rank
             left[name] = [o for o in every[name] if o.bits >= least and o.recipe.rank >= rank]
         if all(left.values()) and sum(min(o.nbytes for o in found) for found in left.values()) <= room:
