@@ -40,11 +40,11 @@ def random_layer(linear: nn.Linear, spec: LinearSpec, generator: torch.Generator
     return layer
 
 
-def quantized(scheme: str, adaln: str = "int8", depth: int = 28, rank: int = 32) -> DiT:
-    """DiT-XL/2 at 256 px with the linears of its blocks quantized; equal for equal arguments."""
+def quantized(scheme: str, adaln: str = "int8", depth: int = 28, rank: int = 32, input_size: int = 32) -> DiT:
+    """DiT-XL/2 with the linears of its blocks quantized; equal for equal arguments."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        model = DiT(DiTConfig(depth=depth))
+        model = DiT(DiTConfig(depth=depth, input_size=input_size))
     spec = LinearSpec(rank, None, "bfloat16", WEIGHT_FORMATS[SCHEMES[scheme]], Format(8), True, True, 64)
     for name, linear in list(linears(model)):
         if "adaLN" in name:
@@ -72,9 +72,9 @@ def in_floats(model: DiT) -> DiT:
     return model
 
 
-def model_inputs(batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As guidance gives them: one t, half the labels the null class."""
+def model_inputs(batch: int, input_size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """As guidance gives them: one t, half the labels the null class. `batch` is even."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch // 2, 4, 32, 32, generator=generator).repeat(2, 1, 1, 1)
+    x = torch.randn(batch // 2, 4, input_size, input_size, generator=generator).repeat(2, 1, 1, 1)
     labels = torch.cat([torch.arange(batch // 2) * 100, torch.full((batch // 2,), 1000)])
     return x, torch.full((batch,), 500), labels

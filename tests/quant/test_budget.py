@@ -11,8 +11,9 @@ from torch import nn
 
 from svdit.errors import UserError
 from svdit.model.dit import DiT
-from svdit.quant.budget import HEADER, Option, Table, plan_
+from svdit.quant.budget import HEADER, Option, Table, options, plan_
 from svdit.quant.config import RECIPES, dit_config
+from svdit.quant.observe import Statistics
 from svdit.quant.quantize import quantize_
 from svdit.quant.sensitivity import Call, recording, sensitivities
 from svdit.sampling.trajectories import calibration_loop
@@ -68,6 +69,17 @@ def test_calls_are_recorded_and_cut(tiny: DiT) -> None:
     assert 0 < len(calls) <= 16
     assert all(len(x) == len(t) == len(y) == 2 for x, t, y in calls)
     assert len({int(t[0]) for _, t, _ in calls}) > 1
+
+
+def test_the_prediction_knows_what_gptq_leaves(linear: nn.Linear, statistics: Statistics) -> None:
+    recipe = replace(RECIPES["w4a16"], smoothing=0)
+    found, nearest = (
+        [option.error for option in options(linear, replace(recipe, rounding=rounding), statistics, 1.0)]
+        for rounding in ("gptq", "nearest")
+    )
+    ratios = [a / b for a, b in zip(found, nearest, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    assert 0 < ratios[0] < 0.7
 
 
 def file_bytes(model: nn.Module) -> int:
