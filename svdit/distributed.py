@@ -5,6 +5,7 @@ with session():                  # joins the group torchrun announced, if it did
     barrier()
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ def session(device: torch.device | None = None) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # what uses the group, DistributedDataParallel's cycles too, goes before it
         dist.destroy_process_group()
 
 
