@@ -67,17 +67,23 @@ def main() -> None:
     write_real(folder / "real")
     for name in dict.fromkeys(["full", *args.only]):
         draw(name, folder / "sets" / name, args.count)
-        flags = f"--paired_dir {folder}/sets/full --metrics fid,kid,prc,paired --feature-extractor random"
+        paired = "" if name == "full" else f",paired --paired_dir {folder}/sets/full"
+        flags = f"--feature-extractor random --metrics fid,kid,prc{paired}"
         where = f"--real_dir {folder}/real --fake_dir {folder}/sets/{name} --output {folder}/{name}"
         command("evaluate", [*where.split(), *flags.split()])
         found = json.loads((folder / name / "metrics.json").read_text())["metrics"]
         for metric in METRICS:
-            if found[metric]["value"] is not None:
+            if found.get(metric, {}).get("value") is not None:
                 note = f"se {found[metric]['se']}, {args.count} images"
                 record("digits evaluation", f"{name} {metric}", found[metric]["value"], "", note)
-    table = compare([folder / name for name in dict.fromkeys(["full", *args.only])], METRICS[:4])
-    Path(__file__).with_suffix(".md").write_text(f"{table}\n")
-    sys.stdout.write(f"{table}\n")
+    names = list(dict.fromkeys(["full", *args.only]))
+    tables = (
+        compare([folder / name for name in names], METRICS[:4]),
+        compare([folder / n for n in names[1:]], METRICS[4:]),
+    )
+    text = "\n\n".join(tables) + "\n"
+    Path(__file__).with_suffix(".md").write_text(text)
+    sys.stdout.write(text)
 
 
 if __name__ == "__main__":
