@@ -68,9 +68,13 @@ def plot() -> None:
     for place, (axis, values) in zip(places, AXES.items(), strict=True):
         for method in METHODS:
             place.plot(values, [float(rows[f"{axis} {v} {method}"]["value"]) for v in values], "o-", ms=4, label=method)
-        place.set(xlabel=axis, ylim=(0, None), xticks=values if axis == "threads" else None or place.get_xticks())
+        place.set(xlabel=axis)
         if axis in ("tokens", "batch"):
-            place.set(xscale="log", yscale="log", ylim=(None, None), xticks=values, xticklabels=values)
+            place.set(xscale="log", yscale="log")
+        else:
+            place.set_ylim(0)
+        if axis != "rank":
+            place.set(xticks=values, xticklabels=values)
             place.minorticks_off()
         place.grid(alpha=0.3)
     places[0].set_ylabel("a block, ms")
