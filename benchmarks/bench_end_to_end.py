@@ -69,6 +69,7 @@ def ablation() -> dict[str, Choice]:
         found[base] = uniform(whole)
         found |= {f"{base}, no {what}": uniform(replace(whole, **change)) for what, change in without.items()}
         found[f"{base}, int8 factors"] = uniform(replace(whole, factors=Format(8)))
+    found["w8a8, int8 factors"] = uniform(replace(RECIPES["w8a8"], rank=RANK, factors=Format(8)))
     found["w4a8, bfloat16 scales"] = uniform(replace(RECIPES["w4a8"], rank=RANK, weight=WEIGHT_FORMATS["int4-bf16"]))
     found["w4a8, adaLN INT4"] = lambda model, seed: dit_config(replace(RECIPES["w4a8"], rank=RANK), "int4")
     return found

@@ -35,7 +35,7 @@ WEIGHTS = (
     WEIGHT_FORMATS["int8"],
 )
 RANKS = (0, 8, 16, 32, 64)
-PLENTY = 6  # bits
+PLENTY = 6  # bits, from which on activations decide
 
 
 class Option(NamedTuple):
