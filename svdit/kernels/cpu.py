@@ -37,7 +37,7 @@ def _structure(name: str, integers: str, pointers: str) -> type[Structure]:
 
 # As in csrc/kernels.h.
 Rows = _structure(
-    "Rows", "rows depth tokens stride hadamard rank offset", "x shift scale in_shift in_inverse l2 codes steps low"
+    "Rows", "rows depth tokens stride hadamard rank wide", "x shift scale in_shift in_inverse l2 codes steps low"
 )
 Product = _structure(
     "Product",
@@ -66,7 +66,7 @@ SIGNATURES = {
     "pack_weight": [POINTER(Packing)],
     "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
     "peak": [POINTER(Peak), POINTER(c_int64)],
-    "geometry": [POINTER(c_int64 * 10)],
+    "geometry": [POINTER(c_int64 * 9)],
 }
 
 
@@ -75,11 +75,10 @@ class Kernels:
 
     def __init__(self, isa: str) -> None:
         self.isa, self.lib = isa, library()
-        numbers = (c_int64 * 10)()
+        numbers = (c_int64 * 9)()
         self.call("geometry", numbers)
-        self.panel, self.low_panel, byte_offset, nibble_offset, pairs, *sizes = numbers
+        self.panel, self.low_panel, self.wide, pairs, *sizes = numbers
         assert sizes == [sizeof(kind) for kind in STRUCTURES], "kernels.h says otherwise"
-        self.offsets = {8: byte_offset, 4: nibble_offset}  # added to activation codes, by bits of the weight
         self.low_dtype = torch.bfloat16 if pairs else torch.float32
 
     def call(self, name: str, *arguments: Any) -> None:
@@ -169,13 +168,14 @@ class IntegerLinear:
         O, I = self.shape
         self.depth, self.outputs = padded(I, DEPTH_STEP), padded(O, kernels.panel)
         self.rank = 0 if layer.l1 is None else layer.l1.shape[1]
-        self.offset = kernels.offsets[layer.weight.bits]
+        wide = kernels.wide and layer.weight.bits == 8
+        self.codes, self.offset = (torch.int16, 0) if wide else (torch.uint8, 128)  # how activation codes are kept
         self._keep(layer)
         static = {"depth": I, "rank": self.rank}
         inputs = {name: None if x is None else x.data_ptr() for name, x in self.inputs.items()}
         weights = {name: None if x is None else x.data_ptr() for name, x in self.weights.items()}
         bits, group = layer.weight.bits, layer.weight.group
-        self.rows = Rows(hadamard=layer.hadamard, offset=self.offset, **static, **inputs)
+        self.rows = Rows(hadamard=layer.hadamard, wide=wide, **static, **inputs)
         self.product = Product(outputs=O, bits=bits, group=group, **static, **weights)
 
     @staticmethod
@@ -216,7 +216,7 @@ class IntegerLinear:
     def quantize(self, x: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, I) to codes (M, padded I) with the offset, steps (M,) and x̂ L2ᵀ (M, padded R)."""
         N, T, I = x.shape
-        codes, steps = torch.empty(N * T, self.depth, dtype=torch.uint8), torch.empty(N * T)
+        codes, steps = torch.empty(N * T, self.depth, dtype=self.codes), torch.empty(N * T)
         low = torch.empty(N * T, padded(self.rank, self.kernels.low_panel), dtype=self.kernels.low_dtype)
         call = Rows.from_buffer_copy(self.rows)
         call.rows, call.tokens = N * T, T
@@ -289,4 +289,5 @@ def peak(kernels: Kernels, integers: bool, repeats: int = 20_000_000) -> float:
     start = time.perf_counter()
     kernels.call("peak", Peak(repeats=repeats, integers=integers), lanes)
     seconds = time.perf_counter() - start
-    return 2 * lanes.value * (4 if integers else 1) * repeats * torch.get_num_threads() / seconds
+    codes = (2 if kernels.wide else 4) if integers else 1
+    return 2 * lanes.value * codes * repeats * torch.get_num_threads() / seconds

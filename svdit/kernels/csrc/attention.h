@@ -7,25 +7,27 @@ FN void float_tile(VF acc[TILE_ROWS][TILE_VECTORS], const float *const a[TILE_RO
                    int64_t stride)
 {
     for (int64_t k = 0; k < depth; k++) {
-        UNROLL for (int j = 0; j < TILE_VECTORS; j++) {
-            VF column = load(b + k * stride + j * LANES);
-            UNROLL for (int i = 0; i < TILE_ROWS; i++) acc[i][j] += splat(a[i][k]) * column;
+        VF columns[TILE_VECTORS];
+        UNROLL for (int j = 0; j < TILE_VECTORS; j++) columns[j] = load(b + k * stride + j * LANES);
+        UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+            VF row = splat(a[i][k]);
+            UNROLL for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] += row * columns[j];
         }
     }
 }
 
-/* e^(score − largest) in place, zeros behind the last token; returns one over the sum. */
+/* e^(score − largest) in place; returns one over the sum. What stands behind the last token adds less than rounding. */
 FN float softmax(float *scores, int64_t tokens, int64_t columns)
 {
     VF most = splat(-INFINITY), total = {0};
-    int64_t t;
-    for (t = tokens; t < columns; t++) scores[t] = -INFINITY;
-    for (t = 0; t < columns; t += LANES) most = at_least(load(scores + t), most);
+    for (int64_t t = tokens; t < columns; t++) scores[t] = -INFINITY;
+    for (int64_t t = 0; t < columns; t += LANES) most = at_least(load(scores + t), most);
     VF top = splat(largest(most));
-    for (t = 0; t < columns; t += LANES)
-        store(scores + t, exponential(load(scores + t) - top));
-    for (t = tokens; t < columns; t++) scores[t] = 0;
-    for (t = 0; t < columns; t += LANES) total += load(scores + t);
+    for (int64_t t = 0; t < columns; t += LANES) {
+        VF e = exponential(load(scores + t) - top);
+        store(scores + t, e);
+        total += e;
+    }
     return 1.f / sum(total);
 }
 

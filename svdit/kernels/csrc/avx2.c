@@ -3,12 +3,10 @@
 #define ISA avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
-#define TILE_ROWS 4
+#define TILE_ROWS 6
 #define TILE_VECTORS 2
-#define OFFSET 0
-#define SMALL_CODES 1
+#define WIDE 1
 #define PAIRS 0
-#define USE_AVX2
 #include "lanes.h"
 #include "rows.h"
 #include "product.h"

@@ -5,8 +5,7 @@
 #define LANES 16
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
-#define OFFSET 128
-#define SMALL_CODES 0
+#define WIDE 0
 #define PAIRS 0
 #define USE_VNNI "vpdpbusd"
 #include "lanes.h"

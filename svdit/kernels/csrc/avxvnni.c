@@ -3,10 +3,9 @@
 #define ISA avxvnni
 #define TARGET __attribute__((target("avx2,fma,avxvnni")))
 #define LANES 8
-#define TILE_ROWS 4
+#define TILE_ROWS 6
 #define TILE_VECTORS 2
-#define OFFSET 128
-#define SMALL_CODES 0
+#define WIDE 0
 #define PAIRS 0
 #define USE_VNNI "%{vex%} vpdpbusd"
 #include "lanes.h"

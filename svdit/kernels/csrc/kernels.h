@@ -9,12 +9,12 @@ enum { DEPTH_STEP = 16 };
 
 /* x to codes and steps, x̂ = ((x − in_shift) / in_scale) H; with `shift` first LayerNorm and modulation. */
 typedef struct {
-    int64_t rows, depth, tokens, stride, hadamard, rank, offset; /* stride: between images of shift and of scale */
+    int64_t rows, depth, tokens, stride, hadamard, rank, wide; /* stride: between images of shift and of scale */
     const float *x;                                      /* (rows, depth) */
     const float *shift, *scale;                          /* (images, depth) with `stride`, or null */
     const float *in_shift, *in_inverse;                  /* (padded depth), or null; in_inverse is 1 / in_scale */
     const uint16_t *l2;                                  /* as packed by pack_factor */
-    uint8_t *codes;                                      /* (rows, padded depth), code + offset */
+    void *codes;                                         /* (rows, padded depth): bytes code + 128; wide: int16 code */
     float *steps;                                        /* (rows) */
     void *low;                                           /* (rows, padded rank) x̂ L2ᵀ, float or bf16 */
 } Rows;
@@ -22,12 +22,12 @@ typedef struct {
 /* out = residual + gate · gelu(steps · codes · weightᵀ · channel + low · l1ᵀ + bias); every part after · optional. */
 typedef struct {
     int64_t rows, depth, outputs, tokens, stride, rank, bits, group, gelu; /* stride: between images of gate */
-    const uint8_t *codes;                                                  /* from Rows */
+    const void *codes;                                                     /* from Rows */
     const float *steps;
     const void *low;
     const uint8_t *weight;     /* as packed by pack_weight */
     const int8_t *multiples;   /* (panels, depth / group, panel), or null */
-    const int32_t *offsets;    /* (padded outputs): offset · the sum of each row of integers */
+    const int32_t *offsets;    /* (padded outputs): 128 · the sum of each row of integers, or 0 */
     const float *channel;      /* (padded outputs) fp32 step of each row */
     const float *bias;         /* (padded outputs) */
     const uint16_t *l1;        /* as packed by pack_factor */

@@ -1,8 +1,8 @@
 /* A vector of LANES floats or 32-bit integers, and the few operations that differ between instruction sets.
    Everything else is written with GCC's vector extensions, which compile for any processor. An instruction set is
-   a file that defines ISA, TARGET, LANES, TILE_ROWS, TILE_VECTORS, OFFSET, PAIRS, SMALL_CODES and includes this one.
-   OFFSET is added to activation codes where the dot product wants them unsigned; PAIRS: bf16 dot products exist;
-   SMALL_CODES: products of 4-bit weights have a faster way of their own, which wants an offset of 128. */
+   a file that defines ISA, TARGET, LANES, TILE_ROWS, TILE_VECTORS, WIDE, PAIRS and includes this one.
+   Activation codes are bytes, unsigned by an offset of 128. WIDE, for want of a dot product of such bytes: beside 8-bit
+   weights they are signed and of 16 bits, beside 4-bit weights bytes are summed in 16 bits. PAIRS: bf16 dot products. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,7 +28,7 @@ typedef int16_t VS __attribute__((vector_size(4 * LANES)));
 typedef uint8_t VB __attribute__((vector_size(LANES)));
 typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
 
-enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2 };
+enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2, CODES = WIDE ? 2 : 4 }; /* CODES: in a lane of `dot` */
 
 FN VF load(const float *p) { VF v; memcpy(&v, p, sizeof v); return v; }
 FN VI load_int(const void *p) { VI v; memcpy(&v, p, sizeof v); return v; }
@@ -40,9 +40,18 @@ FN VF load_some(const float *p, int64_t n) { VF v = {0}; memcpy(&v, p, 4 * (size
 FN void store_some(float *p, VF v, int64_t n) { memcpy(p, &v, 4 * (size_t)n); }
 FN VF load_upto(const float *p, int64_t n) { return n >= LANES ? load(p) : load_some(p, n); }
 FN void store_upto(float *p, VF v, int64_t n) { if (n >= LANES) store(p, v); else store_some(p, v, n); }
+/* These two let an x that is no number through, as the processor's own do when the limit comes first. */
+#if defined(__x86_64__) && LANES == 8
+FN VF at_least(VF x, VF limit) { return (VF)_mm256_max_ps((__m256)limit, (__m256)x); }
+FN VF at_most(VF x, VF limit) { return (VF)_mm256_min_ps((__m256)limit, (__m256)x); }
+#elif defined(USE_VNNI)
+FN VF at_least(VF x, VF limit) { return (VF)_mm512_max_ps((__m512)limit, (__m512)x); }
+FN VF at_most(VF x, VF limit) { return (VF)_mm512_min_ps((__m512)limit, (__m512)x); }
+#else
 FN VF choose(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
-FN VF at_least(VF x, VF limit) { return choose(limit > x, limit, x); } /* these two let an x that is no number through */
+FN VF at_least(VF x, VF limit) { return choose(limit > x, limit, x); }
 FN VF at_most(VF x, VF limit) { return choose(limit < x, limit, x); }
+#endif
 FN VF magnitude(VF a) { return (VF)((VI)a & 0x7fffffff); }
 FN float sum(VF v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
 FN float largest(VF v) { float m = v[0]; for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m; return m; }
@@ -62,6 +71,13 @@ FN void store_bytes(uint8_t *to, VI v)
     VB bytes = __builtin_convertvector(v, VB);
     memcpy(to, &bytes, sizeof bytes);
 #endif
+}
+
+/* The low 16 bits of each lane. */
+FN void store_shorts(int16_t *to, VI v)
+{
+    VH shorts = __builtin_convertvector(v, VH);
+    memcpy(to, &shorts, sizeof shorts);
 }
 
 /* Half to even, for |x| < 2^22: adding 1.5 · 2^23 leaves the integer in the low bits. */
@@ -87,15 +103,14 @@ FN VF exponential(VF x)
 /* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x / (1 + e^−2…) */
 FN VF gelu(VF x) { return x / (exponential((x * x * -0.0713548163f - 1.59576912f) * x) + 1.f); }
 
-/* acc + the dot product of the four bytes of each lane, a (unsigned where OFFSET is 128) with b (signed). */
-FN VI dot4(VI acc, VI a, VI b)
+/* acc + the dot product of each lane's codes in a and b: four bytes, a's unsigned, or two of 16 bits where WIDE */
+FN VI dot(VI acc, VI a, VI b)
 {
 #if defined(USE_VNNI)
     __asm__(USE_VNNI " %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
-#elif defined(USE_AVX2) /* |a| · (b with the sign of a): two products of at most 127² fit 16 bits */
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)a), _mm256_sign_epi8((__m256i)b, (__m256i)a));
-    return acc + (VI)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#elif WIDE
+    return acc + (VI)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #else
     for (int shift = 24; shift >= 0; shift -= 8) acc += (VI)((VU)a << shift >> 24) * (b << shift >> 24);
     return acc;

@@ -45,10 +45,10 @@ TARGET void EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t
             to[n / width * width * padded_depth + (k / 2 * width + n % width) * 2 + k % 2] = factor[n * depth + k];
 }
 
-/* What cpu.py must know and agree with: shapes of tiles, the offsets, whether `low` holds bf16, sizes of arguments. */
+/* What cpu.py must know and agree with: shapes of tiles, WIDE, whether `low` holds bf16, sizes of arguments. */
 void EXPORT(geometry)(int64_t *to)
 {
-    int64_t numbers[] = {PANEL, LOW_PANEL, OFFSET, SMALL_CODES ? 128 : OFFSET, PAIRS, sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly),
-                         sizeof(Packing)};
+    int64_t numbers[] = {PANEL, LOW_PANEL, WIDE, PAIRS,
+                         sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly), sizeof(Packing)};
     memcpy(to, numbers, sizeof numbers);
 }

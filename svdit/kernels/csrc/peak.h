@@ -1,10 +1,10 @@
 /* The most this processor can do out of registers, for benchmarks: TILE_ROWS · TILE_VECTORS sums side by side. */
 
 typedef struct {
-    int64_t repeats, integers; /* integers: dot4, else multiply-add of floats */
+    int64_t repeats, integers; /* integers: `dot`, else multiply-add of floats */
 } Peak;
 
-#if defined(USE_VNNI) || defined(USE_AVX2)
+#if defined(USE_VNNI) || WIDE
 #define KEEP(x) __asm__ volatile("" : "+v"(x))
 #else
 #define KEEP(x) __asm__ volatile("" : : "m"(x) : "memory")
@@ -18,12 +18,13 @@ WORK void peak_some(const Peak *p, int thread, int threads)
     for (int64_t r = 0; p->integers && r < p->repeats; r++)
         UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
             if (i % TILE_VECTORS == 0) KEEP(a);
-            sums[i] = dot4(sums[i], a, b[i % TILE_VECTORS]);
+            sums[i] = dot(sums[i], a, b[i % TILE_VECTORS]);
         }
-    for (int64_t r = 0; !p->integers && r < p->repeats; r++) {
-        KEEP(x);
-        UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) totals[i] += x * y;
-    }
+    for (int64_t r = 0; !p->integers && r < p->repeats; r++)
+        UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
+            KEEP(x); /* or one product would do for all */
+            totals[i] += x * y;
+        }
     UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) { KEEP(sums[i]); KEEP(totals[i]); }
 }
 

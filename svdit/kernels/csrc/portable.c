@@ -4,8 +4,7 @@
 #define LANES 16
 #define TILE_ROWS 2
 #define TILE_VECTORS 2
-#define OFFSET 128
-#define SMALL_CODES 0
+#define WIDE 0
 #define PAIRS 1
 #include "lanes.h"
 #include "rows.h"

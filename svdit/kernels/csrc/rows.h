@@ -125,10 +125,16 @@ FN void transform_row(const Rows *r, int64_t m, float *hat)
     else if (r->hadamard) hadamard(hat, K, r->hadamard);
 }
 
-/* Codes of one row; its step is returned, not a number where the row holds one that is not finite.
+FN void store_codes(const Rows *r, int64_t at, VI codes)
+{
+    if (r->wide) store_shorts((int16_t *)r->codes + at, codes);
+    else store_bytes((uint8_t *)r->codes + at, codes + 128);
+}
+
+/* Codes of row m; its step is returned, not a number where the row holds one that is not finite.
    Products with 1 / step round as quotients do unless they lie within 2.3e-5 of the middle between two integers;
    rows with such a number are divided. */
-FN float quantize_row(const float *hat, int64_t columns, int32_t offset, uint8_t *codes)
+FN float quantize_row(const Rows *r, const float *hat, int64_t columns, int64_t m)
 {
     VF most = {0}, poison = {0};
     for (int64_t k = 0; k < columns; k += LANES) {
@@ -141,13 +147,13 @@ FN float quantize_row(const float *hat, int64_t columns, int32_t offset, uint8_t
         VF ratio = load(hat + k) * inverse;
         VI code = nearest(ratio);
         doubt |= magnitude(ratio - __builtin_convertvector(code, VF)) > 0.49997f;
-        store_bytes(codes + k, code + offset);
+        store_codes(r, m * columns + k, code);
     }
     if (any(doubt) || !(step > 1e-30f && step < 1e30f)) {
         if (step == 0) step = 1;
         for (int64_t k = 0; k < columns; k += LANES) {
             VF ratio = at_least(at_most(load(hat + k) / step, splat(127.f)), splat(-127.f));
-            store_bytes(codes + k, nearest(ratio) + offset);
+            store_codes(r, m * columns + k, nearest(ratio));
         }
     }
     return step + sum(poison);
@@ -164,7 +170,7 @@ WORK void quantize_some(const Rows *r, int thread, int threads)
         for (int64_t i = 0; i < rows; i++) {
             float *row = hat + i * Kp;
             transform_row(r, m0 + i, row);
-            r->steps[m0 + i] = quantize_row(row, Kp, (int32_t)r->offset, r->codes + (m0 + i) * Kp);
+            r->steps[m0 + i] = quantize_row(r, row, Kp, m0 + i);
             if (r->rank && PAIRS) for (int64_t k = 0; k < Kp; k += LANES) to_low(half + i * Kp + k, load(row + k));
         }
         for (int64_t i = 0; i < TILE_ROWS; i++) a[i] = (PAIRS ? half : (Low *)hat) + least(i, rows - 1) * Kp;
