@@ -35,7 +35,7 @@ from svdit.runtime.accelerate import accelerate
 from svdit.runtime.linear import stored
 
 SPREAD = 1.15
-SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4")}  # blocks and adaLN
+SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4"), "W4A4": ("W4A4", "int4")}  # blocks and adaLN
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 Run = Callable[[], Tensor]
 
@@ -226,7 +226,7 @@ def main() -> None:
         choices=["none", "eager", "compile"],
         help="compile takes a minute more",
     )
-    parser.add_argument("--memory-of", choices=["fp32", "W8A8", "W4A8"], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", choices=["fp32", *SCHEMES], help=argparse.SUPPRESS)
     args = parser.parse_args()
     setting = Setting(4, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)
     torch.set_grad_enabled(False)

@@ -6,13 +6,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from svdit.kernels.formats import WEIGHT_FORMATS, Format
+from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS
 from svdit.kernels.reference import SCALE_DTYPES, Scales
 from svdit.model.dit import DiT, DiTConfig
 from svdit.quant.linear import LinearSpec, SVDLinear, linears, quantized_layers, swap
 
 ADALN = {"int8": WEIGHT_FORMATS["int8"], "int4": WEIGHT_FORMATS["int4-bf16"]}
-SCHEMES = {"W8A8": "int8", "W4A8": "int4", "W4A8 channel": "int4-channel"}
+SCHEMES = {
+    "W8A8": ("int8", "int8"),
+    "W4A8": ("int4", "int8"),
+    "W4A8 channel": ("int4-channel", "int8"),
+    "W4A4": ("int4", "int4"),
+}
 
 
 def random_layer(linear: nn.Linear, spec: LinearSpec, generator: torch.Generator) -> SVDLinear:
@@ -45,7 +50,8 @@ def quantized(scheme: str, adaln: str = "int8", depth: int = 28, rank: int = 32,
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = DiT(DiTConfig(depth=depth, input_size=input_size))
-    spec = LinearSpec(rank, None, "bfloat16", WEIGHT_FORMATS[SCHEMES[scheme]], Format(8), True, True, 64)
+    weight, act = SCHEMES[scheme]
+    spec = LinearSpec(rank, None, "bfloat16", WEIGHT_FORMATS[weight], ACT_FORMATS[act], True, True, 64)
     for name, linear in list(linears(model)):
         if "adaLN" in name:
             swap(model, name, random_layer(linear, LinearSpec(weight=ADALN[adaln]), generator))

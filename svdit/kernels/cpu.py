@@ -21,6 +21,7 @@ from svdit.kernels.formats import Format
 from svdit.kernels.layer import Composed, Layer, Modulation, Residual
 
 DEPTH_STEP = 16
+EXACT_IN_BF16 = (torch.bfloat16, torch.int8)
 ISAS: dict[str, tuple[str, ...]] = {  # best first; what torch.cpu.get_capabilities() must say
     "avx512bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16", "fma3"),
     "avx512vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3"),
@@ -37,12 +38,14 @@ def _structure(name: str, integers: str, pointers: str) -> type[Structure]:
 
 # As in csrc/kernels.h.
 Rows = _structure(
-    "Rows", "rows depth tokens stride hadamard rank wide", "x shift scale in_shift in_inverse l2 codes steps low"
+    "Rows",
+    "rows depth tokens stride hadamard rank group lo hi offset wide",
+    "x shift scale in_shift in_inverse l2 codes steps low",
 )
 Product = _structure(
     "Product",
-    "rows depth outputs tokens stride rank bits group gelu",
-    "codes steps low weight multiples offsets channel bias l1 gate residual out",
+    "rows depth outputs tokens stride rank bits gelu group act_group offset",
+    "codes low steps weight multiples offsets channel bias l1 gate residual out",
 )
 
 
@@ -98,7 +101,7 @@ class Kernels:
         call = Packing(outputs=O, depth=I, bits=bits, group=layer.weight.group)
         stored = layer.stored.contiguous()
         call.stored = pointer(stored, torch.int8 if bits == 8 else torch.uint8, (O, -(-I * bits // 8)))
-        if layer.weight.group:
+        if layer.weight.scale == "int8":
             groups = layer.scales.groups.contiguous()
             call.multiples = pointer(groups, torch.int8, (O, layer.weight.groups(I)))
         call.weight, call.sums = packed.data_ptr(), sums.data_ptr()
@@ -161,30 +164,42 @@ def row_pointer(x: Tensor, images: int, columns: int, stride: int) -> int:
 
 
 class IntegerLinear:
-    """W8A8 and W4A8: codes of activations and low-rank projection, then the integer product with its epilogue."""
+    """W8A8, W4A8 and W4A4: codes of activations and low-rank projection, then the integer product with its epilogue."""
 
     def __init__(self, layer: Layer, kernels: Kernels) -> None:
-        self.kernels, self.shape = kernels, layer.shape
+        assert layer.act is not None, "activations without a format"
+        self.kernels, self.shape, self.act = kernels, layer.shape, layer.act
         O, I = self.shape
         self.depth, self.outputs = padded(I, DEPTH_STEP), padded(O, kernels.panel)
         self.rank = 0 if layer.l1 is None else layer.l1.shape[1]
-        wide = kernels.wide and layer.weight.bits == 8
-        self.codes, self.offset = (torch.int16, 0) if wide else (torch.uint8, 128)  # how activation codes are kept
+        bits, group = layer.weight.bits, layer.weight.group
+        wide = kernels.wide and bits == 8
+        self.codes = torch.int16 if wide else torch.uint8  # of activations, with an offset that makes bytes unsigned
+        self.offset = 0 if wide else 128 if self.act.bits == 8 else -self.act.lo
         self._keep(layer)
-        static = {"depth": I, "rank": self.rank}
+        static = {"depth": I, "rank": self.rank, "offset": self.offset}
         inputs = {name: None if x is None else x.data_ptr() for name, x in self.inputs.items()}
         weights = {name: None if x is None else x.data_ptr() for name, x in self.weights.items()}
-        bits, group = layer.weight.bits, layer.weight.group
-        self.rows = Rows(hadamard=layer.hadamard, wide=wide, **static, **inputs)
-        self.product = Product(outputs=O, bits=bits, group=group, **static, **weights)
+        span = {"group": self.act.group, "lo": self.act.lo, "hi": self.act.hi}
+        self.rows = Rows(hadamard=layer.hadamard, wide=wide, **span, **static, **inputs)
+        self.product = Product(outputs=O, bits=bits, group=group, act_group=self.act.group, **static, **weights)
 
     @staticmethod
     def takes(layer: Layer) -> bool:
-        """Whether the kernels compute such a layer: integers of one step a row, 8-bit tokens, bf16 factors."""
-        form = layer.weight
-        stored = form.bits in (4, 8) and (form.scale == "fp32" or form.group % 8 == 0)
-        factors = layer.l1 is None or layer.l1.dtype == torch.bfloat16
-        return layer.act == Format(8) and layer.has_integers and stored and factors
+        """Whether the kernels compute such a layer: 8-bit tokens and integers of one step a row, or both in groups of
+        4-bit integers; bf16 factors."""
+        form, act = layer.weight, layer.act
+        if act is None or (act.element, form.element) != ("int", "int") or "affine" in (act.span, form.span):
+            return False
+        if act.group:
+            scaled = form.group == 0 or (form.group == act.group and layer.scales.groups.dtype in EXACT_IN_BF16)
+            stored = (
+                (act.bits, act.scale, form.bits) == (4, "bf16", 4) and act.group in (16, 32, 64, 128, 256) and scaled
+            )
+        else:
+            whole = layer.has_integers and (form.scale == "fp32" or form.group % 8 == 0)
+            stored = act == Format(8) and form.bits in (4, 8) and whole
+        return stored and (layer.l1 is None or layer.l1.dtype == torch.bfloat16)
 
     def _keep(self, layer: Layer) -> None:
         """Everything the kernels read, packed; `layer` itself is not kept."""
@@ -199,24 +214,29 @@ class IntegerLinear:
         }
         self.weights = {
             "weight": weight,
-            "multiples": self._multiples(layer) if layer.weight.group else None,
+            "multiples": self._multiples(layer) if layer.weight.group or self.act.group else None,
             "offsets": offsets,
-            "channel": pad(layer.steps(), self.outputs),
+            "channel": pad(layer.steps() if layer.has_integers else torch.ones(self.shape[0]), self.outputs),
             "bias": torch.zeros(self.outputs) if layer.bias is None else pad(layer.bias, self.outputs),
             "l1": kernels.pack_factor(low[0].contiguous(), kernels.panel, 2) if low else None,
         }
 
     def _multiples(self, layer: Layer) -> Tensor:
-        """(O, G) int8 to (panels, G, panel)"""
-        groups = layer.scales.groups
-        whole = torch.zeros(self.outputs, groups.shape[1], dtype=torch.int8)
+        """One number a group of the weight, (panels, G, panel): int8, or bf16 where activations have groups."""
+        groups, panel = layer.scales.groups, self.kernels.panel
+        if self.act.group:
+            groups = (
+                groups.bfloat16() if layer.weight.group else torch.ones(len(groups), self.act.groups(self.shape[1]))
+            )
+        whole = torch.zeros(self.outputs, groups.shape[1], dtype=torch.bfloat16 if self.act.group else torch.int8)
         whole[: len(groups)] = groups
-        return whole.view(-1, self.kernels.panel, groups.shape[1]).transpose(1, 2).contiguous()
+        return whole.view(-1, panel, groups.shape[1]).transpose(1, 2).contiguous()
 
     def quantize(self, x: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, I) to codes (M, padded I) with the offset, steps (M,) and x̂ L2ᵀ (M, padded R)."""
+        """x (N, T, I) to codes (M, padded I) with the offset, steps (M, groups) and x̂ L2ᵀ (M, padded R)."""
         N, T, I = x.shape
-        codes, steps = torch.empty(N * T, self.depth, dtype=self.codes), torch.empty(N * T)
+        codes = torch.empty(N * T, self.depth, dtype=self.codes)
+        steps = torch.empty(N * T, self.act.groups(I))
         low = torch.empty(N * T, padded(self.rank, self.kernels.low_panel), dtype=self.kernels.low_dtype)
         call = Rows.from_buffer_copy(self.rows)
         call.rows, call.tokens = N * T, T

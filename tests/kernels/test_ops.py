@@ -106,6 +106,8 @@ def test_layers_without_integers_are_not_taken() -> None:
     assert not layer("int4-bf16", "int8").has_integers
     assert not cpu.IntegerLinear.takes(layer("fp8", "int8"))
     assert not cpu.IntegerLinear.takes(layer("int8", "fp8"))
+    assert cpu.IntegerLinear.takes(layer("int4", "int4")) and cpu.IntegerLinear.takes(layer("int4-bf16", "int4"))
+    assert not cpu.IntegerLinear.takes(layer("int8", "int4"))
     assert not cpu.WeightOnlyLinear.takes(layer("fp8", None))
     assert cpu.IntegerLinear.takes(layer("int4", "int8", rank=0))
     assert not cpu.IntegerLinear.takes(replace(layer("int8", "int8"), act=Format(8, span="unsigned")))

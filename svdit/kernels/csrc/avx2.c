@@ -9,6 +9,7 @@
 #define PAIRS 0
 #include "lanes.h"
 #include "rows.h"
+#include "panels.h"
 #include "product.h"
 #include "attention.h"
 #include "weights.h"

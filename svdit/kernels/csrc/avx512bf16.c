@@ -11,6 +11,7 @@
 #define USE_BF16
 #include "lanes.h"
 #include "rows.h"
+#include "panels.h"
 #include "product.h"
 #include "attention.h"
 #include "weights.h"

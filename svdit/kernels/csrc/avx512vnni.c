@@ -10,6 +10,7 @@
 #define USE_VNNI "vpdpbusd"
 #include "lanes.h"
 #include "rows.h"
+#include "panels.h"
 #include "product.h"
 #include "attention.h"
 #include "weights.h"

@@ -7,27 +7,30 @@
 
 enum { DEPTH_STEP = 16 };
 
-/* x to codes and steps, x̂ = ((x − in_shift) / in_scale) H; with `shift` first LayerNorm and modulation. */
+/* x to codes and steps, x̂ = ((x − in_shift) / in_scale) H; with `shift` first LayerNorm and modulation.
+   Codes have 8 bits and a step a row; with a `group` of columns they are lo … hi with a bf16 step a group: lo is 0 for
+   what is never negative, −hi, or the code of the element of largest magnitude. */
 typedef struct {
-    int64_t rows, depth, tokens, stride, hadamard, rank, wide; /* stride: between images of shift and of scale */
+    int64_t rows, depth, tokens, stride, hadamard, rank, group, lo, hi, offset, wide; /* stride: of shift and scale */
     const float *x;                                      /* (rows, depth) */
     const float *shift, *scale;                          /* (images, depth) with `stride`, or null */
     const float *in_shift, *in_inverse;                  /* (padded depth), or null; in_inverse is 1 / in_scale */
     const uint16_t *l2;                                  /* as packed by pack_factor */
-    void *codes;                                         /* (rows, padded depth): bytes code + 128; wide: int16 code */
-    float *steps;                                        /* (rows) */
+    void *codes;                                         /* (rows, padded depth): bytes code + offset; wide: int16 */
+    float *steps;                                        /* (rows), or (rows, depth / group) */
     void *low;                                           /* (rows, padded rank) x̂ L2ᵀ, float or bf16 */
 } Rows;
 
 /* out = residual + gate · gelu(steps · codes · weightᵀ · channel + low · l1ᵀ + bias); every part after · optional. */
 typedef struct {
-    int64_t rows, depth, outputs, tokens, stride, rank, bits, group, gelu; /* stride: between images of gate */
-    const void *codes;                                                     /* from Rows */
+    int64_t rows, depth, outputs, tokens, stride, rank, bits, gelu; /* stride: between images of gate */
+    int64_t group;             /* of the weight's multiples, or 0 */
+    int64_t act_group, offset; /* Rows.group, and then what Rows added to codes */
+    const void *codes, *low;   /* from Rows */
     const float *steps;
-    const void *low;
     const uint8_t *weight;     /* as packed by pack_weight */
-    const int8_t *multiples;   /* (panels, depth / group, panel), or null */
-    const int32_t *offsets;    /* (padded outputs): 128 · the sum of each row of integers, or 0 */
+    const void *multiples;     /* (panels, depth / group, panel) int8; (…, depth / act_group, …) bf16; or null */
+    const int32_t *offsets;    /* (padded outputs): offset · the sum of each row of integers */
     const float *channel;      /* (padded outputs) fp32 step of each row */
     const float *bias;         /* (padded outputs) */
     const uint16_t *l1;        /* as packed by pack_factor */

@@ -83,6 +83,7 @@ FN void store_shorts(int16_t *to, VI v)
 /* Half to even, for |x| < 2^22: adding 1.5 · 2^23 leaves the integer in the low bits. */
 FN VI nearest(VF x) { return (VI)((VU)(x + 12582912.f) - 0x4b400000); }
 
+FN float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
 FN VU bf16_bits(VF x) { VU u = (VU)x; return (u + 0x7fff + (u >> 16 & 1)) >> 16; }
 
 /* eˣ, within 2 ulp, x clamped to ±87: x = n ln 2 + r, degree-6 polynomial in r (Cephes). */

@@ -8,6 +8,7 @@
 #define PAIRS 1
 #include "lanes.h"
 #include "rows.h"
+#include "panels.h"
 #include "product.h"
 #include "attention.h"
 #include "weights.h"

@@ -1,4 +1,4 @@
-/* Activations to codes: LayerNorm, modulation, in_shift, in_scale, Hadamard, one step a row, low-rank projection.
+/* Activations to codes: LayerNorm, modulation, in_shift, in_scale, Hadamard, steps, low-rank projection.
    TILE_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the order of
    reference.rotate, so that without LayerNorm the codes are the reference's bit for bit. */
 
@@ -125,10 +125,11 @@ FN void transform_row(const Rows *r, int64_t m, float *hat)
     else if (r->hadamard) hadamard(hat, K, r->hadamard);
 }
 
+/* Codes with the offset, from place `at` on. */
 FN void store_codes(const Rows *r, int64_t at, VI codes)
 {
     if (r->wide) store_shorts((int16_t *)r->codes + at, codes);
-    else store_bytes((uint8_t *)r->codes + at, codes + 128);
+    else store_bytes((uint8_t *)r->codes + at, codes + (int32_t)r->offset);
 }
 
 /* Codes of row m; its step is returned, not a number where the row holds one that is not finite.
@@ -159,6 +160,44 @@ FN float quantize_row(const Rows *r, const float *hat, int64_t columns, int64_t 
     return step + sum(poison);
 }
 
+/* The step of one group as stored; `poison` becomes no number where the group holds one that is not finite. */
+FN float group_step(const Rows *r, const float *x, VF *poison)
+{
+    VF top = splat(-INFINITY), bottom = splat(INFINITY);
+    for (int64_t k = 0; k < r->group; k += LANES) {
+        VF v = load(x + k);
+        top = at_least(v, top), bottom = at_most(v, bottom), *poison += v * 0.f;
+    }
+    float most = largest(top), opposite = largest(-bottom), ideal;
+    if (r->lo == 0) ideal = most / (float)r->hi;
+    else if (r->lo == -r->hi) ideal = (most > opposite ? most : opposite) / (float)r->hi;
+    else {
+        int64_t first = 0; /* of two equally large ones the first counts */
+        if (most == opposite) while (fabsf(x[first]) < most) first++;
+        ideal = (most > opposite || (most == opposite && x[first] > 0) ? most : -opposite) / (float)r->lo;
+    }
+    return from_bf16((uint16_t)bf16_bits(splat(ideal == 0 ? 1 : ideal))[0]);
+}
+
+/* Codes and steps of row m in groups, of which all are no numbers where the row holds one that is not finite. A step
+   that bf16 rounds to zero makes quotients infinite, and 0 / 0 a code of 0. */
+FN void quantize_groups(const Rows *r, const float *hat, int64_t m)
+{
+    int64_t groups = r->depth / r->group;
+    float *steps = r->steps + m * groups;
+    VF poison = {0}, lo = splat((float)r->lo), hi = splat((float)r->hi);
+    for (int64_t g = 0; g < groups; g++) {
+        const float *x = hat + g * r->group;
+        steps[g] = group_step(r, x, &poison);
+        for (int64_t k = 0; k < r->group; k += LANES) {
+            VF ratio = load(x + k) / steps[g];
+            VI codes = nearest(at_least(at_most(ratio, hi), lo)) & (ratio == ratio);
+            store_codes(r, m * r->depth + g * r->group + k, codes);
+        }
+    }
+    for (int64_t g = 0; g < groups; g++) steps[g] += sum(poison);
+}
+
 WORK void quantize_some(const Rows *r, int thread, int threads)
 {
     int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), blocks = padded(r->rows, TILE_ROWS) / TILE_ROWS;
@@ -170,7 +209,8 @@ WORK void quantize_some(const Rows *r, int thread, int threads)
         for (int64_t i = 0; i < rows; i++) {
             float *row = hat + i * Kp;
             transform_row(r, m0 + i, row);
-            r->steps[m0 + i] = quantize_row(r, row, Kp, m0 + i);
+            if (r->group) quantize_groups(r, row, m0 + i);
+            else r->steps[m0 + i] = quantize_row(r, row, Kp, m0 + i);
             if (r->rank && PAIRS) for (int64_t k = 0; k < Kp; k += LANES) to_low(half + i * Kp + k, load(row + k));
         }
         for (int64_t i = 0; i < TILE_ROWS; i++) a[i] = (PAIRS ? half : (Low *)hat) + least(i, rows - 1) * Kp;

@@ -1,0 +1,83 @@
+/* Weights lie in panels of PANEL outputs: (panels, depth / 4, PANEL, 4). Panels of 4 bits, and where WIDE all panels,
+   are expanded one by one into a buffer that stays in cache. */
+
+typedef struct {
+    void *codes;    /* (depth / CODES, PANEL, CODES) for `dot`; 4-bit codes where WIDE (depth / 4, PANEL, 4) */
+    VI *multiples;  /* where WIDE (groups, TILE_VECTORS), each twice in its 32 bits */
+    VF *scales;     /* where activations have groups (groups, TILE_VECTORS): of the weights */
+    VI *starts;     /* and there −offset · the sum of a group's codes */
+} Expanded;
+
+/* Four bytes of each lane, as two products of 16 bits, times `twice`; all fit 8 bits. */
+FN VI times(VI bytes, VI twice)
+{
+    VS b = (VS)bytes, even = (b << 8 >> 8) * (VS)twice, odd = (b >> 8) * (VS)twice;
+    return (VI)((even & 255) | (odd << 8));
+}
+
+/* acc + the sum of each lane's four signed bytes */
+FN VI byte_sum(VI acc, VI bytes)
+{
+    for (int shift = 24; shift >= 0; shift -= 8) acc += (VI)((VU)bytes << shift) >> 24;
+    return acc;
+}
+
+/* Multiples twice in 32 bits; or with groups of activations the scales that multiples are of the outputs' steps. */
+FN void expand_groups(const Product *p, int64_t panel, int64_t groups, Expanded to)
+{
+    const int8_t *multiples = (const int8_t *)p->multiples + panel * groups * PANEL;
+    const uint16_t *halves = (const uint16_t *)p->multiples + panel * groups * PANEL;
+    for (int64_t i = 0; i < groups * TILE_VECTORS; i++)
+        for (int lane = 0; lane < LANES; lane++) {
+            int64_t at = i * LANES + lane;
+            int multiple = p->group && !p->act_group ? multiples[at] : 1;
+            if (p->act_group) to.scales[i][lane] = from_bf16(halves[at]) * p->channel[panel * PANEL + at % PANEL];
+            else to.multiples[i][lane] = (multiple & 0xffff) | (int)((unsigned)multiple << 16);
+        }
+}
+
+/* A 4-bit panel is (depth / 8, PANEL, 4): byte t holds code 8k + t + 8 in its low half and 8k + 4 + t + 8 above.
+   Codes are multiplied by their group's multiple, which fits 8 bits, except where WIDE or with groups of activations. */
+FN void expand_nibbles(const Product *p, int64_t panel, int64_t size, Expanded to)
+{
+    int64_t Kp = padded(p->depth, DEPTH_STEP), groups = p->depth / size;
+    const uint8_t *from = p->weight + panel * PANEL * Kp / 2;
+    const VU low = 0x0f0f0f0f + (VU){0}, eights = 0x08080808 + (VU){0}, signs = 0x80808080 + (VU){0};
+    expand_groups(p, panel, groups, to);
+    if (p->act_group) memset(to.starts, 0, (size_t)groups * TILE_VECTORS * sizeof(VI));
+    for (int64_t k = 0; k < Kp / 8; k++) {
+        int64_t group = least(8 * k / size, groups - 1);
+        for (int j = 0; j < TILE_VECTORS; j++) {
+            VU both = (VU)load_int(from + (k * PANEL + j * LANES) * 4);
+            for (int half = 0; half < 2; half++) {
+                VI code = (VI)((((both >> 4 * half & low) | signs) - eights) ^ signs); /* byte by byte, no borrow */
+                VI *start = to.starts + group * TILE_VECTORS + j;
+                if (p->act_group) *start -= byte_sum((VI){0}, code) * (int32_t)p->offset;
+                else if (p->group && !WIDE) code = times(code, to.multiples[group * TILE_VECTORS + j]);
+                memcpy((VI *)to.codes + (2 * k + half) * TILE_VECTORS + j, &code, sizeof code);
+            }
+        }
+    }
+}
+
+/* An 8-bit panel with its codes 16 bits wide. */
+FN void expand_bytes(const Product *p, int64_t panel, Expanded to)
+{
+    int64_t Kp = padded(p->depth, DEPTH_STEP);
+    const VI *from = (const VI *)(p->weight + panel * PANEL * Kp);
+    for (int64_t k = 0; k < Kp / 4; k++)
+        for (int j = 0; j < TILE_VECTORS; j++) {
+            VS bytes = (VS)load_int(from + k * TILE_VECTORS + j), even = bytes << 8 >> 8, odd = bytes >> 8;
+            VI halves[2] = {((VI)even & 0xffff) | ((VI)odd << 16), (VI)((VU)even >> 16) | ((VI)odd & ~0xffff)};
+            for (int half = 0; half < 2; half++)
+                memcpy((VI *)to.codes + (2 * k + half) * TILE_VECTORS + j, halves + half, sizeof(VI));
+        }
+}
+
+/* Room for one panel: `bytes` of codes, and what goes with `groups`. */
+FN Expanded new_panel(int64_t bytes, int64_t groups)
+{
+    size_t each = (size_t)padded(groups * TILE_VECTORS * (int64_t)sizeof(VI), 64);
+    char *room = aligned_alloc(64, (size_t)padded(bytes, 64) + 3 * each);
+    return (Expanded){room + 3 * each, (VI *)room, (VF *)(room + each), (VI *)(room + 2 * each)};
+}
