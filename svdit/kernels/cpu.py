@@ -21,6 +21,7 @@ from svdit.kernels.formats import Format
 from svdit.kernels.layer import Composed, Layer, Modulation, Residual
 
 DEPTH_STEP = 16
+GROUPS = (16, 32, 64, 128, 256)  # that are added up in fp32
 EXACT_IN_BF16 = (torch.bfloat16, torch.int8)
 ISAS: dict[str, tuple[str, ...]] = {  # best first; what torch.cpu.get_capabilities() must say
     "avx512bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16", "fma3"),
@@ -44,7 +45,7 @@ Rows = _structure(
 )
 Product = _structure(
     "Product",
-    "rows depth outputs tokens stride rank bits gelu group act_group offset",
+    "rows depth outputs tokens stride rank bits gelu group floats offset row_steps",
     "codes low steps weight multiples offsets channel bias l1 gate residual out",
 )
 
@@ -172,34 +173,34 @@ class IntegerLinear:
         O, I = self.shape
         self.depth, self.outputs = padded(I, DEPTH_STEP), padded(O, kernels.panel)
         self.rank = 0 if layer.l1 is None else layer.l1.shape[1]
-        bits, group = layer.weight.bits, layer.weight.group
+        self.group, bits = layer.weight.group or self.act.group, layer.weight.bits
+        self.floats = bool(self.act.group) or not layer.has_integers  # groups are added up in fp32
         wide = kernels.wide and bits == 8
         self.codes = torch.int16 if wide else torch.uint8  # of activations, with an offset that makes bytes unsigned
         self.offset = 0 if wide else 128 if self.act.bits == 8 else -self.act.lo
         self._keep(layer)
         static = {"depth": I, "rank": self.rank, "offset": self.offset}
+        span = {"group": self.act.group, "lo": self.act.lo, "hi": self.act.hi}
+        sums = {"group": self.group, "floats": self.floats, "row_steps": self.act.groups(I)}
         inputs = {name: None if x is None else x.data_ptr() for name, x in self.inputs.items()}
         weights = {name: None if x is None else x.data_ptr() for name, x in self.weights.items()}
-        span = {"group": self.act.group, "lo": self.act.lo, "hi": self.act.hi}
         self.rows = Rows(hadamard=layer.hadamard, wide=wide, **span, **static, **inputs)
-        self.product = Product(outputs=O, bits=bits, group=group, act_group=self.act.group, **static, **weights)
+        self.product = Product(outputs=O, bits=bits, **sums, **static, **weights)
 
     @staticmethod
     def takes(layer: Layer) -> bool:
-        """Whether the kernels compute such a layer: 8-bit tokens and integers of one step a row, or both in groups of
-        4-bit integers; bf16 factors."""
+        """Whether the kernels compute such a layer: integers of 4 or 8 bits, each with a scale a row or scales of the
+        same groups, which bf16 holds; bf16 factors."""
         form, act = layer.weight, layer.act
         if act is None or (act.element, form.element) != ("int", "int") or "affine" in (act.span, form.span):
             return False
-        if act.group:
-            scaled = form.group == 0 or (form.group == act.group and layer.scales.groups.dtype in EXACT_IN_BF16)
-            stored = (
-                (act.bits, act.scale, form.bits) == (4, "bf16", 4) and act.group in (16, 32, 64, 128, 256) and scaled
-            )
+        rows = act == Format(8) or ((act.bits, act.scale) == (4, "bf16") and act.group in GROUPS)
+        if layer.has_integers and not act.group:
+            stored = form.scale == "fp32" or form.group % 8 == 0
         else:
-            whole = layer.has_integers and (form.scale == "fp32" or form.group % 8 == 0)
-            stored = act == Format(8) and form.bits in (4, 8) and whole
-        return stored and (layer.l1 is None or layer.l1.dtype == torch.bfloat16)
+            same = form.group in GROUPS and act.group in (0, form.group)
+            stored = not form.group or (same and layer.scales.groups.dtype in EXACT_IN_BF16)
+        return rows and stored and form.bits in (4, 8) and (layer.l1 is None or layer.l1.dtype == torch.bfloat16)
 
     def _keep(self, layer: Layer) -> None:
         """Everything the kernels read, packed; `layer` itself is not kept."""
@@ -214,7 +215,7 @@ class IntegerLinear:
         }
         self.weights = {
             "weight": weight,
-            "multiples": self._multiples(layer) if layer.weight.group or self.act.group else None,
+            "multiples": self._multiples(layer) if self.group else None,
             "offsets": offsets,
             "channel": pad(layer.steps() if layer.has_integers else torch.ones(self.shape[0]), self.outputs),
             "bias": torch.zeros(self.outputs) if layer.bias is None else pad(layer.bias, self.outputs),
@@ -222,13 +223,11 @@ class IntegerLinear:
         }
 
     def _multiples(self, layer: Layer) -> Tensor:
-        """One number a group of the weight, (panels, G, panel): int8, or bf16 where activations have groups."""
+        """One number a group of the weight, (panels, G, panel): int8, or bf16 where groups are added up in fp32."""
         groups, panel = layer.scales.groups, self.kernels.panel
-        if self.act.group:
-            groups = (
-                groups.bfloat16() if layer.weight.group else torch.ones(len(groups), self.act.groups(self.shape[1]))
-            )
-        whole = torch.zeros(self.outputs, groups.shape[1], dtype=torch.bfloat16 if self.act.group else torch.int8)
+        if not layer.weight.group:
+            groups = torch.ones(len(groups), self.act.groups(self.shape[1]))
+        whole = torch.zeros(self.outputs, groups.shape[1], dtype=torch.bfloat16 if self.floats else torch.int8)
         whole[: len(groups)] = groups
         return whole.view(-1, panel, groups.shape[1]).transpose(1, 2).contiguous()
 

@@ -51,6 +51,16 @@ class Layer:
         """(O, I) int8, or float8 for E4M3"""
         return ref.unpack(self.stored, self.weight, self.columns)
 
+    def with_whole_codes(self) -> "Layer":
+        """The same with integer codes of 2 and 3 bits kept in 4, of 5 to 7 in 8."""
+        form = self.weight
+        bits = 4 if form.bits <= 4 else 8
+        if form.element != "int" or form.bits == bits:
+            return self
+        codes = self.codes()
+        form = replace(form, bits=bits)
+        return replace(self, stored=ref.pack(codes, form), weight=form)
+
     def transform(self, x: Tensor) -> Tensor:
         """x̂, fp32"""
         x = x.float()

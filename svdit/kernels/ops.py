@@ -65,6 +65,7 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
 
     `inner`: only layers and attention of this backend read the output, so that it may be bfloat16.
     """
+    layer = layer.with_whole_codes()
     if backend == "cpu" and cpu.IntegerLinear.takes(layer):
         return cpu.IntegerLinear(layer, cpu.kernels())
     if backend == "cpu" and cpu.WeightOnlyLinear.takes(layer):

@@ -21,15 +21,16 @@ typedef struct {
     void *low;                                           /* (rows, padded rank) x̂ L2ᵀ, float or bf16 */
 } Rows;
 
-/* out = residual + gate · gelu(steps · codes · weightᵀ · channel + low · l1ᵀ + bias); every part after · optional. */
+/* out = residual + gate · gelu(steps · codes · weightᵀ · channel + low · l1ᵀ + bias); every part after · optional.
+   A `group` of columns has a multiple: an integer, for the weight's; or with `floats` a number, for sums in fp32. */
 typedef struct {
     int64_t rows, depth, outputs, tokens, stride, rank, bits, gelu; /* stride: between images of gate */
-    int64_t group;             /* of the weight's multiples, or 0 */
-    int64_t act_group, offset; /* Rows.group, and then what Rows added to codes */
+    int64_t group, floats, offset; /* offset: what Rows added to codes */
+    int64_t row_steps;         /* 1, or depth / group */
     const void *codes, *low;   /* from Rows */
-    const float *steps;
+    const float *steps;        /* (rows, row_steps) */
     const uint8_t *weight;     /* as packed by pack_weight */
-    const void *multiples;     /* (panels, depth / group, panel) int8; (…, depth / act_group, …) bf16; or null */
+    const void *multiples;     /* (panels, depth / group, panel) int8, or bf16, or null */
     const int32_t *offsets;    /* (padded outputs): offset · the sum of each row of integers */
     const float *channel;      /* (padded outputs) fp32 step of each row */
     const float *bias;         /* (padded outputs) */

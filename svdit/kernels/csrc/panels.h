@@ -4,8 +4,8 @@
 typedef struct {
     void *codes;    /* (depth / CODES, PANEL, CODES) for `dot`; 4-bit codes where WIDE (depth / 4, PANEL, 4) */
     VI *multiples;  /* where WIDE (groups, TILE_VECTORS), each twice in its 32 bits */
-    VF *scales;     /* where activations have groups (groups, TILE_VECTORS): of the weights */
-    VI *starts;     /* and there −offset · the sum of a group's codes */
+    VF *scales;     /* with `floats` (groups, TILE_VECTORS) */
+    VI *starts;     /* and then −offset · the sum of a group's codes */
 } Expanded;
 
 /* Four bytes of each lane, as two products of 16 bits, times `twice`; all fit 8 bits. */
@@ -22,7 +22,7 @@ FN VI byte_sum(VI acc, VI bytes)
     return acc;
 }
 
-/* Multiples twice in 32 bits; or with groups of activations the scales that multiples are of the outputs' steps. */
+/* What stands for whole groups: multiples, or the scales that they are of the outputs' steps. */
 FN void expand_groups(const Product *p, int64_t panel, int64_t groups, Expanded to)
 {
     const int8_t *multiples = (const int8_t *)p->multiples + panel * groups * PANEL;
@@ -30,30 +30,26 @@ FN void expand_groups(const Product *p, int64_t panel, int64_t groups, Expanded 
     for (int64_t i = 0; i < groups * TILE_VECTORS; i++)
         for (int lane = 0; lane < LANES; lane++) {
             int64_t at = i * LANES + lane;
-            int multiple = p->group && !p->act_group ? multiples[at] : 1;
-            if (p->act_group) to.scales[i][lane] = from_bf16(halves[at]) * p->channel[panel * PANEL + at % PANEL];
+            int multiple = p->group && !p->floats ? multiples[at] : 1;
+            if (p->floats) to.scales[i][lane] = from_bf16(halves[at]) * p->channel[panel * PANEL + at % PANEL];
             else to.multiples[i][lane] = (multiple & 0xffff) | (int)((unsigned)multiple << 16);
         }
 }
 
 /* A 4-bit panel is (depth / 8, PANEL, 4): byte t holds code 8k + t + 8 in its low half and 8k + 4 + t + 8 above.
-   Codes are multiplied by their group's multiple, which fits 8 bits, except where WIDE or with groups of activations. */
+   Codes are multiplied by their group's integer, which fits 8 bits, except where WIDE. */
 FN void expand_nibbles(const Product *p, int64_t panel, int64_t size, Expanded to)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), groups = p->depth / size;
     const uint8_t *from = p->weight + panel * PANEL * Kp / 2;
     const VU low = 0x0f0f0f0f + (VU){0}, eights = 0x08080808 + (VU){0}, signs = 0x80808080 + (VU){0};
-    expand_groups(p, panel, groups, to);
-    if (p->act_group) memset(to.starts, 0, (size_t)groups * TILE_VECTORS * sizeof(VI));
     for (int64_t k = 0; k < Kp / 8; k++) {
         int64_t group = least(8 * k / size, groups - 1);
         for (int j = 0; j < TILE_VECTORS; j++) {
             VU both = (VU)load_int(from + (k * PANEL + j * LANES) * 4);
             for (int half = 0; half < 2; half++) {
                 VI code = (VI)((((both >> 4 * half & low) | signs) - eights) ^ signs); /* byte by byte, no borrow */
-                VI *start = to.starts + group * TILE_VECTORS + j;
-                if (p->act_group) *start -= byte_sum((VI){0}, code) * (int32_t)p->offset;
-                else if (p->group && !WIDE) code = times(code, to.multiples[group * TILE_VECTORS + j]);
+                if (p->group && !p->floats && !WIDE) code = times(code, to.multiples[group * TILE_VECTORS + j]);
                 memcpy((VI *)to.codes + (2 * k + half) * TILE_VECTORS + j, &code, sizeof code);
             }
         }
@@ -72,6 +68,30 @@ FN void expand_bytes(const Product *p, int64_t panel, Expanded to)
             for (int half = 0; half < 2; half++)
                 memcpy((VI *)to.codes + (2 * k + half) * TILE_VECTORS + j, halves + half, sizeof(VI));
         }
+}
+
+/* With what the sums of groups start, so that the offset of activations falls out of them. */
+FN void expand_starts(const Product *p, int64_t size, Expanded to)
+{
+    for (int64_t g = 0; g < p->depth / size; g++)
+        for (int j = 0; j < TILE_VECTORS; j++) {
+            VI total = {0};
+            for (int64_t k = g * size / 4; p->offset && k < (g + 1) * size / 4; k++)
+                total = byte_sum(total, load_int((VI *)to.codes + k * TILE_VECTORS + j));
+            to.starts[g * TILE_VECTORS + j] = total * -(int32_t)p->offset;
+        }
+}
+
+/* Panel number `panel` of the weight, groups of `size` columns, into the room of `own`. */
+FN Expanded expand(const Product *p, int64_t panel, int64_t size, Expanded own)
+{
+    int64_t Kp = padded(p->depth, DEPTH_STEP);
+    if (p->bits == 4 || p->floats) expand_groups(p, panel, p->depth / size, own);
+    if (p->bits == 4) expand_nibbles(p, panel, size, own);
+    else if (WIDE) expand_bytes(p, panel, own);
+    else own.codes = (uint8_t *)p->weight + panel * PANEL * Kp;
+    if (p->floats) expand_starts(p, size, own);
+    return own;
 }
 
 /* Room for one panel: `bytes` of codes, and what goes with `groups`. */

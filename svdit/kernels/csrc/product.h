@@ -1,17 +1,20 @@
 /* The integer product and what follows it. */
 
-/* acc[i][j] += Σ_k a[i][k] b[k][j] for the lanes of `dot` from `first` to `last` */
-FN void integer_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_ROWS], const VI *b, int64_t first,
-                     int64_t last)
+/* acc[i][j] += Σ_k a[i][k] b[k][j] for the lanes of `dot` from `first` to `last`; in registers, for `acc` could alias */
+WORK void integer_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_ROWS], const VI *b, int64_t first,
+                       int64_t last)
 {
+    VI sums[TILE_ROWS][TILE_VECTORS];
+    memcpy(sums, acc, sizeof sums);
     for (int64_t k = first; k < last; k++) {
         VI weights[TILE_VECTORS];
         UNROLL for (int j = 0; j < TILE_VECTORS; j++) weights[j] = load_int(b + k * TILE_VECTORS + j);
         UNROLL for (int i = 0; i < TILE_ROWS; i++) {
             VI codes = broadcast(a[i] + k);
-            UNROLL for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = dot(acc[i][j], codes, weights[j]);
+            UNROLL for (int j = 0; j < TILE_VECTORS; j++) sums[i][j] = dot(sums[i][j], codes, weights[j]);
         }
     }
+    memcpy(acc, sums, sizeof sums);
 }
 
 #if WIDE
@@ -50,20 +53,24 @@ FN void small_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_
 FN void grouped_sums(VF y[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_ROWS], const float *const steps[TILE_ROWS],
                      Expanded b, const Product *p)
 {
-    int64_t lanes = p->act_group / 4;
-    for (int64_t g = 0; g < p->depth / p->act_group; g++) {
+    int64_t lanes = p->group / (p->bits == 4 ? 4 : CODES);
+    for (int64_t g = 0; g < p->depth / p->group; g++) {
         VI acc[TILE_ROWS][TILE_VECTORS];
         UNROLL for (int i = 0; i < TILE_ROWS; i++)
             UNROLL for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = b.starts[g * TILE_VECTORS + j];
 #if WIDE
         const VI ones[TILE_VECTORS] = {splat_int(0x10001), splat_int(0x10001)};
-        short_sums(acc, a, b.codes, g * lanes, (g + 1) * lanes, ones);
-#else
-        integer_sums(acc, a, b.codes, g * lanes, (g + 1) * lanes);
+        int64_t run = p->offset == 128 ? (lanes % 8 ? 4 : 8) : lanes; /* as in small_sums; small codes fit for longer */
+        for (int64_t k = g * lanes; p->bits == 4 && k < (g + 1) * lanes; k += run)
+            short_sums(acc, a, b.codes, k, k + run, ones);
+        if (p->bits == 8)
 #endif
-        UNROLL for (int i = 0; i < TILE_ROWS; i++)
+            integer_sums(acc, a, b.codes, g * lanes, (g + 1) * lanes);
+        UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+            float step = steps[i][p->row_steps > 1 ? g : 0];
             UNROLL for (int j = 0; j < TILE_VECTORS; j++)
-                y[i][j] += __builtin_convertvector(acc[i][j], VF) * (b.scales[g * TILE_VECTORS + j] * steps[i][g]);
+                y[i][j] += __builtin_convertvector(acc[i][j], VF) * (b.scales[g * TILE_VECTORS + j] * step);
+        }
     }
 }
 
@@ -81,15 +88,15 @@ FN void finish(const Product *p, const float *gate, int64_t m, int64_t n, VF v)
 FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), rows = least(TILE_ROWS, p->rows - m0);
-    int64_t lanes = Kp / (p->bits == 4 ? 4 : CODES), groups = p->act_group ? p->depth / p->act_group : 1;
+    int64_t lanes = Kp / (p->bits == 4 ? 4 : CODES);
     const int32_t *a[TILE_ROWS];
     const float *steps[TILE_ROWS];
     VF y[TILE_ROWS][TILE_VECTORS] = {0};
     UNROLL for (int i = 0; i < TILE_ROWS; i++) {
         int64_t m = m0 + least(i, rows - 1);
-        a[i] = (const int32_t *)p->codes + m * lanes, steps[i] = p->steps + m * groups;
+        a[i] = (const int32_t *)p->codes + m * lanes, steps[i] = p->steps + m * p->row_steps;
     }
-    if (p->act_group) grouped_sums(y, a, steps, b, p);
+    if (p->floats) grouped_sums(y, a, steps, b, p);
     else {
         VI acc[TILE_ROWS][TILE_VECTORS] = {0};
 #if WIDE
@@ -124,12 +131,10 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
 WORK void multiply_some(const Product *p, int thread, int threads)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), panels = padded(p->outputs, PANEL) / PANEL;
-    int64_t size = p->act_group ? p->act_group : p->group ? p->group : p->depth;
-    Expanded own = new_panel(PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size), b = own;
+    int64_t size = p->group ? p->group : p->depth;
+    Expanded own = new_panel(PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size);
     for (int64_t panel = panels * thread / threads; panel < panels * (thread + 1) / threads; panel++) {
-        if (p->bits == 4) expand_nibbles(p, panel, size, b);
-        else if (WIDE) expand_bytes(p, panel, b);
-        else b.codes = (uint8_t *)p->weight + panel * PANEL * Kp;
+        Expanded b = expand(p, panel, size, own);
         for (int64_t m = 0; m < p->rows; m += TILE_ROWS) product_tile(p, b, panel, m);
     }
     free(own.multiples); /* the beginning of its room */
