@@ -76,7 +76,7 @@ def steady(times: list[float]) -> bool:
     return high / low <= SPREAD
 
 
-def whole_model(setting: Setting, batch: int, bf16: str) -> None:
+def whole_model(setting: Setting, batch: int, bf16: bool, compiled: bool) -> None:
     """The table of the whole model: time, ratio to the eager float model, error against it."""
     x, t, y = model_inputs(batch)
     plain = in_floats(quantized("W8A8", "int8", setting.depth, setting.rank))
@@ -84,10 +84,12 @@ def whole_model(setting: Setting, batch: int, bf16: str) -> None:
         "fp32 eager": lambda: plain(x, t, y),
         "fp32 eager medium": lambda: with_precision("medium", lambda: plain(x, t, y)),
     }
-    if bf16 != "none":
+    if bf16:
         half = copy.deepcopy(plain).bfloat16()
         candidates["bf16 eager"] = lambda: half(x.bfloat16(), t, y)
-    if bf16 == "compile":
+    if compiled:
+        candidates["fp32 compile + freezing"] = compiled_model(copy.deepcopy(plain), x, t, y)
+    if compiled and bf16:
         candidates["bf16 compile + freezing"] = compiled_model(copy.deepcopy(half), x.bfloat16(), t, y)
     truth = {"fp32": plain(x, t, y)}
     for name, (scheme, adaln) in SCHEMES.items():
@@ -204,10 +206,12 @@ def memory_of(setting: Setting, kind: str) -> None:
     del model
     start = time.perf_counter()
     run = accelerate(run)
+    packed = time.perf_counter() - start
     added = (settled() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
     run(*model_inputs(2))
-    first, peak = time.perf_counter() - start, (resident()[1] - before) / 2**20
+    first, peak = packed + time.perf_counter() - start, (resident()[1] - before) / 2**20
     print(f"{kind:6} adds {added:6.0f} MiB, {peak:6.0f} in a forward pass; packed and run once in {first:.2f} s")
     if setting.keep:
         record("cpu", f"{kind}, memory added", peak, "MiB", "peak of a forward pass, batch 2, over torch alone")
@@ -220,12 +224,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument(
-        "--bf16",
-        default="eager",
-        choices=["none", "eager", "compile"],
-        help="compile takes a minute more",
-    )
+    parser.add_argument("--no-bf16", action="store_true", help="it is four times slower than fp32 without AVX-512")
+    parser.add_argument("--compile", action="store_true", help="floats compiled and frozen too; minutes more")
+    parser.add_argument("--only", choices=["parts", "memory", "model"], help="one of the three")
     parser.add_argument("--memory-of", choices=["fp32", *SCHEMES], help=argparse.SUPPRESS)
     args = parser.parse_args()
     setting = Setting(4, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)
@@ -233,12 +234,13 @@ def main() -> None:
     if args.memory_of:
         memory_of(setting, args.memory_of)
         return
-    parts(setting)
-    for kind in ("fp32", *SCHEMES):
+    if args.only in (None, "parts"):
+        parts(setting)
+    for kind in ("fp32", *SCHEMES) if args.only in (None, "memory") else ():
         quick = ["--quick"] if args.quick else []
         subprocess.run([sys.executable, __file__, "--memory-of", kind, *quick], check=True)
-    for batch in [2] if args.quick else args.batch:
-        whole_model(setting, batch, args.bf16)
+    for batch in ([2] if args.quick else args.batch) if args.only in (None, "model") else ():
+        whole_model(setting, batch, not args.no_bf16, args.compile)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": lambda: listed("cost", "bench_cost.py"),
     "evaluation": lambda: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
     "evaluation speed": lambda: listed("evaluation", "evaluation.py"),
-    "cpu": lambda: listed("cpu", "bench_cpu.py"),
+    "cpu": lambda: listed("cpu", "bench_cpu.py --compile"),
+    "anchors": lambda: listed("anchors", "bench_anchors.py"),
+    "sampling": lambda: listed("sampling", "bench_sampling.py"),
 }
 
 

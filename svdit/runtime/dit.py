@@ -16,6 +16,7 @@ from svdit.kernels.layer import Modulation, Residual
 from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
 from svdit.model.layers import Block, FinalLayer
+from svdit.runtime import opaque
 from svdit.runtime.graph import Replayed
 from svdit.runtime.linear import Packer
 
@@ -37,11 +38,17 @@ class FastBlock(nn.Module):
         self.tokens = HIDDEN_BYTES // (4 * block.mlp.fc1.out_features)  # at once, in whole images
         self.modulations = pack(block.adaLN_modulation[1], f"{name}.adaLN_modulation.1")
 
+    def attention(self, qkv: Tensor) -> Tensor:
+        """(N, T, 3D) to (N, T, D)"""
+        if self.backend == "cpu" and torch.compiler.is_compiling():
+            return opaque.attention(qkv, self.heads)
+        return ops.attention(qkv, self.heads, self.backend)
+
     # fmt: off
     def forward(self, x: Tensor, c: Tensor, place: Tensor | slice) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulations(c)[0, place].chunk(6, dim=1)    # (N, D) each
         qkv = self.qkv(x, modulation=Modulation(shift1, scale1))                                        # (N, T, 3D)
-        self.proj(ops.attention(qkv, self.heads, self.backend), residual=Residual(x, gate1))            # (N, T, D)
+        self.proj(self.attention(qkv), residual=Residual(x, gate1))            # (N, T, D)
         del qkv
         step = len(x) if x.is_cuda else max(1, self.tokens // x.shape[1])
         for part in (slice(i, i + step) for i in range(0, len(x), step)):
@@ -85,7 +92,8 @@ class FastDiT(DiT):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.step(x, t, y) if x.is_cuda and self.graphs else self.compute(x, t, y)
+        recorded = x.is_cuda and self.graphs and not torch.compiler.is_compiling()
+        return self.step(x, t, y) if recorded else self.compute(x, t, y)
 
     # fmt: off
     def compute(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -107,9 +115,10 @@ class FastDiT(DiT):
 def distinct(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
     """The different pairs of (t, y) and every image's place among them.
 
-    On a GPU all pairs as they are: a few rows more cost nothing, and their number would have to be waited for.
+    On a GPU and under torch.compile all pairs as they are: a few rows more cost little, and their number would have to
+    be waited for.
     """
-    if t.is_cuda:
+    if t.is_cuda or torch.compiler.is_compiling():
         return t, y, slice(None)
     each, place = torch.unique(torch.stack([t.double(), y.double()]), dim=1, return_inverse=True)
     return each[0].to(t.dtype), each[1].to(y.dtype), place

@@ -8,6 +8,7 @@ from svdit.kernels import ops
 from svdit.kernels.layer import Composed, Layer, Linear, Modulation, Residual
 from svdit.kernels.reference import Scales
 from svdit.quant.linear import SVDLinear
+from svdit.runtime.opaque import Opaque
 
 
 def stored(layer: SVDLinear) -> Layer:
@@ -70,7 +71,7 @@ class Packer:
         """The layer called `name`; a packed SVDLinear is left without memory. `inner` as in `ops.pack`."""
         linear: Linear = Plain(module)
         if isinstance(module, SVDLinear) and module.spec.weight and self.backend != "reference":
-            linear = ops.pack(stored(module), self.backend, inner)
+            linear = Opaque(ops.pack(stored(module), self.backend, inner), module.out_features)
             module.to("meta")
         return Checked(linear, name) if self.debug else linear
 

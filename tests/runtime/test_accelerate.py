@@ -81,6 +81,14 @@ def test_stored_layers_compile_into_one_graph(tiny: DiT, config: str) -> None:
         assert relative(compiled(X, T, Y), model(X, T, Y)) < 2e-3
 
 
+@pytest.mark.parametrize("backend", [name for name in USABLE if name != "reference"])
+def test_an_accelerated_model_compiles_into_one_graph(tiny: DiT, backend: str) -> None:
+    fast = accelerate(quantized(tiny, "w8a8"), backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    assert relative(compiled(X, T, Y), fast(X, T, Y)) < 1e-5
+
+
 def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
     model, walk = load_model("digits"), SamplingConfig("ddim", "ddim10", 1.5)
     recipe = recipe_for("w4a8", rank=8, smoothing=7, iterations=1)

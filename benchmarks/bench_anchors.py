@@ -1,0 +1,106 @@
+"""One block of DiT-XL/2 beside other runtimes: SDNQ with an SVD branch, torchao, OpenVINO, each as it advises.
+
+    pip install -e '.[bench]'
+    python benchmarks/bench_anchors.py
+
+All of them quantize the same random float block, and the error beside each time is to that block. They compute in
+bfloat16 where the processor has dot products of it, else in fp32. The rest as in bench_cpu.py.
+"""
+
+import argparse
+import copy
+import statistics
+
+import torch
+import torch.nn.functional as F
+from bench_cpu import Run, measure, ratio, steady
+from random_models import in_floats, model_inputs, quantized
+from record import record
+from torch import Tensor, nn
+
+from svdit.kernels import cpu
+from svdit.model.dit import DiT
+from svdit.quant.config import dit_config, recipe_for
+from svdit.quant.quantize import quantize_
+from svdit.runtime.accelerate import accelerate
+
+HAS_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+DTYPE = torch.bfloat16 if HAS_BF16 else torch.float32
+
+
+def ours(model: DiT, preset: str, x: Tensor, c: Tensor) -> Run:
+    """Everything quantized, adaLN too."""
+    adaln = "int4" if preset == "w4a8" else "int8"
+    quantize_(model, dit_config(recipe_for(preset, rank=32), adaln), lambda model: model(*model_inputs(16)))
+    block, c = accelerate(model).blocks[0], F.silu(c)[None]
+    return lambda: block(x.clone(), c, slice(None))  # which is updated in place
+
+
+def sdnq(block: nn.Module, x: Tensor, c: Tensor) -> Run:
+    """INT8 products beside a branch of rank 32; SDNQ compiles its layers itself."""
+    from sdnq import sdnq_post_load_quant
+
+    options = {"weights_dtype": "int8", "use_svd": True, "svd_rank": 32, "use_quantized_matmul": True}
+    block = sdnq_post_load_quant(block.to(DTYPE), torch_dtype=DTYPE, **options)
+    x, c = x.to(DTYPE), c.to(DTYPE)
+    return lambda: block(x, c)
+
+
+def torchao(block: nn.Module, x: Tensor, c: Tensor) -> Run:
+    """Activations by token, weights by row, compiled."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.utils import should_reduce_range
+
+    block = block.to(DTYPE)
+    quantize_(block, Int8DynamicActivationInt8WeightConfig(reduce_range=should_reduce_range(torch.device("cpu"))))
+    compiled, x, c = torch.compile(block), x.to(DTYPE), c.to(DTYPE)
+    return lambda: compiled(x, c)
+
+
+def openvino(block: nn.Module, x: Tensor, c: Tensor) -> Run:
+    """NNCF's static quantization, calibrated on the inputs themselves."""
+    import nncf
+    import openvino as ov
+
+    converted = ov.convert_model(block, example_input=(x, c))
+    converted = nncf.quantize(converted, nncf.Dataset([(x.numpy(), c.numpy())]), subset_size=1)
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled, inputs = ov.compile_model(converted, "CPU", hints), (x.numpy(), c.numpy())
+    return lambda: torch.from_numpy(compiled(inputs)[0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--quick", action="store_true", help="three rounds, nothing is recorded")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    x, c = torch.randn(2, 256, 1152), torch.randn(2, 1152)
+    model = in_floats(quantized("W8A8", "int8", depth=1))
+    block = model.blocks[0]
+    candidates: dict[str, Run] = {"fp32 eager": lambda: block(x, c)}
+    for preset in ("w8a8", "w4a8"):
+        candidates[f"svdit {preset}"] = ours(copy.deepcopy(model), preset, x, c)
+    with torch.no_grad():
+        for name, make in {"SDNQ INT8, SVD 32": sdnq, "torchao INT8": torchao, "OpenVINO INT8": openvino}.items():
+            try:
+                candidates[name] = make(copy.deepcopy(block), x, c)
+                candidates[name]()
+            except Exception as error:  # somebody else's code: whatever it says
+                candidates.pop(name, None)
+                print(f"{name} does not run here: {str(error).splitlines()[0]}")
+        times = measure(candidates, 3 if args.quick else args.rounds)
+        keep = steady(times["fp32 eager"]) and not args.quick
+        expected = block(x, c)
+        for name, run in candidates.items():
+            error = float((run().float() - expected).norm() / expected.norm())
+            milliseconds = 1e3 * statistics.median(times[name])
+            over = ratio(times, name, "svdit w8a8")
+            print(f"{name:20} {milliseconds:8.1f} ms, {over:5.2f} times svdit w8a8; error {error:.2g}")
+            if keep:
+                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {cpu.kernels().isa}"
+                record("anchors", f"{name}, time over svdit w8a8", over, "×", note)
+
+
+if __name__ == "__main__":
+    main()

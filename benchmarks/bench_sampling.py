@@ -1,0 +1,79 @@
+"""What a user waits for: `sample.py` on DiT-XL/2 at 256 px, before (fp32) and after (quantized), from start to file.
+
+    python benchmarks/bench_sampling.py
+
+Random weights, and a randomly filled VAE of Stable Diffusion's architecture: time does not depend on them. The files
+take 4 GB for as long as it runs.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from random_models import in_floats, quantized
+from record import record
+
+from svdit.checkpoints.store import save_model
+from svdit.shims import allow_cpu_torchvision
+
+ROOT = Path(__file__).parents[1]
+MODELS = {"fp32": ("W8A8", "int8"), "W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4")}  # blocks and adaLN
+
+
+def save_vae(folder: Path) -> None:
+    """AutoencoderKL as Stable Diffusion has it, 84 million weights."""
+    allow_cpu_torchvision()
+    from diffusers import AutoencoderKL
+
+    stages = 4
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=256,
+    ).save_pretrained(folder)
+
+
+def seconds(checkpoint: Path, vae: Path, classes: int, steps: int) -> float:
+    """Of one `sample.py`, from its start to the written picture."""
+    labels = [str(10 * i) for i in range(classes)]
+    out = checkpoint.with_suffix(".png")
+    command = [sys.executable, "sample.py", "--ckpt", str(checkpoint), "--vae", str(vae), "--output", str(out)]
+    command += ["--sampler", "ddim", "--num-sampling-steps", str(steps), "--classes", *labels]
+    start = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert out.exists()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pictures", type=int, default=4, help="at once, for pictures a minute")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as folder:
+        vae = Path(folder) / "vae"
+        save_vae(vae)
+        files = {name: Path(folder) / f"{name}.safetensors" for name in MODELS}
+        for name, (scheme, adaln) in MODELS.items():
+            model = quantized(scheme, adaln)
+            save_model(in_floats(model) if name == "fp32" else model, files[name], name="DiT-XL/2")
+        for name, file in files.items():
+            first = seconds(file, vae, 1, args.steps)
+            record(
+                "sampling", f"{name}, first picture", first, "s", f"sample.py, DDIM {args.steps}, from start to file"
+            )
+            rate = 60 * args.pictures / seconds(file, vae, args.pictures, args.steps)
+            note = f"sample.py, DDIM {args.steps}, {args.pictures} at once, from start to file"
+            record("sampling", f"{name}, pictures a minute", rate, "/min", note)
+
+
+if __name__ == "__main__":
+    main()
