@@ -113,13 +113,13 @@ def calibration(model: DiT, seed: int = 0) -> ForwardLoop:
     return calibration_loop(images=images, steps=steps, seed=seed)
 
 
-def draw(model: DiT, count: int) -> Pixels:
+def draw(model: DiT, count: int, walk: SamplingConfig = WALK) -> Pixels:
     config, vae, drawn = model.config, load_autoencoder("none"), []
     shape = (config.in_channels, config.input_size, config.input_size)
     for start in range(0, count, BATCH):
         indices = range(start, min(start + BATCH, count))
         labels, noise = image_labels(1, indices, config.num_classes), image_noise(1, indices, shape, CPU)
-        drawn.append(pictures(model, vae, labels, noise, WALK))
+        drawn.append(pictures(model, vae, labels, noise, walk))
     return np.concatenate(drawn)
 
 

@@ -1,6 +1,7 @@
 """What a user waits for: `sample.py` on DiT-XL/2 at 256 px, before (fp32) and after (quantized), from start to file.
 
     python benchmarks/bench_sampling.py
+    python benchmarks/bench_sampling.py --digits      # what --cfg-interval gives and costs, on the trained digits
 
 Random weights, and a randomly filled VAE of Stable Diffusion's architecture: time does not depend on them. The files
 take 4 GB for as long as it runs.
@@ -11,13 +12,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from bench_cpu import measure, ratio
+from bench_end_to_end import WALK, differences, draw
 from random_models import in_floats, quantized
 from record import record
 
-from svdit.checkpoints.store import save_model
+from svdit.checkpoints.store import load_model, save_model
 from svdit.shims import allow_cpu_torchvision
 
 ROOT = Path(__file__).parents[1]
@@ -52,12 +56,30 @@ def seconds(checkpoint: Path, vae: Path, classes: int, steps: int) -> float:
     return time.perf_counter() - start
 
 
+def intervals(count: int) -> None:
+    """Guidance in a part of the steps: time over that of guidance always, and the pictures' difference to it."""
+    model = load_model("digits")
+    walks = {pair: replace(WALK, cfg_interval=pair) for pair in (None, (200, 999), (0, 800), (200, 800), (400, 800))}
+    drawn = {pair: draw(model, count, walk) for pair, walk in walks.items()}
+    runs = {str(pair): lambda walk=walk: draw(model, 16, walk) for pair, walk in walks.items()}
+    times = measure(runs, 9)
+    for pair in list(walks)[1:]:
+        psnr, relative = differences(drawn[pair], drawn[None])
+        note = f"{count} digits, DDIM 50, cfg 1.5; {psnr:.1f} dB PSNR, relative L2 {relative:.4f} to guidance always"
+        over = ratio(times, "None", str(pair))
+        record("guidance interval", f"timesteps {pair[0]} to {pair[1]}, speed", over, "×", note)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=4, help="at once, for pictures a minute")
+    parser.add_argument("--digits", action="store_true", help="only --cfg-interval on the digits")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
+    if args.digits:
+        intervals(256)
+        return
     with tempfile.TemporaryDirectory() as folder:
         vae = Path(folder) / "vae"
         save_vae(vae)

@@ -95,6 +95,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evaluation speed": lambda: listed("evaluation", "evaluation.py"),
     "cpu": lambda: listed("cpu", "bench_cpu.py --compile"),
     "anchors": lambda: listed("anchors", "bench_anchors.py"),
+    "guidance interval": lambda: listed("guidance interval", "bench_sampling.py --digits"),
     "sampling": lambda: listed("sampling", "bench_sampling.py"),
 }
 

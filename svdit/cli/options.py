@@ -72,7 +72,7 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) -> None:
-    """--sampler, --num-sampling-steps, --cfg-scale, --cfg-channels, --vae"""
+    """--sampler, --num-sampling-steps, --cfg-scale, --cfg-channels, --cfg-interval, --vae"""
     group = parser.add_argument_group("sampling")
     group.add_argument("--sampler", default="ddpm", choices=["ddpm", "ddim", "dpm++"], help="default: ddpm")
     group.add_argument("--num-sampling-steps", default="250", metavar="STEPS", help="250, ddim50, ...; default: 250")
@@ -82,6 +82,13 @@ def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) ->
         default="three",
         choices=CFG_CHANNELS,
         help="channels that are guided; default, as published: three",
+    )
+    group.add_argument(
+        "--cfg-interval",
+        nargs=2,
+        type=int,
+        metavar=("FIRST", "LAST"),
+        help="guide at these timesteps (0 to 999) only, which is faster and gives other pictures; default: at all",
     )
     group.add_argument(
         "--vae",
@@ -94,7 +101,8 @@ def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) ->
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     from svdit.sampling.generate import SamplingConfig
 
-    return SamplingConfig(args.sampler, args.num_sampling_steps, args.cfg_scale, CFG_CHANNELS[args.cfg_channels])
+    channels, interval = CFG_CHANNELS[args.cfg_channels], args.cfg_interval and tuple(args.cfg_interval)
+    return SamplingConfig(args.sampler, args.num_sampling_steps, args.cfg_scale, channels, interval)
 
 
 def flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

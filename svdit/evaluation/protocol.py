@@ -17,7 +17,7 @@ from svdit.evaluation.inputs import Inputs, Set
 from svdit.evaluation.metrics import KID_SUBSET_SIZE
 from svdit.evaluation.weights import SHA256
 
-SAMPLE_FIELDS = ("image_size", "sampler", "steps", "cfg_scale", "cfg_channels", "vae", "label_policy")
+SAMPLE_FIELDS = ("image_size", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "vae", "label_policy")
 NOT_COMPARED = ("sample_seed",)  # another seed is another draw of the same protocol; errors are then not paired
 PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "pillow")
 

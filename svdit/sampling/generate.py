@@ -27,6 +27,7 @@ class SamplingConfig:
     steps: str = "250"
     cfg_scale: float = 4.0
     cfg_channels: int | None = 3
+    cfg_interval: tuple[int, int] | None = None  # first and last guided timestep, 0 … 999; None: all
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -35,6 +36,9 @@ class SamplingConfig:
             raise UserError(f"a guidance scale cannot be {self.cfg_scale}; give 1 for none, 1.5 or 4 for example")
         if self.cfg_channels is not None and self.cfg_channels < 1:
             raise UserError(f"guidance cannot act on {self.cfg_channels} channels; give at least 1, or None for all")
+        if self.cfg_interval is not None and not 0 <= self.cfg_interval[0] <= self.cfg_interval[1] < 1000:
+            first, last = self.cfg_interval
+            raise UserError(f"guidance cannot act from timestep {first} to {last}; give two, ascending, of 0 to 999")
         make_schedule(self.steps)  # raises where the steps cannot be taken
 
 
@@ -52,7 +56,8 @@ def generate(
     step. A label that the model does not have is a UserError.
     """
     _check_labels(labels, model.config.num_classes)
-    denoise = guided(model, labels.to(model.pos_embed.device), model.null_class, config.cfg_scale, config.cfg_channels)
+    y = labels.to(model.pos_embed.device)
+    denoise = guided(model, y, model.null_class, config.cfg_scale, config.cfg_channels, config.cfg_interval)
     return SAMPLERS[config.sampler](denoise, draw(), make_schedule(config.steps), noise=draw, callback=callback)
 
 

@@ -144,6 +144,11 @@ def test_cfg_channels() -> None:
     assert options.sampling_config(arguments("--cfg-channels", "all")).cfg_channels is None
 
 
+def test_cfg_interval() -> None:
+    assert options.sampling_config(arguments()).cfg_interval is None
+    assert options.sampling_config(arguments("--cfg-interval", "100", "700")).cfg_interval == (100, 700)
+
+
 def test_progress_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
     with options.progress("sampling") as tick:
         tick(1, 2)

@@ -43,3 +43,19 @@ def test_all_channels_guides_the_fourth_too(golden_learned: Golden) -> None:
 def test_scale_one_is_the_conditional_model(golden: Golden) -> None:
     x, t, y = golden["x"], golden["t"], golden["y"]
     assert torch.equal(guided(golden.model, y, 10, 1)(x, t), golden.model(x, t, y))
+
+
+@torch.no_grad()
+def test_outside_of_an_interval_only_the_class_is_asked_for(golden: Golden) -> None:
+    x, y, sizes = golden["x"][:2], torch.tensor([1, 2]), list[int]()
+
+    def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        return golden.model(x, t, y)
+
+    part, always, never = (
+        guided(model, y, 10, s, 3, interval) for s, interval in ((4, (100, 500)), (4, None), (1, None))
+    )
+    for t, same in ((99, never), (100, always), (500, always), (501, never)):
+        assert torch.equal(part(x, torch.full((2,), t)), same(x, torch.full((2,), t)))
+    assert sizes == [2, 2, 4, 4, 4, 4, 2, 2]

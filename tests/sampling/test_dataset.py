@@ -21,7 +21,7 @@ COUNT = 7
 KEYS = {
     *("tool", "version", "model", "checkpoint", "checkpoint_sha256", "quantization", "precision", "image_size"),
     *("num_images", "num_classes", "label_policy", "labels", "seed", "sampler", "steps", "cfg_scale"),
-    *("cfg_channels", "vae", "files"),
+    *("cfg_channels", "cfg_interval", "vae", "files"),
 }
 
 

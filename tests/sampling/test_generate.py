@@ -81,6 +81,8 @@ def test_an_unknown_class_is_named(label: int) -> None:
         ({"cfg_scale": float("nan")}, "guidance scale cannot be nan"),
         ({"cfg_scale": -1.0}, "guidance scale cannot be -1"),
         ({"cfg_channels": 0}, "cannot act on 0 channels"),
+        ({"cfg_interval": (500, 100)}, "cannot act from timestep 500 to 100"),
+        ({"cfg_interval": (0, 1000)}, "cannot act from timestep 0 to 1000"),
     ],
 )
 def test_impossible_configurations_say_why(options: dict[str, object], said: str) -> None:
