@@ -67,14 +67,14 @@ FN void attend(const Attention *a, int64_t pair, float *keys, float *values, flo
     }
 }
 
-WORK void attend_some(const Attention *a, int thread, int threads)
+WORK void attend_some(const Attention *a, int64_t *next)
 {
     int64_t pairs = a->images * a->heads;
     size_t columns = (size_t)padded(a->tokens, PANEL);
     float *keys = calloc(columns * (size_t)a->head, sizeof(float));
     float *values = calloc((size_t)(a->tokens * padded(a->head, PANEL)), sizeof(float));
     float *scores = malloc(TILE_ROWS * columns * sizeof(float));
-    for (int64_t pair = pairs * thread / threads; pair < pairs * (thread + 1) / threads; pair++)
+    for (int64_t pair; (pair = take(next)) < pairs;)
         attend(a, pair, keys, values, scores);
     free(keys);
     free(values);

@@ -130,9 +130,14 @@ FN VF dot2(VF acc, VI a, VI b)
 #endif
 }
 
-/* Run work(arguments, thread, threads) on torch's OpenMP threads. */
+/* Run work(arguments, next) on torch's OpenMP threads. Pieces are taken from the counter `next` until none is left, for
+   cores are not equally fast: some are shared with others, some are small ones. */
 #ifdef _OPENMP
-#define PARALLEL(work, arguments) _Pragma("omp parallel") work(arguments, omp_get_thread_num(), omp_get_num_threads())
+#define PARALLEL(work, arguments) int64_t next = 0; _Pragma("omp parallel") work(arguments, &next)
+FN int64_t team(void) { return omp_get_num_threads(); }
 #else
-#define PARALLEL(work, arguments) work(arguments, 0, 1)
+#define PARALLEL(work, arguments) int64_t next = 0; work(arguments, &next)
+FN int64_t team(void) { return 1; }
 #endif
+
+FN int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }

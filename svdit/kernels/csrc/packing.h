@@ -23,15 +23,16 @@ FN int32_t pack_nibbles(const Packing *p, const uint8_t *row, const int8_t *mult
     return total;
 }
 
-WORK void pack_some(const Packing *p, int thread, int threads)
+WORK void pack_some(const Packing *p, int64_t *next)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), bytes = (p->depth * p->bits + 7) / 8;
-    for (int64_t n = p->outputs * thread / threads; n < p->outputs * (thread + 1) / threads; n++) {
-        const uint8_t *row = p->stored + n * bytes;
-        uint8_t *to = p->weight + n / PANEL * PANEL * Kp * p->bits / 8 + n % PANEL * 4;
-        const int8_t *multiples = p->multiples ? p->multiples + n * (p->depth / p->group) : 0;
-        p->sums[n] = p->bits == 8 ? pack_bytes(p, (const int8_t *)row, to) : pack_nibbles(p, row, multiples, to);
-    }
+    for (int64_t first; (first = take(next) * PANEL) < p->outputs;)
+        for (int64_t n = first; n < least(first + PANEL, p->outputs); n++) {
+            const uint8_t *row = p->stored + n * bytes;
+            uint8_t *to = p->weight + first * Kp * p->bits / 8 + (n - first) * 4;
+            const int8_t *multiples = p->multiples ? p->multiples + n * (p->depth / p->group) : 0;
+            p->sums[n] = p->bits == 8 ? pack_bytes(p, (const int8_t *)row, to) : pack_nibbles(p, row, multiples, to);
+        }
 }
 
 void EXPORT(pack_weight)(const Packing *p) { PARALLEL(pack_some, p); }

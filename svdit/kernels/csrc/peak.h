@@ -10,11 +10,11 @@ typedef struct {
 #define KEEP(x) __asm__ volatile("" : : "m"(x) : "memory")
 #endif
 
-WORK void peak_some(const Peak *p, int thread, int threads)
+WORK void peak_some(const Peak *p, int64_t *next)
 {
-    VI sums[TILE_ROWS * TILE_VECTORS] = {0}, a = splat_int(thread + 0x01020304), b[TILE_VECTORS];
+    VI sums[TILE_ROWS * TILE_VECTORS] = {0}, a = splat_int((int32_t)take(next) + 0x01020304), b[TILE_VECTORS];
     VF totals[TILE_ROWS * TILE_VECTORS] = {0}, x = splat(1e-3f), y = splat(1e-3f);
-    for (int j = 0; j < TILE_VECTORS; j++) b[j] = splat_int(threads + j);
+    for (int j = 0; j < TILE_VECTORS; j++) b[j] = splat_int(j + 1);
     for (int64_t r = 0; p->integers && r < p->repeats; r++)
         UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
             if (i % TILE_VECTORS == 0) KEEP(a);

@@ -128,14 +128,19 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
     }
 }
 
-WORK void multiply_some(const Product *p, int thread, int threads)
+WORK void multiply_some(const Product *p, int64_t *next)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), panels = padded(p->outputs, PANEL) / PANEL;
     int64_t size = p->group ? p->group : p->depth;
-    Expanded own = new_panel(PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size);
-    for (int64_t panel = panels * thread / threads; panel < panels * (thread + 1) / threads; panel++) {
-        Expanded b = expand(p, panel, size, own);
-        for (int64_t m = 0; m < p->rows; m += TILE_ROWS) product_tile(p, b, panel, m);
+    int64_t tiles = padded(p->rows, TILE_ROWS) / TILE_ROWS, parts = padded(4 * team(), panels) / panels;
+    Expanded own = new_panel(PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size), b = own;
+    parts = least(parts, padded(tiles, 8) / 8); /* of the rows, where panels are few for so many threads */
+    for (int64_t piece, last = -1, panel; (piece = take(next)) < panels * parts; last = panel) {
+        int64_t part = piece % parts;
+        panel = piece / parts;
+        if (panel != last) b = expand(p, panel, size, own);
+        for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; tile++)
+            product_tile(p, b, panel, tile * TILE_ROWS);
     }
     free(own.multiples); /* the beginning of its room */
 }

@@ -198,12 +198,12 @@ FN void quantize_groups(const Rows *r, const float *hat, int64_t m)
     for (int64_t g = 0; g < groups; g++) steps[g] += sum(poison);
 }
 
-WORK void quantize_some(const Rows *r, int thread, int threads)
+WORK void quantize_some(const Rows *r, int64_t *next)
 {
     int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), blocks = padded(r->rows, TILE_ROWS) / TILE_ROWS;
     float *hat = malloc(TILE_ROWS * (size_t)Kp * sizeof(float));
     Low *half = malloc(TILE_ROWS * (size_t)Kp * sizeof(Low));
-    for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
+    for (int64_t block; (block = take(next)) < blocks;) {
         int64_t m0 = block * TILE_ROWS, rows = least(TILE_ROWS, r->rows - m0);
         const Low *a[TILE_ROWS];
         for (int64_t i = 0; i < rows; i++) {

@@ -22,11 +22,11 @@ FN void decode_row(const WeightOnly *w, int64_t n, float *to)
     }
 }
 
-WORK void weigh_some(const WeightOnly *w, int thread, int threads)
+WORK void weigh_some(const WeightOnly *w, int64_t *next)
 {
     int64_t K = w->depth, Kp = padded(K, LANES), blocks = padded(w->outputs, FOUR) / FOUR;
     float *decoded = calloc(FOUR * (size_t)Kp, sizeof(float));
-    for (int64_t block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
+    for (int64_t block; (block = take(next)) < blocks;) {
         int64_t n0 = block * FOUR, outputs = least(FOUR, w->outputs - n0);
         for (int64_t j = 0; j < outputs; j++) decode_row(w, n0 + j, decoded + j * Kp);
         for (int64_t m = 0; m < w->rows; m += 2) {
