@@ -27,7 +27,7 @@ from random_models import in_floats, model_inputs, quantized, random_layer
 from record import record
 from torch import Tensor, nn
 
-from svdit.kernels import cpu, ops
+from svdit.kernels import cpu, native, ops
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.model.dit import DiT
 from svdit.quant.linear import LinearSpec
@@ -107,7 +107,7 @@ def whole_model(setting: Setting, batch: int, bf16: bool, compiled: bool) -> Non
         median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
         print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
         if good:
-            note = f"{median * 1e3:.0f} ms; {shape}, {cpu.kernels().isa}, error {error:.2g}"
+            note = f"{median * 1e3:.0f} ms; {shape}, {native.kernels().isa}, error {error:.2g}"
             record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
     floats = [name for name in candidates if name not in SCHEMES and name != "fp32 eager"]
     best = min(floats, key=lambda name: statistics.median(times[name]))
@@ -143,9 +143,11 @@ def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
 
 def parts(setting: Setting) -> None:
     """Products beside the peak of this processor, and what the branch and the transforms cost."""
-    kernels, generator = cpu.kernels(), torch.Generator().manual_seed(0)
+    kernels, generator = native.kernels(), torch.Generator().manual_seed(0)
     repeats = 3_000_000
-    peaks = {kind: max(cpu.peak(kernels, kind == "int8", repeats) for _ in range(5)) / 1e9 for kind in ("int8", "fp32")}
+    peaks = {
+        kind: max(native.peak(kernels, kind == "int8", repeats) for _ in range(5)) / 1e9 for kind in ("int8", "fp32")
+    }
     print(f"\nout of registers: INT8 {peaks['int8']:.0f} GOP/s, fp32 {peaks['fp32']:.0f} GFLOP/s")
     totals: dict[str, float] = {}
     for name, (I, O) in LAYERS.items():

@@ -18,7 +18,7 @@ from random_models import in_floats, model_inputs, quantized
 from record import record
 from tables import latest
 
-from svdit.kernels import cpu
+from svdit.kernels import native
 from svdit.runtime.accelerate import accelerate
 
 METHODS = ("fp32", "W8A8", "W4A8")
@@ -45,15 +45,15 @@ def block_times(tokens: int = 256, batch: int = 2, rank: int = 32, rounds: int =
     return {method: 1e3 * statistics.median(two - one for two, one in pair) for method, pair in pairs.items()}
 
 
-def run(rounds: int) -> None:
+def run(axes: list[str], least: int, rounds: int) -> None:
     threads = torch.get_num_threads()
-    for axis, values in AXES.items():
-        for value in values:
+    for axis in axes:
+        for value in (value for value in AXES[axis] if value >= least):
             if axis == "threads":
                 torch.set_num_threads(min(value, threads))
             found = block_times(**{} if axis == "threads" else {axis: value}, rounds=rounds)
             for method, milliseconds in found.items():
-                record("growth", f"{axis} {value} {method}", milliseconds, "ms", f"a block, {cpu.kernels().isa}")
+                record("growth", f"{axis} {value} {method}", milliseconds, "ms", f"a block, {native.kernels().isa}")
     torch.set_num_threads(threads)
 
 
@@ -88,11 +88,13 @@ def plot() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument("--least", type=int, default=0, help="leave out what is smaller on the axis")
     parser.add_argument("--plot", action="store_true", help="draw what is recorded")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     if not args.plot:
-        run(args.rounds)
+        run(args.axes, args.least, args.rounds)
     plot()
 
 

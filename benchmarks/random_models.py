@@ -82,5 +82,5 @@ def model_inputs(batch: int, input_size: int = 32) -> tuple[Tensor, Tensor, Tens
     """As guidance gives them: one t, half the labels the null class. `batch` is even."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch // 2, 4, input_size, input_size, generator=generator).repeat(2, 1, 1, 1)
-    labels = torch.cat([torch.arange(batch // 2) * 100, torch.full((batch // 2,), 1000)])
+    labels = torch.cat([torch.arange(batch // 2) * 100 % 1000, torch.full((batch // 2,), 1000)])
     return x, torch.full((batch,), 500), labels

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.errors import UserError
-from svdit.kernels import cpu, triton_backend
+from svdit.kernels import cpu, native, triton_backend
 from svdit.kernels.layer import Dequantized, Layer, Linear, TorchInt8
 
 BACKENDS = {
@@ -34,7 +34,7 @@ def reasons(device: torch.device | str = "cpu") -> dict[str, str]:
     has = torch.cpu.get_capabilities()
     saturates = not (has.get("avx512_vnni") or has.get("avx_vnni"))
     return {
-        "cpu": elsewhere or cpu.why_not(),
+        "cpu": elsewhere or native.why_not(),
         "torch-int8": elsewhere or ("without VNNI torch's integer product saturates" if saturates else ""),
         "triton": triton_backend.why_not(device),
         "dequant": "",
@@ -57,7 +57,7 @@ def choose(device: torch.device | str = "cpu", backend: str | None = None) -> st
 
 def describe(backend: str) -> str:
     """The backend, and for `cpu` the instruction set in use."""
-    return f"cpu ({cpu.kernels().isa})" if backend == "cpu" else backend
+    return f"cpu ({native.kernels().isa})" if backend == "cpu" else backend
 
 
 def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
@@ -67,9 +67,9 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
     """
     layer = layer.with_whole_codes()
     if backend == "cpu" and cpu.IntegerLinear.takes(layer):
-        return cpu.IntegerLinear(layer, cpu.kernels())
+        return cpu.IntegerLinear(layer, native.kernels())
     if backend == "cpu" and cpu.WeightOnlyLinear.takes(layer):
-        return cpu.WeightOnlyLinear(layer, cpu.kernels())
+        return cpu.WeightOnlyLinear(layer, native.kernels())
     if backend == "torch-int8" and TorchInt8.takes(layer):
         return TorchInt8(layer)
     if backend == "triton":
@@ -80,7 +80,7 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
 def attention(qkv: Tensor, heads: int, backend: str) -> Tensor:
     """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU."""
     if backend == "cpu":
-        return cpu.attention(qkv, heads, cpu.kernels())
+        return cpu.attention(qkv, heads, native.kernels())
     if backend == "triton" and qkv.is_cuda:
         qkv = qkv.bfloat16()
     N, T, width = qkv.shape

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from svdit.kernels import cpu
+from svdit.kernels import cpu, native
 from svdit.kernels.layer import Linear, Modulation, Residual
 
 NUMBERS, LAYERS = count(), WeakValueDictionary[int, "Opaque"]()
@@ -62,7 +62,7 @@ def linear_(
 @torch.library.custom_op("svdit::attention", mutates_args=())
 def attention(qkv: Tensor, heads: int) -> Tensor:
     """That of the kernels in C: (N, T, 3D) to (N, T, D)."""
-    return cpu.attention(qkv, heads, cpu.kernels())
+    return cpu.attention(qkv, heads, native.kernels())
 
 
 @attention.register_fake

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from layers import U_BF16, U, error_around, random_layer, shapes
 
 from svdit.errors import UserError
-from svdit.kernels import build, cpu
+from svdit.kernels import build, cpu, native
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.kernels.layer import Layer, Modulation
@@ -36,12 +36,12 @@ SCHEMES = {
     "published fc2": (SYMMETRIC, replace(SYMMETRIC, span="unsigned")),
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(bool(cpu.why_not()), reason=cpu.why_not() or "-")
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "-")
 
 
-@pytest.fixture(scope="module", params=cpu.isas())
-def kernels(request: pytest.FixtureRequest) -> cpu.Kernels:
-    return cpu.Kernels(request.param)
+@pytest.fixture(scope="module", params=native.isas())
+def kernels(request: pytest.FixtureRequest) -> native.Kernels:
+    return native.Kernels(request.param)
 
 
 def make(scheme: str, O: int, I: int, R: int, seed: int, hadamard: int = 0) -> Layer:
@@ -49,7 +49,7 @@ def make(scheme: str, O: int, I: int, R: int, seed: int, hadamard: int = 0) -> L
     return replace(random_layer(O, I, R, weight, seed, hadamard), act=act)
 
 
-def check(layer: Layer, x: torch.Tensor, kernels: cpu.Kernels) -> None:
+def check(layer: Layer, x: torch.Tensor, kernels: native.Kernels) -> None:
     """Codes and steps equal; every output within its bound of the float64 value, and not all of them exact."""
     assert cpu.IntegerLinear.takes(layer) and layer.act is not None
     packed, I = cpu.IntegerLinear(layer, kernels), x.shape[1]
@@ -88,7 +88,7 @@ def in_float64(codes: torch.Tensor, scales: ref.Scales, form: Format) -> torch.T
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_any_shape(kernels: cpu.Kernels, scheme: str) -> None:
+def test_any_shape(kernels: native.Kernels, scheme: str) -> None:
     for seed, (M, O, I, R) in enumerate(shapes(40, seed=len(scheme))):
         columns = 64 * (1 + I // 64) if any(form.group for form in SCHEMES[scheme]) else I
         hadamard = next((b for b in (64, 16, 4, 2) if columns % b == 0 and seed % 4), 0)
@@ -97,13 +97,13 @@ def test_any_shape(kernels: cpu.Kernels, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("block", [2, 4, 8, 16, 32, 64, 128, 256])
-def test_every_hadamard_block(kernels: cpu.Kernels, block: int) -> None:
+def test_every_hadamard_block(kernels: native.Kernels, block: int) -> None:
     x = torch.randn(9, 512, generator=torch.Generator().manual_seed(block))
     check(random_layer(70, 512, 8, INT8, 1, block), x, kernels)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
-def test_sums_of_the_largest_codes_are_exact(kernels: cpu.Kernels, name: str) -> None:
+def test_sums_of_the_largest_codes_are_exact(kernels: native.Kernels, name: str) -> None:
     form, g = WEIGHT_FORMATS[name], torch.Generator().manual_seed(1)
     weights = torch.randint(0, 2, (67, 256), generator=g, dtype=torch.int8)
     codes = weights * (form.hi - form.lo) + form.lo
@@ -119,7 +119,7 @@ def test_sums_of_the_largest_codes_are_exact(kernels: cpu.Kernels, name: str) ->
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "W4A4", "published W4A4"])
-def test_extreme_rows(kernels: cpu.Kernels, scheme: str) -> None:
+def test_extreme_rows(kernels: native.Kernels, scheme: str) -> None:
     layer = make(scheme, 40, 128, 0, 3)  # no transform
     x = torch.zeros(8, 128)
     x[1], x[2] = 1e-40, 2e-45  # subnormal: 2e-45 / 127 is zero
@@ -135,7 +135,7 @@ def test_extreme_rows(kernels: cpu.Kernels, scheme: str) -> None:
     assert y[[0, 1, 2, 3, 4, 7]].isfinite().all()
 
 
-def test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign(kernels: cpu.Kernels) -> None:
+def test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign(kernels: native.Kernels) -> None:
     x = torch.zeros(2, 64)
     x[0, :8] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
     x[1, 3], x[1, 9], x[1, 20] = -8.0, 8.0, 0.5
@@ -149,7 +149,7 @@ def test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign(kernels:
     assert four.quantize(x[None])[1][1, 0] == 1
 
 
-def test_everything_around_a_layer(kernels: cpu.Kernels) -> None:
+def test_everything_around_a_layer(kernels: native.Kernels) -> None:
     for N, T, I, O, scheme in (
         (2, 7, 96, 100, "W8A8"), (1, 1, 5, 3, "W8A8"), (3, 4, 17, 64, "W8A8"), (2, 9, 128, 70, "W4A4"),
     ):  # fmt: skip
@@ -160,7 +160,7 @@ def test_everything_around_a_layer(kernels: cpu.Kernels) -> None:
             assert error < bound and (error > 0 or T == 1)
 
 
-def test_layer_norm_and_gelu_are_precise(kernels: cpu.Kernels) -> None:
+def test_layer_norm_and_gelu_are_precise(kernels: native.Kernels) -> None:
     """Looked at through a weight that hands single codes on."""
     identity = Layer(torch.eye(64, dtype=torch.int8), 64, ref.Scales(torch.ones(64, 1)), INT8, INT8)
     x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(2)) * 40 + 1000
@@ -177,7 +177,7 @@ def test_layer_norm_and_gelu_are_precise(kernels: cpu.Kernels) -> None:
     assert (got - F.gelu(rounded, approximate="tanh")).abs().max() < 2e-6
 
 
-def test_weight_only(kernels: cpu.Kernels) -> None:
+def test_weight_only(kernels: native.Kernels) -> None:
     for seed, (M, O, I, _) in enumerate(shapes(30, seed=5)):
         form = (INT8, WEIGHT_FORMATS["int4-channel"], WEIGHT_FORMATS["int4-bf16"], WEIGHT_FORMATS["int4"])[seed % 4]
         columns = 64 * (1 + I // 64) if form.bits == 4 else I
@@ -192,7 +192,7 @@ def test_weight_only(kernels: cpu.Kernels) -> None:
         assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
 
 
-def test_attention(kernels: cpu.Kernels) -> None:
+def test_attention(kernels: native.Kernels) -> None:
     g = torch.Generator().manual_seed(0)
     for N, T, heads, head in (
         (2, 16, 2, 32),
@@ -211,7 +211,7 @@ def test_attention(kernels: cpu.Kernels) -> None:
         assert error <= bound and (error > 0 or T == 1)
 
 
-def test_attention_lets_no_bad_number_vanish(kernels: cpu.Kernels) -> None:
+def test_attention_lets_no_bad_number_vanish(kernels: native.Kernels) -> None:
     for bad in (torch.nan, torch.inf):
         for column in (0, 16, 32):  # in q, k, v
             qkv = torch.ones(1, 9, 48)
@@ -221,7 +221,7 @@ def test_attention_lets_no_bad_number_vanish(kernels: cpu.Kernels) -> None:
             assert not y.isfinite().all()
 
 
-def test_threads_do_not_change_a_bit(kernels: cpu.Kernels) -> None:
+def test_threads_do_not_change_a_bit(kernels: native.Kernels) -> None:
     layer = random_layer(300, 256, 16, WEIGHT_FORMATS["int4"], 1, 64)
     packed, x = cpu.IntegerLinear(layer, kernels), torch.randn(1, 37, 256)
     one, before = packed(x), torch.get_num_threads()
@@ -234,17 +234,17 @@ def test_threads_do_not_change_a_bit(kernels: cpu.Kernels) -> None:
 
 def test_pointers_are_checked() -> None:
     x = torch.zeros(4, 6)
-    assert cpu.pointer(None, torch.float32, (1,)) is None
-    assert cpu.pointer(x, torch.float32, (4, 6)) == x.data_ptr()
+    assert native.pointer(None, torch.float32, (1,)) is None
+    assert native.pointer(x, torch.float32, (4, 6)) == x.data_ptr()
     for bad, dtype, shape in (
         (x.t(), torch.float32, (6, 4)), (x, torch.float64, (4, 6)), (x, torch.float32, (4, 5)),
         (x.to("meta"), torch.float32, (4, 6)),
     ):  # fmt: skip
         with pytest.raises(AssertionError):
-            cpu.pointer(bad, dtype, shape)
+            native.pointer(bad, dtype, shape)
     for part in (x.t()[:4], x.double()[:, :4], x[:, ::2]):
         with pytest.raises(AssertionError):
-            cpu.row_pointer(part, 4, part.shape[1], 6)
+            native.row_pointer(part, 4, part.shape[1], 6)
 
 
 def test_one_openmp_runtime() -> None:
@@ -257,7 +257,7 @@ def test_one_openmp_runtime() -> None:
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVDIT_ISA", "sse9")
     with pytest.raises(UserError, match="SVDIT_ISA is sse9, but this processor has"):
-        cpu.kernels.__wrapped__()
+        native.kernels.__wrapped__()
 
 
 @pytest.mark.parametrize(("variable", "value", "message"), [

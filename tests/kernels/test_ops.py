@@ -7,7 +7,7 @@ import torch
 from conftest import relative
 
 from svdit.errors import UserError
-from svdit.kernels import cpu, ops
+from svdit.kernels import cpu, native, ops
 from svdit.kernels import reference as ref
 from svdit.kernels.build import MissingKernelsError
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
@@ -102,7 +102,7 @@ def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     def missing() -> None:
         raise MissingKernelsError("no compiler")
 
-    monkeypatch.setattr(cpu, "kernels", missing)
+    monkeypatch.setattr(native, "kernels", missing)
     assert ops.choose() == "torch-int8"
     with pytest.raises(UserError, match="cpu cannot be used here: no compiler"):
         ops.choose("cpu", "cpu")
@@ -111,7 +111,7 @@ def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_description_names_the_instruction_set() -> None:
     assert ops.describe("dequant") == "dequant"
     if "cpu" in USABLE:
-        assert ops.describe("cpu") == f"cpu ({cpu.kernels().isa})"
+        assert ops.describe("cpu") == f"cpu ({native.kernels().isa})"
 
 
 def test_layers_without_integers_are_not_taken() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import batch_noise
 from svdit.errors import UserError
-from svdit.kernels import ops
+from svdit.kernels import native, ops
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, rank_ratio_config, recipe_for
 from svdit.quant.linear import SVDLinear, linears, quantized_layers, swap
@@ -51,9 +51,11 @@ def test_every_backend_computes_the_same(tiny: DiT, config: str) -> None:
         fast = accelerate(deepcopy(model), backend)
         assert isinstance(fast, FastDiT) and isinstance(fast, DiT)
         # Sums run in another order, so a code on the edge between two may move; see test_cpu for the exact part.
+        # The branch of some processors is bfloat16.
+        bound = 0.01 if backend == "cpu" and native.kernels().low_dtype == torch.bfloat16 else 2e-3
         error = relative(fast(X, T, Y), expected)
-        assert error < 2e-3 and (error > 0 or backend != "cpu"), backend
-        assert relative(fast(X[:1], T[:1], Y[:1]), alone) < 2e-3, backend
+        assert error < bound and (error > 0 or backend != "cpu"), backend
+        assert relative(fast(X[:1], T[:1], Y[:1]), alone) < bound, backend
         assert fast(X, T, Y).std() > 0.1
 
 
