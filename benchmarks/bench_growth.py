@@ -95,7 +95,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     if not args.plot:
         run(args.axes, args.least, args.rounds)
-    plot()
+    if args.plot or set(args.axes) == set(AXES):
+        plot()
 
 
 if __name__ == "__main__":
