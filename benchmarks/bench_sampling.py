@@ -73,7 +73,7 @@ def intervals(count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=4, help="at once, for pictures a minute")
+    parser.add_argument("--pictures", type=int, default=4, help="at once, for pictures a minute; 0: only the first")
     parser.add_argument("--digits", action="store_true", help="only --cfg-interval on the digits")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -87,14 +87,14 @@ def main() -> None:
         for name, (scheme, adaln) in MODELS.items():
             model = quantized(scheme, adaln)
             save_model(in_floats(model) if name == "fp32" else model, files[name], name="DiT-XL/2")
-        for name, file in files.items():
-            first = seconds(file, vae, 1, args.steps)
-            record(
-                "sampling", f"{name}, first picture", first, "s", f"sample.py, DDIM {args.steps}, from start to file"
-            )
-            rate = 60 * args.pictures / seconds(file, vae, args.pictures, args.steps)
-            note = f"sample.py, DDIM {args.steps}, {args.pictures} at once, from start to file"
-            record("sampling", f"{name}, pictures a minute", rate, "/min", note)
+        for classes in filter(None, (1, args.pictures)):  # methods side by side in time
+            note = f"sample.py, DDIM {args.steps}, {classes} at once, from start to file"
+            for name, file in files.items():
+                taken = seconds(file, vae, classes, args.steps)
+                if classes == 1:
+                    record("sampling", f"{name}, first picture", taken, "s", note)
+                else:
+                    record("sampling", f"{name}, pictures a minute", 60 * classes / taken, "/min", note)
 
 
 if __name__ == "__main__":

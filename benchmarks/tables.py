@@ -93,7 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": lambda: listed("cost", "bench_cost.py"),
     "evaluation": lambda: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
     "evaluation speed": lambda: listed("evaluation", "evaluation.py"),
-    "cpu": lambda: listed("cpu", "bench_cpu.py --compile"),
+    "cpu": lambda: listed("cpu", "bench_cpu.py"),
     "anchors": lambda: listed("anchors", "bench_anchors.py"),
     "guidance interval": lambda: listed("guidance interval", "bench_sampling.py --digits"),
     "sampling": lambda: listed("sampling", "bench_sampling.py"),
