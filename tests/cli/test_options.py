@@ -15,7 +15,7 @@ from svdit.checkpoints import hub
 from svdit.cli import generate, options, sample
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.errors import UserError
-from svdit.kernels import cpu, ops
+from svdit.kernels import native, ops
 from svdit.model import autoencoder
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, dit_config, recipe_for
@@ -163,7 +163,7 @@ def test_quantized_models_are_accelerated_and_it_is_told_why_not(
     fast = options.accelerated(quantized(deepcopy(tiny), config), arguments("--backend=dequant"))
     assert isinstance(fast, FastDiT) and fast.backend == "dequant"
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(cpu, "why_not", lambda: "there is no C compiler")
+    monkeypatch.setattr(native, "why_not", lambda: "there is no C compiler")
     fast = options.accelerated(quantized(deepcopy(tiny), config), arguments())
     assert isinstance(fast, FastDiT) and fast.backend != "cpu"
     assert "slower than it could be: there is no C compiler" in capsys.readouterr().err
