@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
+from svdit.kernels import native
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import Format
 from svdit.kernels.layer import Dequantized, Layer, Linear, Modulation, Residual
@@ -29,6 +30,17 @@ def random_layer(O: int, I: int, R: int, weight: Format, seed: int, hadamard: in
         l1=torch.randn(O, R, generator=g).bfloat16() if R else None,
         l2=(torch.randn(R, I, generator=g) / I**0.5).bfloat16() if R else None,
     )
+
+
+def model_bound(backend: str, bits: int = 8) -> float:
+    """How far, relatively, a backend may be from the definition after a whole small model.
+
+    Sums run in another order, so that a code on the edge between two moves, and where the processor multiplies bfloat16
+    the branch and attention are rounded to it. A code of 4 bits that moves counts sixteen times as much as one of 8,
+    and the error grows with its root.
+    """
+    rounds = backend == "cpu" and native.kernels().low_dtype == torch.bfloat16
+    return (0.01 if rounds else 2e-3) * (4 if rounds and bits == 4 else 1)
 
 
 def shapes(count: int, seed: int) -> Iterator[tuple[int, int, int, int]]:

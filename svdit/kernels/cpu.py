@@ -31,9 +31,10 @@ EXACT_IN_BF16 = (torch.bfloat16, torch.int8)
 class IntegerLinear:
     """W8A8, W4A8 and W4A4: codes of activations and low-rank projection, then the integer product with its epilogue."""
 
-    def __init__(self, layer: Layer, kernels: Kernels) -> None:
+    def __init__(self, layer: Layer, kernels: Kernels, inner: bool = False) -> None:
         assert layer.act is not None, "activations without a format"
         self.kernels, self.shape, self.act = kernels, layer.shape, layer.act
+        self.dtype = kernels.low_dtype if inner else torch.float32  # of the output
         O, I = self.shape
         self.depth, self.outputs = padded(I, DEPTH_STEP), padded(O, kernels.panel)
         self.rank = 0 if layer.l1 is None else layer.l1.shape[1]
@@ -102,8 +103,8 @@ class IntegerLinear:
         steps = torch.empty(N * T, self.act.groups(I))
         low = torch.empty(N * T, padded(self.rank, self.kernels.low_panel), dtype=self.kernels.low_dtype)
         call = Rows.from_buffer_copy(self.rows)
-        call.rows, call.tokens = N * T, T
-        call.x = pointer(x, torch.float32, (N, T, self.shape[1]))
+        call.rows, call.tokens, call.bf16 = N * T, T, x.dtype == torch.bfloat16
+        call.x = pointer(x, torch.bfloat16 if call.bf16 else torch.float32, (N, T, self.shape[1]))
         call.codes, call.steps, call.low = codes.data_ptr(), steps.data_ptr(), low.data_ptr()
         if modulation is not None:
             call.stride = modulation.shift.stride(0)
@@ -116,10 +117,10 @@ class IntegerLinear:
         self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
     ) -> Tensor:
         N, T, _ = x.shape
-        out = torch.empty(N, T, self.shape[0]) if residual is None else residual.x
+        out = torch.empty(N, T, self.shape[0], dtype=self.dtype) if residual is None else residual.x
         codes, steps, low = self.quantize(x.contiguous(), modulation)
         call = Product.from_buffer_copy(self.product)
-        call.rows, call.tokens, call.gelu = N * T, T, gelu
+        call.rows, call.tokens, call.gelu, call.bf16 = N * T, T, gelu, out.dtype == torch.bfloat16
         call.codes, call.steps, call.low, call.out = (t.data_ptr() for t in (codes, steps, low, out))
         if residual is not None:
             call.stride = residual.gate.stride(0)
@@ -157,10 +158,10 @@ class WeightOnlyLinear(Composed):
 
 
 def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:
-    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D), in fp32."""
+    """softmax(q kᵀ / √head) v of (N, T, 3D) in `kernels.low_dtype` to (N, T, D) fp32."""
     N, T, width = qkv.shape
     out = torch.empty(N, T, width // 3)
     call = Attention(images=N, tokens=T, heads=heads, head=width // 3 // heads, out=out.data_ptr())
-    call.qkv = pointer(qkv, torch.float32, (N, T, width))
+    call.qkv = pointer(qkv, kernels.low_dtype, (N, T, width))
     kernels.call("attend", call)
     return out

@@ -34,12 +34,12 @@ def _structure(name: str, integers: str, pointers: str) -> type[Structure]:
 # As in csrc/kernels.h.
 Rows = _structure(
     "Rows",
-    "rows depth tokens stride hadamard rank group lo hi offset wide",
+    "rows depth tokens stride hadamard rank group lo hi offset wide bf16",
     "x shift scale in_shift in_inverse l2 codes steps low",
 )
 Product = _structure(
     "Product",
-    "rows depth outputs tokens stride rank bits gelu group floats offset row_steps",
+    "rows depth outputs tokens stride rank bits gelu group floats offset row_steps bf16",
     "codes low steps weight multiples offsets channel bias l1 gate residual out",
 )
 

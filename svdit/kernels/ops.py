@@ -67,7 +67,7 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
     """
     layer = layer.with_whole_codes()
     if backend == "cpu" and cpu.IntegerLinear.takes(layer):
-        return cpu.IntegerLinear(layer, native.kernels())
+        return cpu.IntegerLinear(layer, native.kernels(), inner)
     if backend == "cpu" and cpu.WeightOnlyLinear.takes(layer):
         return cpu.WeightOnlyLinear(layer, native.kernels())
     if backend == "torch-int8" and TorchInt8.takes(layer):
@@ -78,8 +78,8 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
 
 
 def attention(qkv: Tensor, heads: int, backend: str) -> Tensor:
-    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU."""
-    if backend == "cpu":
+    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU, and where `pack` left qkv in it."""
+    if backend == "cpu" and qkv.dtype == native.kernels().low_dtype:
         return cpu.attention(qkv, heads, native.kernels())
     if backend == "triton" and qkv.is_cuda:
         qkv = qkv.bfloat16()

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from svdit.kernels import cpu, native
+from svdit.kernels import ops
 from svdit.kernels.layer import Linear, Modulation, Residual
 
 NUMBERS, LAYERS = count(), WeakValueDictionary[int, "Opaque"]()
@@ -61,10 +61,10 @@ def linear_(
 
 @torch.library.custom_op("svdit::attention", mutates_args=())
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """That of the kernels in C: (N, T, 3D) to (N, T, D)."""
-    return cpu.attention(qkv, heads, native.kernels())
+    """That of the backend `cpu`: (N, T, 3D) to (N, T, D)."""
+    return ops.attention(qkv, heads, "cpu")
 
 
 @attention.register_fake
 def _(qkv: Tensor, heads: int) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+    return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=torch.float32)

@@ -160,6 +160,20 @@ def test_everything_around_a_layer(kernels: native.Kernels) -> None:
             assert error < bound and (error > 0 or T == 1)
 
 
+def test_bfloat16_between_layers(kernels: native.Kernels) -> None:
+    """It is read as the floats it stands for, and written as float32 output rounded."""
+    for seed, (M, O, I, R) in enumerate(shapes(20, seed=9)):
+        layer = make("W8A8", O, I, R, seed)
+        x = torch.randn(1, M, I, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        packed, inner = cpu.IntegerLinear(layer, kernels), cpu.IntegerLinear(layer, kernels, inner=True)
+        for half, whole in zip(packed.quantize(x), packed.quantize(x.float()), strict=True):
+            assert torch.equal(half, whole)
+        for gelu in (False, True):
+            y = packed(x, gelu=gelu)
+            assert torch.equal(packed(x.float(), gelu=gelu), y)
+            assert torch.equal(inner(x, gelu=gelu), y.to(kernels.low_dtype))
+
+
 def test_layer_norm_and_gelu_are_precise(kernels: native.Kernels) -> None:
     """Looked at through a weight that hands single codes on."""
     identity = Layer(torch.eye(64, dtype=torch.int8), 64, ref.Scales(torch.ones(64, 1)), INT8, INT8)
@@ -202,11 +216,12 @@ def test_attention(kernels: native.Kernels) -> None:
         (1, 67, 1, 100),
         (1, 130, 2, 16),
     ):
-        qkv = torch.randn(N, T, 3 * heads * head, generator=g) * 2
+        qkv = (torch.randn(N, T, 3 * heads * head, generator=g) * 2).to(kernels.low_dtype)
         q, k, v = qkv.double().view(N, T, 3, heads, head).permute(2, 0, 3, 1, 4)
         expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, -1)
         scores = (q.abs() @ k.abs().transpose(2, 3)).amax() / head**0.5
-        bound = U * ((2 * head + 20) * scores + 2 * T + 20) * v.abs().max()
+        weights = U_BF16 if kernels.low_dtype == torch.bfloat16 else 0  # each is rounded
+        bound = (U * ((2 * head + 20) * scores + 2 * T + 20) + weights) * v.abs().max()
         error = (cpu.attention(qkv, heads, kernels) - expected).abs().max()
         assert error <= bound and (error > 0 or T == 1)
 
@@ -214,7 +229,7 @@ def test_attention(kernels: native.Kernels) -> None:
 def test_attention_lets_no_bad_number_vanish(kernels: native.Kernels) -> None:
     for bad in (torch.nan, torch.inf):
         for column in (0, 16, 32):  # in q, k, v
-            qkv = torch.ones(1, 9, 48)
+            qkv = torch.ones(1, 9, 48, dtype=kernels.low_dtype)
             qkv[0, 4, column] = bad
             y = cpu.attention(qkv, 1, kernels)
             assert not y[0, 4].isfinite().all()

@@ -1,66 +1,74 @@
-/* Attention of one head at a time in fp32: keys transposed into panels, TILE_ROWS queries against all tokens,
-   softmax in the buffer of scores, then the product with the values. Memory: a head's keys and values, and
-   TILE_ROWS rows of scores. */
+/* Attention of one head at a time: keys transposed into panels, TILE_ROWS queries against all tokens, softmax in the
+   buffer of scores, then the product with the values. Numbers are bf16 where PAIRS, else float; sums and the softmax
+   are float. Memory: a head's keys and values, and TILE_ROWS rows of scores. */
 
-/* acc[i][j] += Σ_k a[i][k] b[k][j]; b has rows `stride` apart */
-FN void float_tile(VF acc[TILE_ROWS][TILE_VECTORS], const float *const a[TILE_ROWS], const float *b, int64_t depth,
-                   int64_t stride)
-{
-    for (int64_t k = 0; k < depth; k++) {
-        VF columns[TILE_VECTORS];
-        UNROLL for (int j = 0; j < TILE_VECTORS; j++) columns[j] = load(b + k * stride + j * LANES);
-        UNROLL for (int i = 0; i < TILE_ROWS; i++) {
-            VF row = splat(a[i][k]);
-            UNROLL for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] += row * columns[j];
-        }
-    }
-}
+typedef struct {
+    Low *keys;     /* (panels of tokens, head / W, PANEL, W), padded with zeros */
+    Low *values;   /* (tokens / W, padded head, W), padded with zeros */
+    Low *queries;  /* (TILE_ROWS, padded head) */
+    float *scores; /* (TILE_ROWS, padded tokens); in their place the weights, which are Low */
+} Head;
 
-/* e^(score − largest) in place; returns one over the sum. What stands behind the last token adds less than rounding. */
-FN float softmax(float *scores, int64_t tokens, int64_t columns)
+/* Scores become weights 2^((score − largest) · scale), in place; returns one over their sum. What stands behind the
+   last token adds less than rounding. */
+FN float softmax(float *scores, int64_t tokens, int64_t columns, float scale)
 {
     VF most = splat(-INFINITY), total = {0};
     for (int64_t t = tokens; t < columns; t++) scores[t] = -INFINITY;
     for (int64_t t = 0; t < columns; t += LANES) most = at_least(load(scores + t), most);
     VF top = splat(largest(most));
     for (int64_t t = 0; t < columns; t += LANES) {
-        VF e = exponential(load(scores + t) - top);
-        store(scores + t, e);
+        VF e = power_of_two((load(scores + t) - top) * scale);
+        to_low((Low *)scores + t, e);
         total += e;
     }
     return 1.f / sum(total);
 }
 
-FN void attend(const Attention *a, int64_t pair, float *keys, float *values, float *scores)
+FN void pack_head(const Head *to, const Low *k, const Low *v, int64_t T, int64_t H, int64_t stride)
 {
-    int64_t T = a->tokens, H = a->head, Tp = padded(T, PANEL), Hp = padded(H, PANEL), stride = 3 * a->heads * H;
-    const float *q = a->qkv + pair / a->heads * T * stride + pair % a->heads * H, *k = q + a->heads * H, *v = k + a->heads * H;
-    float *out = a->out + pair / a->heads * T * a->heads * H + pair % a->heads * H, root = 1.f / sqrtf((float)H);
-    for (int64_t t = 0; t < T; t++) {
-        for (int64_t d = 0; d < H; d++) keys[(t / PANEL * H + d) * PANEL + t % PANEL] = k[t * stride + d] * root;
-        memcpy(values + t * Hp, v + t * stride, 4 * (size_t)H);
+    int64_t steps = padded(H, W) / W, Hp = padded(H, LANES);
+    for (int64_t t = 0; t < T; t++, k += stride) {
+        Low *cell = to->keys + (t / PANEL * steps * PANEL + t % PANEL) * W;
+        for (int64_t d = 0; d < H / W; d++) memcpy(cell + d * PANEL * W, k + d * W, W * sizeof(Low));
+        if (H % W) cell[H / W * PANEL * W] = k[H - 1];
     }
+    for (int64_t t = 0; t < T; t += W)
+        for (int64_t i = 0; i < least(W, T - t); i++)
+            for (int64_t d = 0; d < H; d++) to->values[t * Hp + d * W + i] = v[(t + i) * stride + d];
+}
+
+FN void attend(const Attention *a, int64_t pair, const Head *own)
+{
+    int64_t T = a->tokens, H = a->head, Tp = padded(T, PANEL), Hp = padded(H, LANES), stride = 3 * a->heads * H;
+    int64_t Tw = padded(T, W) / W, Hw = padded(H, W) / W;
+    const Low *q = (const Low *)a->qkv + pair / a->heads * T * stride + pair % a->heads * H;
+    float *out = a->out + pair / a->heads * T * a->heads * H + pair % a->heads * H;
+    pack_head(own, q + a->heads * H, q + 2 * a->heads * H, T, H, stride);
     for (int64_t m = 0; m < T; m += TILE_ROWS) {
-        const float *queries[TILE_ROWS], *rows[TILE_ROWS];
+        const Low *queries[TILE_ROWS], *weights[TILE_ROWS];
         float inverse[TILE_ROWS];
         for (int64_t i = 0; i < TILE_ROWS; i++) {
-            queries[i] = q + least(m + i, T - 1) * stride;
-            rows[i] = scores + i * Tp;
+            queries[i] = memcpy(own->queries + i * Hp, q + least(m + i, T - 1) * stride, (size_t)H * sizeof(Low));
+            weights[i] = (const Low *)(own->scores + i * Tp);
         }
         for (int64_t n = 0; n < Tp; n += PANEL) {
             VF acc[TILE_ROWS][TILE_VECTORS] = {0};
-            float_tile(acc, queries, keys + n * H, H, PANEL);
+            low_tile(acc, queries, own->keys + n * Hw * W, Hw, PANEL, TILE_VECTORS);
             UNROLL for (int i = 0; i < TILE_ROWS; i++)
-                UNROLL for (int j = 0; j < TILE_VECTORS; j++) store(scores + i * Tp + n + j * LANES, acc[i][j]);
+                UNROLL for (int j = 0; j < TILE_VECTORS; j++) store(own->scores + i * Tp + n + j * LANES, acc[i][j]);
         }
-        for (int64_t i = 0; i < TILE_ROWS; i++) inverse[i] = softmax(scores + i * Tp, T, Tp);
-        for (int64_t d = 0; d < Hp; d += PANEL) {
+        for (int64_t i = 0; i < TILE_ROWS; i++)
+            inverse[i] = softmax(own->scores + i * Tp, T, Tp, 1.44269504f / sqrtf((float)H));
+        for (int64_t d = 0, width; d < Hp; d += width) {
             VF acc[TILE_ROWS][TILE_VECTORS] = {0};
-            float_tile(acc, rows, values + d, T, Hp);
+            width = Hp - d < PANEL ? LANES : PANEL;
+            if (width == PANEL) low_tile(acc, weights, own->values + d * W, Tw, Hp, TILE_VECTORS);
+            else low_tile(acc, weights, own->values + d * W, Tw, Hp, 1);
             UNROLL for (int i = 0; i < TILE_ROWS; i++)
                 UNROLL for (int j = 0; j < TILE_VECTORS; j++) {
                     int64_t left = H - d - j * LANES;
-                    if (m + i < T && left > 0)
+                    if (m + i < T && left > 0 && j * LANES < width)
                         store_upto(out + (m + i) * a->heads * H + d + j * LANES, acc[i][j] * inverse[i], left);
                 }
         }
@@ -70,15 +78,16 @@ FN void attend(const Attention *a, int64_t pair, float *keys, float *values, flo
 WORK void attend_some(const Attention *a, int64_t *next)
 {
     int64_t pairs = a->images * a->heads;
-    size_t columns = (size_t)padded(a->tokens, PANEL);
-    float *keys = calloc(columns * (size_t)a->head, sizeof(float));
-    float *values = calloc((size_t)(a->tokens * padded(a->head, PANEL)), sizeof(float));
-    float *scores = malloc(TILE_ROWS * columns * sizeof(float));
-    for (int64_t pair; (pair = take(next)) < pairs;)
-        attend(a, pair, keys, values, scores);
-    free(keys);
-    free(values);
-    free(scores);
+    size_t tokens = (size_t)padded(a->tokens, PANEL), head = (size_t)padded(a->head, LANES);
+    Head own = {
+        calloc(tokens * head, sizeof(Low)), calloc(tokens * head, sizeof(Low)),
+        calloc(TILE_ROWS * head, sizeof(Low)), malloc(TILE_ROWS * tokens * sizeof(float)),
+    };
+    for (int64_t pair; (pair = take(next, pairs)) < pairs;) attend(a, pair, &own);
+    free(own.keys);
+    free(own.values);
+    free(own.queries);
+    free(own.scores);
 }
 
 void EXPORT(attend)(const Attention *a) { PARALLEL(attend_some, a); }

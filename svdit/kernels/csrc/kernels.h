@@ -12,7 +12,8 @@ enum { DEPTH_STEP = 16 };
    what is never negative, −hi, or the code of the element of largest magnitude. */
 typedef struct {
     int64_t rows, depth, tokens, stride, hadamard, rank, group, lo, hi, offset, wide; /* stride: of shift and scale */
-    const float *x;                                      /* (rows, depth) */
+    int64_t bf16;                                        /* x is of this type, else float */
+    const void *x;                                       /* (rows, depth) */
     const float *shift, *scale;                          /* (images, depth) with `stride`, or null */
     const float *in_shift, *in_inverse;                  /* (padded depth), or null; in_inverse is 1 / in_scale */
     const uint16_t *l2;                                  /* as packed by pack_factor */
@@ -27,6 +28,7 @@ typedef struct {
     int64_t rows, depth, outputs, tokens, stride, rank, bits, gelu; /* stride: between images of gate */
     int64_t group, floats, offset; /* offset: what Rows added to codes */
     int64_t row_steps;         /* 1, or depth / group */
+    int64_t bf16;              /* out is of this type, else float; then there is no residual */
     const void *codes, *low;   /* from Rows */
     const float *steps;        /* (rows, row_steps) */
     const uint8_t *weight;     /* as packed by pack_weight */
@@ -37,13 +39,14 @@ typedef struct {
     const uint16_t *l1;        /* as packed by pack_factor */
     const float *gate;         /* (images, outputs) with `stride`, or null */
     const float *residual;     /* (rows, outputs), or null */
-    float *out;                /* (rows, outputs), may be the residual itself */
+    void *out;                 /* (rows, outputs), may be the residual itself */
 } Product;
 
-/* softmax(q kᵀ / √head) v of qkv (images, tokens, 3, heads, head) to out (images, tokens, heads, head). */
+/* softmax(q kᵀ / √head) v of qkv (images, tokens, 3, heads, head) to out (images, tokens, heads, head); qkv is bf16
+   where PAIRS, else float. */
 typedef struct {
     int64_t images, tokens, heads, head;
-    const float *qkv;
+    const void *qkv;
     float *out;
 } Attention;
 

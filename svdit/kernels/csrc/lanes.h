@@ -19,7 +19,12 @@
 #define EXPORT(name) __attribute__((visibility("default"))) JOIN(name, ISA)
 #define FN TARGET static inline __attribute__((always_inline))
 #define WORK TARGET static __attribute__((noinline))
-#define UNROLL _Pragma("GCC unroll 16")
+#if WIDE
+#define TIGHT WORK /* 16 registers hold the sums of a loop only if nothing surrounds it */
+#else
+#define TIGHT FN
+#endif
+#define UNROLL _Pragma("GCC unroll 32")
 
 typedef float VF __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
@@ -27,8 +32,14 @@ typedef uint32_t VU __attribute__((vector_size(4 * LANES)));
 typedef int16_t VS __attribute__((vector_size(4 * LANES)));
 typedef uint8_t VB __attribute__((vector_size(LANES)));
 typedef uint16_t VH __attribute__((vector_size(2 * LANES)));
+#if PAIRS
+typedef uint16_t Low;
+#else
+typedef float Low;
+#endif
 
-enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2, CODES = WIDE ? 2 : 4 }; /* CODES: in a lane of `dot` */
+/* CODES: in a lane of `dot`. W: numbers in a lane of `multiply_add`. */
+enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2, CODES = WIDE ? 2 : 4, W = PAIRS ? 2 : 1 };
 
 FN VF load(const float *p) { VF v; memcpy(&v, p, sizeof v); return v; }
 FN VI load_int(const void *p) { VI v; memcpy(&v, p, sizeof v); return v; }
@@ -38,27 +49,43 @@ FN VI splat_int(int32_t x) { return x - (VI){0}; }
 FN VI broadcast(const void *p) { int32_t x; memcpy(&x, p, 4); return splat_int(x); }
 FN VF load_some(const float *p, int64_t n) { VF v = {0}; memcpy(&v, p, 4 * (size_t)n); return v; }
 FN void store_some(float *p, VF v, int64_t n) { memcpy(p, &v, 4 * (size_t)n); }
-FN VF load_upto(const float *p, int64_t n) { return n >= LANES ? load(p) : load_some(p, n); }
+FN VF load_upto(const float *p, int64_t n) { return n >= LANES ? load(p) : n > 0 ? load_some(p, n) : (VF){0}; }
 FN void store_upto(float *p, VF v, int64_t n) { if (n >= LANES) store(p, v); else store_some(p, v, n); }
 /* These two let an x that is no number through, as the processor's own do when the limit comes first. */
 #if defined(__x86_64__) && LANES == 8
 FN VF at_least(VF x, VF limit) { return (VF)_mm256_max_ps((__m256)limit, (__m256)x); }
+FN VI larger(VI a, VI b) { return (VI)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 FN VF at_most(VF x, VF limit) { return (VF)_mm256_min_ps((__m256)limit, (__m256)x); }
 #elif defined(USE_VNNI)
 FN VF at_least(VF x, VF limit) { return (VF)_mm512_max_ps((__m512)limit, (__m512)x); }
+FN VI larger(VI a, VI b) { return (VI)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 FN VF at_most(VF x, VF limit) { return (VF)_mm512_min_ps((__m512)limit, (__m512)x); }
 #else
 FN VF choose(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
 FN VF at_least(VF x, VF limit) { return choose(limit > x, limit, x); }
+FN VI larger(VI a, VI b) { return (VI)choose(a > b, (VF)a, (VF)b); }
 FN VF at_most(VF x, VF limit) { return choose(limit < x, limit, x); }
 #endif
 FN VF magnitude(VF a) { return (VF)((VI)a & 0x7fffffff); }
-FN float sum(VF v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
-FN float largest(VF v) { float m = v[0]; for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m; return m; }
+static const int32_t NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+/* The numbers of the lanes i ^ h, and lanes in such an order. */
+FN VI across(int h) { return load_int(NUMBERS) ^ h; }
+FN VF ordered(VF x, VI order)
+{
+#ifdef __clang__
+    VF y;
+    for (int i = 0; i < LANES; i++) y[i] = x[order[i]];
+    return y;
+#else
+    return __builtin_shuffle(x, order);
+#endif
+}
+FN float sum(VF v) { UNROLL for (int h = LANES / 2; h; h /= 2) v += ordered(v, across(h)); return v[0]; }
+FN float largest(VF v) { UNROLL for (int h = LANES / 2; h; h /= 2) v = at_least(v, ordered(v, across(h))); return v[0]; }
+FN int32_t largest_of(VI v) { UNROLL for (int h = LANES / 2; h; h /= 2) v = larger(v, (VI)ordered((VF)v, across(h))); return v[0]; }
 FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FN int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-FN int any(VI mask) { int32_t bits = 0; for (int i = 0; i < LANES; i++) bits |= mask[i]; return bits != 0; }
 
 /* The low byte of each lane. */
 FN void store_bytes(uint8_t *to, VI v)
@@ -81,28 +108,59 @@ FN void store_shorts(int16_t *to, VI v)
 }
 
 /* Half to even, for |x| < 2^22: adding 1.5 · 2^23 leaves the integer in the low bits. */
-FN VI nearest(VF x) { return (VI)((VU)(x + 12582912.f) - 0x4b400000); }
+#define ROUND 12582912.f
+FN VI nearest(VF x) { return (VI)((VU)(x + ROUND) - 0x4b400000); }
 
 FN float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
-FN VU bf16_bits(VF x) { VU u = (VU)x; return (u + 0x7fff + (u >> 16 & 1)) >> 16; }
+FN VF from_halves(VH x) { return (VF)(__builtin_convertvector(x, VU) << 16); }
 
-/* eˣ, within 2 ulp, x clamped to ±87: x = n ln 2 + r, degree-6 polynomial in r (Cephes). */
-FN VF exponential(VF x)
+FN VF load_halves(const uint16_t *p, int64_t n)
 {
-    x = at_least(at_most(x, splat(87.f)), splat(-87.f));
-    VI n = nearest(x * 1.44269504f);
-    VF whole = __builtin_convertvector(n, VF), r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-    VF p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = (p * r) * r + r + 1.f;
-    return p * (VF)((VU)(n + 127) << 23);
+    VH x = {0};
+    if (n >= LANES) memcpy(&x, p, sizeof x);
+    else if (n > 0) memcpy(&x, p, 2 * (size_t)n);
+    return from_halves(x);
 }
 
-/* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x / (1 + e^−2…) */
-FN VF gelu(VF x) { return x / (exponential((x * x * -0.0713548163f - 1.59576912f) * x) + 1.f); }
+/* To bf16, half to even; the low bits of a NaN must not carry into its exponent. */
+FN VH to_bf16(VF x)
+{
+    VU u = (VU)x, nan = (VU)(x != x);
+    return __builtin_convertvector((((u + 0x7fff + (u >> 16 & 1)) & ~nan) | ((u | 0x400000) & nan)) >> 16, VH);
+}
+
+/* The same, but subnormal numbers may become zero. */
+FN VH to_bf16_quickly(VF x)
+{
+#if defined(USE_BF16)
+    return (VH)_mm512_cvtneps_pbh((__m512)x);
+#else
+    return to_bf16(x);
+#endif
+}
+
+FN void store_halves(uint16_t *p, VF x, int64_t n)
+{
+    VH h = to_bf16_quickly(x);
+    if (n >= LANES) memcpy(p, &h, sizeof h);
+    else memcpy(p, &h, 2 * (size_t)n);
+}
+
+/* 2ᵗ, t clamped to [−126, 127]: t = n + r, a polynomial of degree 5 in r of least relative error on ±1/2 (7.5e-8). */
+FN VF power_of_two(VF t)
+{
+    t = at_least(at_most(t, splat(127.f)), splat(-126.f));
+    VF shifted = t + (ROUND + 127.f), r = t - (shifted - (ROUND + 127.f)); /* n + 127 in the low bits */
+    VF p = r * 1.3276472455e-3f + 9.6755409613e-3f;
+    p = p * r + 5.5507130921e-2f;
+    p = p * r + 2.4022120237e-1f;
+    p = p * r + 6.9314694405e-1f;
+    p = p * r + 1.0000001192f;
+    return p * (VF)((VU)shifted << 23);
+}
+
+/* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x / (1 + e^−2…), the exponent times log₂ e */
+FN VF gelu(VF x) { return x / (power_of_two((x * x * -0.102943240f - 2.30220820f) * x) + 1.f); }
 
 /* acc + the dot product of each lane's codes in a and b: four bytes, a's unsigned, or two of 16 bits where WIDE */
 FN VI dot(VI acc, VI a, VI b)
@@ -118,16 +176,33 @@ FN VI dot(VI acc, VI a, VI b)
 #endif
 }
 
-/* acc + a₀ b₀ + a₁ b₁ for the two bf16 of each lane */
-FN VF dot2(VF acc, VI a, VI b)
+/* acc + a b, for two bf16 of each lane or for one float */
+FN VF multiply_add(VF acc, VI a, VI b)
 {
-#if defined(USE_BF16)
+#if !PAIRS
+    return acc + (VF)a * (VF)b;
+#elif defined(USE_BF16)
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
 #else
     VI high = splat_int((int32_t)0xffff0000);
     return acc + (VF)(a << 16) * (VF)(b << 16) + (VF)(a & high) * (VF)(b & high);
 #endif
+}
+
+/* acc[i][j] += Σ_k a[i][k] b[k][j] for the first `vectors` of b's `stride` columns; W neighbours k lie side by side in
+   a and in b */
+FN void low_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS], const Low *b, int64_t steps,
+                 int64_t stride, int vectors)
+{
+    for (int64_t k = 0; k < steps; k++) {
+        VI columns[TILE_VECTORS];
+        UNROLL for (int j = 0; j < vectors; j++) columns[j] = load_int(b + (k * stride + j * LANES) * W);
+        UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+            VI row = broadcast(a[i] + k * W);
+            UNROLL for (int j = 0; j < vectors; j++) acc[i][j] = multiply_add(acc[i][j], row, columns[j]);
+        }
+    }
 }
 
 /* Run work(arguments, next) on torch's OpenMP threads. Pieces are taken from the counter `next` until none is left, for
@@ -140,4 +215,14 @@ FN int64_t team(void) { return omp_get_num_threads(); }
 FN int64_t team(void) { return 1; }
 #endif
 
-FN int64_t take(int64_t *next) { return __atomic_fetch_add(next, 1, __ATOMIC_RELAXED); }
+/* The next of so many pieces, `pieces` when none is left. Threads begin far apart, for neighbouring pieces write
+   neighbouring memory, which cores would take from each other by fetching ahead. */
+FN int64_t take(int64_t *next, int64_t pieces)
+{
+    int64_t threads = team(), stretch = padded(pieces, threads) / threads, turn, piece;
+    do {
+        turn = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+        piece = turn % threads * stretch + turn / threads;
+    } while (turn < stretch * threads && piece >= pieces);
+    return turn < stretch * threads ? piece : pieces;
+}

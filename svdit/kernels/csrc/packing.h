@@ -26,7 +26,8 @@ FN int32_t pack_nibbles(const Packing *p, const uint8_t *row, const int8_t *mult
 WORK void pack_some(const Packing *p, int64_t *next)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), bytes = (p->depth * p->bits + 7) / 8;
-    for (int64_t first; (first = take(next) * PANEL) < p->outputs;)
+    int64_t panels = padded(p->outputs, PANEL) / PANEL;
+    for (int64_t first; (first = take(next, panels) * PANEL) < panels * PANEL;)
         for (int64_t n = first; n < least(first + PANEL, p->outputs); n++) {
             const uint8_t *row = p->stored + n * bytes;
             uint8_t *to = p->weight + first * Kp * p->bits / 8 + (n - first) * 4;

@@ -12,7 +12,7 @@ typedef struct {
 
 WORK void peak_some(const Peak *p, int64_t *next)
 {
-    VI sums[TILE_ROWS * TILE_VECTORS] = {0}, a = splat_int((int32_t)take(next) + 0x01020304), b[TILE_VECTORS];
+    VI sums[TILE_ROWS * TILE_VECTORS] = {0}, a = splat_int((int32_t)take(next, team()) + 0x01020304), b[TILE_VECTORS];
     VF totals[TILE_ROWS * TILE_VECTORS] = {0}, x = splat(1e-3f), y = splat(1e-3f);
     for (int j = 0; j < TILE_VECTORS; j++) b[j] = splat_int(j + 1);
     for (int64_t r = 0; p->integers && r < p->repeats; r++)

@@ -1,7 +1,7 @@
 /* The integer product and what follows it. */
 
 /* acc[i][j] += Σ_k a[i][k] b[k][j] for the lanes of `dot` from `first` to `last`; in registers, for `acc` could alias */
-WORK void integer_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_ROWS], const VI *b, int64_t first,
+TIGHT void integer_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_ROWS], const VI *b, int64_t first,
                        int64_t last)
 {
     VI sums[TILE_ROWS][TILE_VECTORS];
@@ -82,7 +82,8 @@ FN void finish(const Product *p, const float *gate, int64_t m, int64_t n, VF v)
     if (p->gelu) v = gelu(v);
     if (gate) v = v * load_upto(gate + n, left);
     if (p->residual) v = v + load_upto(p->residual + m * p->outputs + n, left);
-    store_upto(p->out + m * p->outputs + n, v, left);
+    if (p->bf16) store_halves((uint16_t *)p->out + m * p->outputs + n, v, left);
+    else store_upto((float *)p->out + m * p->outputs + n, v, left);
 }
 
 FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
@@ -135,7 +136,7 @@ WORK void multiply_some(const Product *p, int64_t *next)
     int64_t tiles = padded(p->rows, TILE_ROWS) / TILE_ROWS, parts = padded(4 * team(), panels) / panels;
     Expanded own = new_panel(PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size), b = own;
     parts = least(parts, padded(tiles, 8) / 8); /* of the rows, where panels are few for so many threads */
-    for (int64_t piece, last = -1, panel; (piece = take(next)) < panels * parts; last = panel) {
+    for (int64_t piece, last = -1, panel; (piece = take(next, panels * parts)) < panels * parts; last = panel) {
         int64_t part = piece % parts;
         panel = piece / parts;
         if (panel != last) b = expand(p, panel, size, own);

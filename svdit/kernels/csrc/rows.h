@@ -2,23 +2,14 @@
    TILE_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the order of
    reference.rotate, so that without LayerNorm the codes are the reference's bit for bit. */
 
-#if PAIRS
-typedef uint16_t Low;
-#else
-typedef float Low;
-#endif
-
 /* acc[i][j] += Σ_k a[i][k] b[k][j]: a of `pairs` · 2 numbers a row, b packed (pairs, vectors · LANES, 2) bf16 */
 FN void low_rank_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS], const uint16_t *b,
                       int64_t pairs, int vectors)
 {
-    for (int64_t k = 0; k < pairs; k++, b += 2 * LANES * vectors) {
 #if PAIRS
-        UNROLL for (int j = 0; j < vectors; j++) {
-            VI both = load_int(b + 2 * LANES * j);
-            UNROLL for (int i = 0; i < TILE_ROWS; i++) acc[i][j] = dot2(acc[i][j], broadcast(a[i] + 2 * k), both);
-        }
+    low_tile(acc, a, b, pairs, vectors * LANES, vectors);
 #else
+    for (int64_t k = 0; k < pairs; k++, b += 2 * LANES * vectors)
         UNROLL for (int odd = 0; odd < 2; odd++) {
             VF column[TILE_VECTORS];
             UNROLL for (int j = 0; j < vectors; j++) {
@@ -31,31 +22,16 @@ FN void low_rank_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_R
             }
         }
 #endif
-    }
 }
 
 FN void to_low(Low *to, VF x)
 {
 #if PAIRS
-    VH h = __builtin_convertvector(bf16_bits(x), VH);
+    VH h = to_bf16_quickly(x);
     memcpy(to, &h, sizeof h);
 #else
     store(to, x);
 #endif
-}
-
-/* One stage of the transform inside a vector: lanes i and i ^ h become their sum and difference. */
-FN VF butterfly(VF x, int h)
-{
-    VI partner;
-    VF sign, other;
-    UNROLL for (int i = 0; i < LANES; i++) partner[i] = i ^ h, sign[i] = i & h ? -1.f : 1.f;
-#ifdef __clang__
-    for (int i = 0; i < LANES; i++) other[i] = x[partner[i]];
-#else
-    other = __builtin_shuffle(x, partner);
-#endif
-    return other + x * sign;
 }
 
 FN void hadamard(float *x, int64_t columns, int64_t block)
@@ -70,59 +46,95 @@ FN void hadamard(float *x, int64_t columns, int64_t block)
     for (int64_t k = 0; k < columns; k++) x[k] *= root;
 }
 
-/* The published block size, in registers. */
-FN void hadamard64(float *x, int64_t columns)
+enum { BLOCK = 64, VECTORS = BLOCK / LANES };
+
+/* The published block size, in registers. Inside a vector lanes i and i ^ h become their sum and difference. */
+FN void hadamard64(VF v[VECTORS])
 {
-    enum { V = 64 / LANES };
-    for (int64_t k = 0; k < columns; k += 64) {
-        VF v[V];
-        UNROLL for (int i = 0; i < V; i++) {
-            v[i] = load(x + k + i * LANES);
-            UNROLL for (int h = 1; h < LANES; h *= 2) v[i] = butterfly(v[i], h);
-        }
-        UNROLL for (int h = 1; h < V; h *= 2)
-            UNROLL for (int i = 0; i < V; i++) if (!(i & h)) {
-                VF a = v[i], b = v[i + h];
-                v[i] = a + b, v[i + h] = a - b;
-            }
-        UNROLL for (int i = 0; i < V; i++) store(x + k + i * LANES, v[i] * 0.125f);
+    const VF one = splat(1.f);
+    UNROLL for (int h = 1; h < LANES; h *= 2) {
+        VI order = across(h), negative = (load_int(NUMBERS) & h) != 0;
+        VF sign = (VF)((VI)one | (negative & (int32_t)0x80000000));
+        UNROLL for (int i = 0; i < VECTORS; i++) v[i] = ordered(v[i], order) + v[i] * sign;
     }
+    UNROLL for (int h = 1; h < VECTORS; h *= 2)
+        UNROLL for (int i = 0; i < VECTORS; i++) if (!(i & h)) {
+            VF a = v[i], b = v[i + h];
+            v[i] = a + b, v[i + h] = a - b;
+        }
+    UNROLL for (int i = 0; i < VECTORS; i++) v[i] *= 0.125f;
 }
 
-/* Mean and one over the standard deviation. */
-FN void moments(const float *x, int64_t n, float *mean, float *inverse)
+/* One row of x and all that happens to it before the transform. */
+typedef struct {
+    int64_t columns;
+    const uint16_t *halves; /* instead of x */
+    const float *x, *shift, *scale, *in_shift, *in_inverse;
+    float mean, inverse;
+} Row;
+
+FN VF element(const Row *row, int64_t k)
 {
-    int64_t whole = n / LANES * LANES, k;
-    VF total = {0};
-    float rest = 0;
-    for (k = 0; k < n; k += LANES) total += load_upto(x + k, n - k);
-    *mean = sum(total) / (float)n;
-    total = (VF){0};
-    for (k = 0; k < whole; k += LANES) { VF d = load(x + k) - *mean; total += d * d; }
-    for (; k < n; k++) rest += (x[k] - *mean) * (x[k] - *mean);
-    *inverse = 1.f / sqrtf((sum(total) + rest) / (float)n + 1e-6f);
+    int64_t left = row->columns - k;
+    return row->halves ? load_halves(row->halves + k, left) : load_upto(row->x + k, left);
 }
 
-/* x̂ of row m into `hat`, padded with zeros. */
-FN void transform_row(const Rows *r, int64_t m, float *hat)
+/* Mean and one over the standard deviation; four sums run side by side. */
+FN void moments(Row *row)
+{
+    int64_t n = row->columns;
+    VF total[4] = {0}, squares[4] = {0};
+    for (int64_t k = 0; k < n; k += 4 * LANES)
+        UNROLL for (int j = 0; j < 4; j++) total[j] += element(row, k + j * LANES);
+    row->mean = sum((total[0] + total[1]) + (total[2] + total[3])) / (float)n;
+    for (int64_t k = 0; k < n; k += 4 * LANES)
+        UNROLL for (int j = 0; j < 4; j++) {
+            int64_t left = n - k - j * LANES;
+            VF d = element(row, k + j * LANES) - row->mean;
+            if (left < LANES) d = (VF)((VI)d & (load_int(NUMBERS) < (int32_t)left));
+            squares[j] += d * d;
+        }
+    row->inverse = 1.f / sqrtf(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)n + 1e-6f);
+}
+
+FN VF prepared(const Row *row, int64_t k)
+{
+    int64_t left = row->columns - k;
+    VF v = element(row, k);
+    if (row->shift)
+        v = (v - row->mean) * row->inverse * (load_upto(row->scale + k, left) + 1.f) + load_upto(row->shift + k, left);
+    if (row->in_shift) v -= load(row->in_shift + k);
+    if (row->in_inverse) v *= load(row->in_inverse + k);
+    return v;
+}
+
+/* x̂ of row m into `hat`, padded with zeros; returns the bits of its largest magnitude, of which infinity and NaN have
+   the largest. */
+FN int32_t transform_row(const Rows *r, int64_t m, float *hat)
 {
     int64_t K = r->depth, image = r->shift ? m / r->tokens * r->stride : 0;
-    const float *x = r->x + m * K;
-    float mean = 0, inverse = 1;
-    if (r->shift) moments(x, K, &mean, &inverse);
-    for (int64_t k = 0; k < K; k += LANES) {
-        VF v = load_upto(x + k, K - k);
-        if (r->shift) {
-            VF scale = load_upto(r->scale + image + k, K - k), shift = load_upto(r->shift + image + k, K - k);
-            v = (v - mean) * inverse * (scale + 1.f) + shift;
+    Row row = {.columns = K, .in_shift = r->in_shift, .in_inverse = r->in_inverse};
+    if (r->bf16) row.halves = (const uint16_t *)r->x + m * K;
+    else row.x = (const float *)r->x + m * K;
+    VI most = {0};
+    if (r->shift) row.shift = r->shift + image, row.scale = r->scale + image, moments(&row);
+    if (r->hadamard == BLOCK)
+        for (int64_t k = 0; k < K; k += BLOCK) {
+            VF v[VECTORS];
+            UNROLL for (int i = 0; i < VECTORS; i++) v[i] = prepared(&row, k + i * LANES);
+            hadamard64(v);
+            UNROLL for (int i = 0; i < VECTORS; i++) {
+                store(hat + k + i * LANES, v[i]);
+                most = larger(most, (VI)magnitude(v[i]));
+            }
         }
-        if (r->in_shift) v -= load(r->in_shift + k);
-        if (r->in_inverse) v *= load(r->in_inverse + k);
-        store(hat + k, v);
+    else {
+        for (int64_t k = 0; k < K; k += LANES) store(hat + k, prepared(&row, k));
+        for (int64_t k = K; k < padded(K, DEPTH_STEP); k++) hat[k] = 0;
+        if (r->hadamard) hadamard(hat, K, r->hadamard);
+        for (int64_t k = 0; k < K; k += LANES) most = larger(most, (VI)magnitude(load(hat + k)));
     }
-    for (int64_t k = K; k < padded(K, DEPTH_STEP); k++) hat[k] = 0;
-    if (r->hadamard == 64) hadamard64(hat, K);
-    else if (r->hadamard) hadamard(hat, K, r->hadamard);
+    return largest_of(most);
 }
 
 /* Codes with the offset, from place `at` on. */
@@ -132,32 +144,31 @@ FN void store_codes(const Rows *r, int64_t at, VI codes)
     else store_bytes((uint8_t *)r->codes + at, codes + (int32_t)r->offset);
 }
 
-/* Codes of row m; its step is returned, not a number where the row holds one that is not finite.
+/* Codes of row m, and x̂ as the low-rank branch takes it, where `low` is not null; its step is returned, no number
+   where the row holds one that is not finite.
    Products with 1 / step round as quotients do unless they lie within 2.3e-5 of the middle between two integers;
    rows with such a number are divided. */
-FN float quantize_row(const Rows *r, const float *hat, int64_t columns, int64_t m)
+FN float quantize_row(const Rows *r, const float *hat, Low *low, int64_t m, int32_t most)
 {
-    VF most = {0}, poison = {0};
+    int64_t columns = padded(r->depth, DEPTH_STEP);
+    float top;
+    memcpy(&top, &most, sizeof top);
+    float step = top / 127.f, inverse = 1.f / step;
+    VF far = {0};
     for (int64_t k = 0; k < columns; k += LANES) {
-        VF v = load(hat + k);
-        most = at_least(magnitude(v), most), poison += v * 0.f;
+        VF x = load(hat + k), ratio = x * inverse, shifted = ratio + ROUND;
+        far = at_least(magnitude(ratio - (shifted - ROUND)), far);
+        store_codes(r, m * columns + k, (VI)((VU)shifted - 0x4b400000));
+        if (PAIRS && low) to_low(low + k, x);
     }
-    float step = largest(most) / 127.f, inverse = 1.f / step;
-    VI doubt = {0};
-    for (int64_t k = 0; k < columns; k += LANES) {
-        VF ratio = load(hat + k) * inverse;
-        VI code = nearest(ratio);
-        doubt |= magnitude(ratio - __builtin_convertvector(code, VF)) > 0.49997f;
-        store_codes(r, m * columns + k, code);
-    }
-    if (any(doubt) || !(step > 1e-30f && step < 1e30f)) {
+    if (largest(far) > 0.49997f || !(step > 1e-30f && step < 1e30f)) {
         if (step == 0) step = 1;
         for (int64_t k = 0; k < columns; k += LANES) {
             VF ratio = at_least(at_most(load(hat + k) / step, splat(127.f)), splat(-127.f));
             store_codes(r, m * columns + k, nearest(ratio));
         }
     }
-    return step + sum(poison);
+    return most < 0x7f800000 ? step : NAN;
 }
 
 /* The step of one group as stored; `poison` becomes no number where the group holds one that is not finite. */
@@ -176,7 +187,7 @@ FN float group_step(const Rows *r, const float *x, VF *poison)
         if (most == opposite) while (fabsf(x[first]) < most) first++;
         ideal = (most > opposite || (most == opposite && x[first] > 0) ? most : -opposite) / (float)r->lo;
     }
-    return from_bf16((uint16_t)bf16_bits(splat(ideal == 0 ? 1 : ideal))[0]);
+    return from_bf16(to_bf16(splat(ideal == 0 ? 1 : ideal))[0]);
 }
 
 /* Codes and steps of row m in groups, of which all are no numbers where the row holds one that is not finite. A step
@@ -198,20 +209,24 @@ FN void quantize_groups(const Rows *r, const float *hat, int64_t m)
     for (int64_t g = 0; g < groups; g++) steps[g] += sum(poison);
 }
 
-WORK void quantize_some(const Rows *r, int64_t *next)
+WORK void quantize_some(const Rows *shared, int64_t *next)
 {
+    const Rows own = *shared, *r = &own; /* which no store can change, so that it stays in registers */
     int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), blocks = padded(r->rows, TILE_ROWS) / TILE_ROWS;
     float *hat = malloc(TILE_ROWS * (size_t)Kp * sizeof(float));
-    Low *half = malloc(TILE_ROWS * (size_t)Kp * sizeof(Low));
-    for (int64_t block; (block = take(next)) < blocks;) {
+    Low *half = PAIRS && r->rank ? malloc(TILE_ROWS * (size_t)Kp * sizeof(Low)) : 0;
+    for (int64_t block; (block = take(next, blocks)) < blocks;) {
         int64_t m0 = block * TILE_ROWS, rows = least(TILE_ROWS, r->rows - m0);
         const Low *a[TILE_ROWS];
         for (int64_t i = 0; i < rows; i++) {
             float *row = hat + i * Kp;
-            transform_row(r, m0 + i, row);
-            if (r->group) quantize_groups(r, row, m0 + i);
-            else r->steps[m0 + i] = quantize_row(r, row, Kp, m0 + i);
-            if (r->rank && PAIRS) for (int64_t k = 0; k < Kp; k += LANES) to_low(half + i * Kp + k, load(row + k));
+            Low *low = half ? half + i * Kp : 0;
+            int32_t most = transform_row(r, m0 + i, row);
+            if (!r->group) r->steps[m0 + i] = quantize_row(r, row, low, m0 + i, most);
+            else {
+                quantize_groups(r, row, m0 + i);
+                if (low) for (int64_t k = 0; k < Kp; k += LANES) to_low(low + k, load(row + k));
+            }
         }
         for (int64_t i = 0; i < TILE_ROWS; i++) a[i] = (PAIRS ? half : (Low *)hat) + least(i, rows - 1) * Kp;
         for (int64_t c = 0; c < Rp; c += LOW_PANEL) {

@@ -26,7 +26,7 @@ WORK void weigh_some(const WeightOnly *w, int64_t *next)
 {
     int64_t K = w->depth, Kp = padded(K, LANES), blocks = padded(w->outputs, FOUR) / FOUR;
     float *decoded = calloc(FOUR * (size_t)Kp, sizeof(float));
-    for (int64_t block; (block = take(next)) < blocks;) {
+    for (int64_t block; (block = take(next, blocks)) < blocks;) {
         int64_t n0 = block * FOUR, outputs = least(FOUR, w->outputs - n0);
         for (int64_t j = 0; j < outputs; j++) decode_row(w, n0 + j, decoded + j * Kp);
         for (int64_t m = 0; m < w->rows; m += 2) {
