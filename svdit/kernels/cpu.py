@@ -25,6 +25,7 @@ from svdit.kernels.native import (
 )
 
 GROUPS = (16, 32, 64, 128, 256)  # that are added up in fp32
+CHUNK = 32  # columns that WeightOnlyLinear reads at once
 EXACT_IN_BF16 = (torch.bfloat16, torch.int8)
 
 
@@ -142,8 +143,9 @@ class WeightOnlyLinear(Composed):
     def takes(layer: Layer) -> bool:
         """Whether the kernels compute such a layer: floats in, 8- or 4-bit integer codes."""
         form, I = layer.weight, layer.columns
-        whole = form.bits == 8 or (form.bits == 4 and I // form.groups(I) % 2 == 0)
-        return layer.act is None and form.element == "int" and whole
+        whole = form.groups(I) == 1 or (I // form.groups(I)) % CHUNK == 0
+        stored = form.bits == 8 or (form.bits == 4 and I % 2 == 0)
+        return layer.act is None and form.element == "int" and whole and stored
 
     def core(self, x: Tensor) -> Tensor:
         (O, I), layer = self.shape, self.layer

@@ -100,6 +100,20 @@ FN void store_bytes(uint8_t *to, VI v)
 #endif
 }
 
+/* Signed bytes to lanes. */
+FN VI load_bytes(const uint8_t *p)
+{
+#if LANES == 8
+    return (VI)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#elif defined(USE_VNNI)
+    return (VI)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+    VI v;
+    for (int i = 0; i < LANES; i++) v[i] = (int8_t)p[i];
+    return v;
+#endif
+}
+
 /* The low 16 bits of each lane. */
 FN void store_shorts(int16_t *to, VI v)
 {

@@ -1,50 +1,81 @@
-/* Quantized weights, float activations: FOUR output rows at a time are decoded into cache and multiplied with all
-   rows of x. Made for adaLN, whose few rows of x leave nothing to gain from packing. */
+/* Quantized weights, float activations: FOUR rows of weights at a time meet two rows of x, CHUNK columns after the
+   other. Made for adaLN, whose few rows of x leave nothing to gain from packing: weights are read as they are stored. */
 
-enum { FOUR = 4 };
+enum { FOUR = 4, CHUNK = 2 * LANES };
 
-FN void decode_row(const WeightOnly *w, int64_t n, float *to)
+/* CHUNK codes: all in order, or with 4 bits first those of even columns. */
+FN void decode(VF to[2], const uint8_t *codes, int64_t bits)
 {
-    int64_t size = w->depth / w->groups;
-    const uint8_t *row = w->weight + n * w->depth * w->bits / 8;
-    for (int64_t g = 0; g < w->groups; g++, to += size) {
-        float scale = w->scales[n * w->groups + g];
-        if (w->bits == 8) {
-            const int8_t *codes = (const int8_t *)row + g * size;
-            for (int64_t k = 0; k < size; k++) to[k] = codes[k] * scale;
-        } else {
-            const uint8_t *both = row + g * size / 2;
-            for (int64_t k = 0; k < size / 2; k++) {
-                to[2 * k] = ((both[k] & 15) - 8) * scale;
-                to[2 * k + 1] = ((both[k] >> 4) - 8) * scale;
-            }
+    VI first = load_bytes(codes), second = bits == 8 ? load_bytes(codes + LANES) : (first >> 4 & 15) - 8;
+    if (bits == 4) first = (first & 15) - 8;
+    to[0] = __builtin_convertvector(first, VF), to[1] = __builtin_convertvector(second, VF);
+}
+
+/* Columns to the order of `decode`, zeros behind the last one. */
+FN void arrange(float *to, const float *x, int64_t columns, int64_t bits)
+{
+    for (int64_t k = 0; k < columns; k += CHUNK)
+        for (int64_t i = 0; i < CHUNK; i++) {
+            int64_t at = k + (bits == 8 ? i : i % LANES * 2 + i / LANES);
+            *to++ = at < columns ? x[at] : 0;
         }
+}
+
+/* acc[i][j] += Σ x[i] codes[j] over a chunk that begins at column k of x */
+FN void chunk_sums(VF acc[2][FOUR], const float *const x[2], int64_t k, const uint8_t *const codes[FOUR], int64_t bits)
+{
+    VF left[2] = {load(x[0] + k), load(x[0] + k + LANES)}, right[2] = {load(x[1] + k), load(x[1] + k + LANES)};
+    UNROLL for (int j = 0; j < FOUR; j++) {
+        VF c[2];
+        decode(c, codes[j], bits);
+        UNROLL for (int half = 0; half < 2; half++) acc[0][j] += left[half] * c[half], acc[1][j] += right[half] * c[half];
     }
 }
 
-WORK void weigh_some(const WeightOnly *w, int64_t *next)
+/* acc[i][j] += Σ_k x[i][k] weight[n0 + j][k], group by group */
+FN void few_sums(VF acc[2][FOUR], const WeightOnly *w, const float *const x[2], int64_t n0, int64_t bits)
 {
-    int64_t K = w->depth, Kp = padded(K, LANES), blocks = padded(w->outputs, FOUR) / FOUR;
-    float *decoded = calloc(FOUR * (size_t)Kp, sizeof(float));
-    for (int64_t block; (block = take(next, blocks)) < blocks;) {
-        int64_t n0 = block * FOUR, outputs = least(FOUR, w->outputs - n0);
-        for (int64_t j = 0; j < outputs; j++) decode_row(w, n0 + j, decoded + j * Kp);
-        for (int64_t m = 0; m < w->rows; m += 2) {
-            const float *x[2] = {w->x + m * K, w->x + least(m + 1, w->rows - 1) * K};
-            VF acc[2][FOUR] = {0};
-            for (int64_t k = 0; k < K; k += LANES) {
-                VF left = load_upto(x[0] + k, K - k), right = load_upto(x[1] + k, K - k);
-                UNROLL for (int j = 0; j < FOUR; j++) {
-                    VF row = load(decoded + j * Kp + k);
-                    acc[0][j] += left * row, acc[1][j] += right * row;
-                }
-            }
-            for (int64_t i = 0; i < least(2, w->rows - m); i++)
-                for (int64_t j = 0; j < outputs; j++)
-                    w->out[(m + i) * w->outputs + n0 + j] = sum(acc[i][j]) + (w->bias ? w->bias[n0 + j] : 0);
-        }
+    int64_t K = w->depth, size = K / w->groups;
+    const uint8_t *codes[FOUR];
+    const float *scales[FOUR];
+    for (int64_t j = 0, n; j < FOUR; j++) {
+        n = least(n0 + j, w->outputs - 1);
+        codes[j] = w->weight + n * K * bits / 8, scales[j] = w->scales + n * w->groups;
     }
-    free(decoded);
+    for (int64_t g = 0; g < w->groups; g++) {
+        VF part[2][FOUR] = {0};
+        int64_t k = g * size, left;
+        for (; (left = (g + 1) * size - k) >= CHUNK; k += CHUNK) {
+            chunk_sums(part, x, k, codes, bits);
+            UNROLL for (int j = 0; j < FOUR; j++) codes[j] += CHUNK * bits / 8;
+        }
+        if (left) { /* only behind the last group, where more must not be read */
+            uint8_t ends[FOUR][CHUNK] = {0};
+            for (int j = 0; j < FOUR; j++) codes[j] = memcpy(ends[j], codes[j], (size_t)(left * bits / 8));
+            chunk_sums(part, x, k, codes, bits);
+        }
+        UNROLL for (int j = 0; j < FOUR; j++)
+            UNROLL for (int i = 0; i < 2; i++) acc[i][j] += part[i][j] * scales[j][g];
+    }
+}
+
+WORK void weigh_some(const WeightOnly *shared, int64_t *next)
+{
+    const WeightOnly own = *shared, *w = &own;
+    int64_t K = w->depth, Kp = padded(K, CHUNK), blocks = padded(w->outputs, FOUR) / FOUR;
+    float *x = malloc((size_t)(w->rows * Kp) * sizeof(float));
+    for (int64_t m = 0; m < w->rows; m++) arrange(x + m * Kp, w->x + m * K, K, w->bits);
+    for (int64_t block; (block = take(next, blocks)) < blocks;)
+        for (int64_t m = 0; m < w->rows; m += 2) {
+            const float *pair[2] = {x + m * Kp, x + least(m + 1, w->rows - 1) * Kp};
+            VF acc[2][FOUR] = {0};
+            if (w->bits == 8) few_sums(acc, w, pair, block * FOUR, 8);
+            else few_sums(acc, w, pair, block * FOUR, 4);
+            for (int64_t i = 0; i < least(2, w->rows - m); i++)
+                for (int64_t n = block * FOUR; n < least(block * FOUR + FOUR, w->outputs); n++)
+                    w->out[(m + i) * w->outputs + n] = sum(acc[i][n % FOUR]) + (w->bias ? w->bias[n] : 0);
+        }
+    free(x);
 }
 
 void EXPORT(weigh)(const WeightOnly *w) { PARALLEL(weigh_some, w); }
