@@ -50,7 +50,7 @@ FN VI broadcast(const void *p) { int32_t x; memcpy(&x, p, 4); return splat_int(x
 FN VF load_some(const float *p, int64_t n) { VF v = {0}; memcpy(&v, p, 4 * (size_t)n); return v; }
 FN void store_some(float *p, VF v, int64_t n) { memcpy(p, &v, 4 * (size_t)n); }
 FN VF load_upto(const float *p, int64_t n) { return n >= LANES ? load(p) : n > 0 ? load_some(p, n) : (VF){0}; }
-FN void store_upto(float *p, VF v, int64_t n) { if (n >= LANES) store(p, v); else store_some(p, v, n); }
+FN void store_upto(float *p, VF v, int64_t n) { if (n >= LANES) store(p, v); else if (n > 0) store_some(p, v, n); }
 /* These two let an x that is no number through, as the processor's own do when the limit comes first. */
 #if defined(__x86_64__) && LANES == 8
 FN VF at_least(VF x, VF limit) { return (VF)_mm256_max_ps((__m256)limit, (__m256)x); }
@@ -157,7 +157,7 @@ FN void store_halves(uint16_t *p, VF x, int64_t n)
 {
     VH h = to_bf16_quickly(x);
     if (n >= LANES) memcpy(p, &h, sizeof h);
-    else memcpy(p, &h, 2 * (size_t)n);
+    else if (n > 0) memcpy(p, &h, 2 * (size_t)n);
 }
 
 /* 2ᵗ, t clamped to [−126, 127]: t = n + r, a polynomial of degree 5 in r of least relative error on ±1/2 (7.5e-8). */

@@ -74,16 +74,18 @@ FN void grouped_sums(VF y[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_
     }
 }
 
-/* `gate` is that of row m's image */
-FN void finish(const Product *p, const float *gate, int64_t m, int64_t n, VF v)
+/* Outputs n … of row m: `left` of them, of y what lies behind is dropped; `gate` is that of the row's image. */
+FN void finish(const Product *p, const float *gate, int64_t m, int64_t n, int64_t left, VF y[TILE_VECTORS])
 {
-    int64_t left = p->outputs - n;
-    if (left <= 0) return;
-    if (p->gelu) v = gelu(v);
-    if (gate) v = v * load_upto(gate + n, left);
-    if (p->residual) v = v + load_upto(p->residual + m * p->outputs + n, left);
-    if (p->bf16) store_halves((uint16_t *)p->out + m * p->outputs + n, v, left);
-    else store_upto((float *)p->out + m * p->outputs + n, v, left);
+    int64_t at = m * p->outputs + n;
+    if (p->gelu) UNROLL for (int j = 0; j < TILE_VECTORS; j++) y[j] = gelu(y[j]);
+    if (gate) UNROLL for (int j = 0; j < TILE_VECTORS; j++) y[j] *= load_upto(gate + n + j * LANES, left - j * LANES);
+    if (p->residual)
+        UNROLL for (int j = 0; j < TILE_VECTORS; j++) y[j] += load_upto(p->residual + at + j * LANES, left - j * LANES);
+    UNROLL for (int j = 0; j < TILE_VECTORS; j++) {
+        if (p->bf16) store_halves((uint16_t *)p->out + at + j * LANES, y[j], left - j * LANES);
+        else store_upto((float *)p->out + at + j * LANES, y[j], left - j * LANES);
+    }
 }
 
 FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
@@ -122,15 +124,18 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
         UNROLL for (int i = 0; i < TILE_ROWS; i++) low[i] = (const Low *)p->low + (m0 + least(i, rows - 1)) * Rp;
         low_rank_tile(y, low, p->l1 + panel * PANEL * pairs * 2, pairs, TILE_VECTORS);
     }
+    int64_t n = panel * PANEL, left = p->outputs - n;
     UNROLL for (int i = 0; i < TILE_ROWS; i++) {
         if (i >= rows) break;
         const float *gate = p->gate ? p->gate + (m0 + i) / p->tokens * p->stride : 0;
-        UNROLL for (int j = 0; j < TILE_VECTORS; j++) finish(p, gate, m0 + i, panel * PANEL + j * LANES, y[i][j]);
+        if (left >= PANEL) finish(p, gate, m0 + i, n, PANEL, y[i]);
+        else finish(p, gate, m0 + i, n, left, y[i]);
     }
 }
 
-WORK void multiply_some(const Product *p, int64_t *next)
+WORK void multiply_some(const Product *shared, int64_t *next)
 {
+    const Product kept = *shared, *p = &kept; /* which no store can change */
     int64_t Kp = padded(p->depth, DEPTH_STEP), panels = padded(p->outputs, PANEL) / PANEL;
     int64_t size = p->group ? p->group : p->depth;
     int64_t tiles = padded(p->rows, TILE_ROWS) / TILE_ROWS, parts = padded(4 * team(), panels) / panels;

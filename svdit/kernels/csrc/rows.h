@@ -211,7 +211,7 @@ FN void quantize_groups(const Rows *r, const float *hat, int64_t m)
 
 WORK void quantize_some(const Rows *shared, int64_t *next)
 {
-    const Rows own = *shared, *r = &own; /* which no store can change, so that it stays in registers */
+    const Rows kept = *shared, *r = &kept; /* which no store can change, so that it stays in registers */
     int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), blocks = padded(r->rows, TILE_ROWS) / TILE_ROWS;
     float *hat = malloc(TILE_ROWS * (size_t)Kp * sizeof(float));
     Low *half = PAIRS && r->rank ? malloc(TILE_ROWS * (size_t)Kp * sizeof(Low)) : 0;

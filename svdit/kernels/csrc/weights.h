@@ -61,7 +61,7 @@ FN void few_sums(VF acc[2][FOUR], const WeightOnly *w, const float *const x[2], 
 
 WORK void weigh_some(const WeightOnly *shared, int64_t *next)
 {
-    const WeightOnly own = *shared, *w = &own;
+    const WeightOnly kept = *shared, *w = &kept;
     int64_t K = w->depth, Kp = padded(K, CHUNK), blocks = padded(w->outputs, FOUR) / FOUR;
     float *x = malloc((size_t)(w->rows * Kp) * sizeof(float));
     for (int64_t m = 0; m < w->rows; m++) arrange(x + m * Kp, w->x + m * K, K, w->bits);
