@@ -6,6 +6,7 @@
 Random weights: the float model has exactly the weights that the codes stand for, so the error beside each time is that
 of rounding activations. One process; candidates in shuffled order each round; medians, and ratios as medians of
 per-round ratios. A run in which the baseline varies by more than 15 % (p90 / p10) is void and is not recorded.
+bfloat16 is left out where the processor has no products of it, where it is slower than fp32.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from random_models import in_floats, model_inputs, quantized, random_layer
 from record import record
 from torch import Tensor, nn
@@ -30,11 +32,13 @@ from torch import Tensor, nn
 from svdit.kernels import cpu, native, ops
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.model.dit import DiT
+from svdit.model.layers import attend
 from svdit.quant.linear import LinearSpec
 from svdit.runtime.accelerate import accelerate
 from svdit.runtime.linear import stored
 
 SPREAD = 1.15
+HAS_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4"), "W4A4": ("W4A4", "int4")}  # blocks and adaLN
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 Run = Callable[[], Tensor]
@@ -76,7 +80,7 @@ def steady(times: list[float]) -> bool:
     return high / low <= SPREAD
 
 
-def whole_model(setting: Setting, batch: int, bf16: bool, compiled: bool) -> None:
+def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     """The table of the whole model: time, ratio to the eager float model, error against it."""
     x, t, y = model_inputs(batch)
     plain = in_floats(quantized("W8A8", "int8", setting.depth, setting.rank))
@@ -84,12 +88,10 @@ def whole_model(setting: Setting, batch: int, bf16: bool, compiled: bool) -> Non
         "fp32 eager": lambda: plain(x, t, y),
         "fp32 eager medium": lambda: with_precision("medium", lambda: plain(x, t, y)),
     }
-    if bf16:
+    if HAS_BF16:
         half = copy.deepcopy(plain).bfloat16()
         candidates["bf16 eager"] = lambda: half(x.bfloat16(), t, y)
-    if compiled:
-        candidates["fp32 compile + freezing"] = compiled_model(copy.deepcopy(plain), x, t, y)
-    if compiled and bf16:
+    if HAS_BF16 and compiled:
         candidates["bf16 compile + freezing"] = compiled_model(copy.deepcopy(half), x.bfloat16(), t, y)
     truth = {"fp32": plain(x, t, y)}
     for name, (scheme, adaln) in SCHEMES.items():
@@ -141,14 +143,19 @@ def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
     return lambda: model(x, t, y)
 
 
-def parts(setting: Setting) -> None:
+def peak_int8(setting: Setting) -> float:
+    """GOP/s out of registers, beside that of fp32."""
+    kernels = native.kernels()
+    int8, fp32 = (max(native.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9 for kind in (True, False))
+    print(f"\nout of registers: INT8 {int8:.0f} GOP/s, fp32 {fp32:.0f} GFLOP/s")
+    if setting.keep:
+        record("cpu", "INT8 out of registers", int8, "GOP/s", f"fp32 {fp32:.0f} GFLOP/s, {kernels.isa}")
+    return int8
+
+
+def parts(setting: Setting, peak: float) -> None:
     """Products beside the peak of this processor, and what the branch and the transforms cost."""
     kernels, generator = native.kernels(), torch.Generator().manual_seed(0)
-    repeats = 3_000_000
-    peaks = {
-        kind: max(native.peak(kernels, kind == "int8", repeats) for _ in range(5)) / 1e9 for kind in ("int8", "fp32")
-    }
-    print(f"\nout of registers: INT8 {peaks['int8']:.0f} GOP/s, fp32 {peaks['fp32']:.0f} GFLOP/s")
     totals: dict[str, float] = {}
     for name, (I, O) in LAYERS.items():
         linear, x = nn.Linear(I, O, device="meta"), torch.randn(2, 256, I, generator=generator)
@@ -166,23 +173,41 @@ def parts(setting: Setting) -> None:
         runs["quantize alone"] = lambda p=packed["product alone"], x=x: p.quantize(x)[0]
         median = {what: statistics.median(t) for what, t in measure(runs, 5 * setting.rounds).items()}
         rate = 2 * 512 * I * O / (median["product alone"] - median["quantize alone"]) / 1e9
-        print(f"{name:5} {I}→{O}: INT8 product {rate:6.0f} GOP/s = {rate / peaks['int8']:.0%} of the peak")
+        print(f"{name:5} {I}→{O}: INT8 product {rate:6.0f} GOP/s = {rate / peak:.0%} of the peak")
         for what, seconds in median.items():
             totals[what] = totals.get(what, 0) + seconds
         if setting.keep:
-            share = 100 * rate / peaks["int8"]
+            share = 100 * rate / peak
             record("cpu", f"INT8 product {I}→{O}, share of peak", share, "%", f"512 rows, {kernels.isa}")
-    qkv = torch.randn(2, 256, 3456, generator=generator)
-    attention = measure({name: lambda name=name: ops.attention(qkv, 16, name) for name in ("cpu", "reference")}, 15)
-    own, sdpa = (1e3 * statistics.median(attention[name]) for name in attention)
-    block = totals["all"] + own / 1e3
+    block = totals["all"] + attention(setting, generator)
     for what, name in (("no branch", f"rank-{setting.rank} branch"), ("no transform", "Hadamard and centring")):
         share = 100 * (totals["all"] - totals[what]) / block
         print(f"{name}: {share:.1f} % of a block")
         if setting.keep:
             record("cpu", f"{name}, share of a block", share, "%", f"batch 2, {kernels.isa}")
-    print(f"attention {own:.1f} ms, SDPA {sdpa:.1f} ms")
     print(f"linears of a block: W8A8 {1e3 * totals['all']:.1f} ms, W4A8 {1e3 * totals['W4A8']:.1f} ms")
+
+
+def attention(setting: Setting, generator: torch.Generator) -> float:
+    """Seconds of the kernels' own, beside torch's fused one and, in bfloat16, plain products."""
+    qkv, kernels = torch.randn(2, 256, 3456, generator=generator), native.kernels()
+    q, k, v = qkv.view(2, 256, 3, 16, 72).permute(2, 0, 3, 1, 4)
+    low = qkv.to(kernels.low_dtype)
+    runs: dict[str, Run] = {
+        "own": lambda: ops.attention(low, 16, "cpu"),
+        "SDPA fp32": lambda: F.scaled_dot_product_attention(q, k, v),
+    }
+    if HAS_BF16:
+        halves = [x.bfloat16() for x in (q, k, v)]
+        runs["SDPA bf16"] = lambda: F.scaled_dot_product_attention(*halves)
+        runs["products bf16"] = lambda: attend(*halves)
+    median = {name: statistics.median(times) for name, times in measure(runs, 5 * setting.rounds).items()}
+    for name, seconds in median.items():
+        print(f"attention, {name}: {1e3 * seconds:.2f} ms")
+        if setting.keep and name != "own":
+            note = f"{1e3 * seconds:.2f} and {1e3 * median['own']:.2f} ms; 256 tokens, batch 2, {kernels.isa}"
+            record("cpu", f"attention, {name}, time over own", seconds / median["own"], "×", note)
+    return median["own"]
 
 
 def resident() -> tuple[int, int]:
@@ -226,8 +251,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--no-bf16", action="store_true", help="it is four times slower than fp32 without AVX-512")
-    parser.add_argument("--compile", action="store_true", help="floats compiled and frozen too; minutes more")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out bf16 compiled and frozen, which takes a minute"
+    )
     parser.add_argument("--only", choices=["parts", "memory", "model"], help="one of the three")
     parser.add_argument("--memory-of", choices=["fp32", *SCHEMES], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -236,13 +262,14 @@ def main() -> None:
     if args.memory_of:
         memory_of(setting, args.memory_of)
         return
+    peak = peak_int8(setting)
     if args.only in (None, "parts"):
-        parts(setting)
+        parts(setting, peak)
     for kind in ("fp32", *SCHEMES) if args.only in (None, "memory") else ():
         quick = ["--quick"] if args.quick else []
         subprocess.run([sys.executable, __file__, "--memory-of", kind, *quick], check=True)
     for batch in ([2] if args.quick else args.batch) if args.only in (None, "model") else ():
-        whole_model(setting, batch, not args.no_bf16, args.compile)
+        whole_model(setting, batch, not args.no_compile)
 
 
 if __name__ == "__main__":

@@ -62,9 +62,10 @@ FN void attend(const Attention *a, int64_t pair, const Head *own)
             inverse[i] = softmax(own->scores + i * Tp, T, Tp, 1.44269504f / sqrtf((float)H));
         for (int64_t d = 0, width; d < Hp; d += width) {
             VF acc[TILE_ROWS][TILE_VECTORS] = {0};
-            width = Hp - d < PANEL ? LANES : PANEL;
-            if (width == PANEL) low_tile(acc, weights, own->values + d * W, Tw, Hp, TILE_VECTORS);
-            else low_tile(acc, weights, own->values + d * W, Tw, Hp, 1);
+            int64_t tiles = padded(Hp - d, PANEL) / PANEL, vectors = padded(Hp - d, LANES * tiles) / (LANES * tiles);
+            width = vectors * LANES; /* 3 and 2 instead of 4 and 1, which is too few to hide how long a product takes */
+            UNROLL for (int n = 1; n <= TILE_VECTORS; n++)
+                if (n == vectors) low_tile(acc, weights, own->values + d * W, Tw, Hp, n);
             UNROLL for (int i = 0; i < TILE_ROWS; i++)
                 UNROLL for (int j = 0; j < TILE_VECTORS; j++) {
                     int64_t left = H - d - j * LANES;

@@ -1,7 +1,7 @@
 /* Quantized weights, float activations: FOUR rows of weights at a time meet two rows of x, CHUNK columns after the
    other. Made for adaLN, whose few rows of x leave nothing to gain from packing: weights are read as they are stored. */
 
-enum { FOUR = 4, CHUNK = 2 * LANES };
+enum { FOUR = 4, CHUNK = 2 * LANES, ROWS = 8 * FOUR }; /* ROWS: of weights, that a thread takes at once */
 
 /* CHUNK codes: all in order, or with 4 bits first those of even columns. */
 FN void decode(VF to[2], const uint8_t *codes, int64_t bits)
@@ -50,8 +50,12 @@ FN void few_sums(VF acc[2][FOUR], const WeightOnly *w, const float *const x[2], 
             UNROLL for (int j = 0; j < FOUR; j++) codes[j] += CHUNK * bits / 8;
         }
         if (left) { /* only behind the last group, where more must not be read */
-            uint8_t ends[FOUR][CHUNK] = {0};
-            for (int j = 0; j < FOUR; j++) codes[j] = memcpy(ends[j], codes[j], (size_t)(left * bits / 8));
+            uint8_t ends[FOUR][CHUNK];
+            size_t bytes = (size_t)(left * bits / 8);
+            for (int j = 0; j < FOUR; j++) {
+                memset(ends[j] + bytes, 0, CHUNK - bytes);
+                codes[j] = memcpy(ends[j], codes[j], bytes);
+            }
             chunk_sums(part, x, k, codes, bits);
         }
         UNROLL for (int j = 0; j < FOUR; j++)
@@ -62,19 +66,20 @@ FN void few_sums(VF acc[2][FOUR], const WeightOnly *w, const float *const x[2], 
 WORK void weigh_some(const WeightOnly *shared, int64_t *next)
 {
     const WeightOnly kept = *shared, *w = &kept;
-    int64_t K = w->depth, Kp = padded(K, CHUNK), blocks = padded(w->outputs, FOUR) / FOUR;
+    int64_t K = w->depth, Kp = padded(K, CHUNK), pieces = padded(w->outputs, ROWS) / ROWS;
     float *x = malloc((size_t)(w->rows * Kp) * sizeof(float));
     for (int64_t m = 0; m < w->rows; m++) arrange(x + m * Kp, w->x + m * K, K, w->bits);
-    for (int64_t block; (block = take(next, blocks)) < blocks;)
-        for (int64_t m = 0; m < w->rows; m += 2) {
-            const float *pair[2] = {x + m * Kp, x + least(m + 1, w->rows - 1) * Kp};
-            VF acc[2][FOUR] = {0};
-            if (w->bits == 8) few_sums(acc, w, pair, block * FOUR, 8);
-            else few_sums(acc, w, pair, block * FOUR, 4);
-            for (int64_t i = 0; i < least(2, w->rows - m); i++)
-                for (int64_t n = block * FOUR; n < least(block * FOUR + FOUR, w->outputs); n++)
-                    w->out[(m + i) * w->outputs + n] = sum(acc[i][n % FOUR]) + (w->bias ? w->bias[n] : 0);
-        }
+    for (int64_t piece; (piece = take(next, pieces)) < pieces;)
+        for (int64_t n0 = piece * ROWS; n0 < least(piece * ROWS + ROWS, w->outputs); n0 += FOUR)
+            for (int64_t m = 0; m < w->rows; m += 2) {
+                const float *pair[2] = {x + m * Kp, x + least(m + 1, w->rows - 1) * Kp};
+                VF acc[2][FOUR] = {0};
+                if (w->bits == 8) few_sums(acc, w, pair, n0, 8);
+                else few_sums(acc, w, pair, n0, 4);
+                for (int64_t i = 0; i < least(2, w->rows - m); i++)
+                    for (int64_t n = n0; n < least(n0 + FOUR, w->outputs); n++)
+                        w->out[(m + i) * w->outputs + n] = sum(acc[i][n % FOUR]) + (w->bias ? w->bias[n] : 0);
+            }
     free(x);
 }
 
