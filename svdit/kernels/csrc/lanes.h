@@ -39,6 +39,7 @@ typedef float Low;
 #endif
 
 /* CODES: in a lane of `dot`. W: numbers in a lane of `multiply_add`. */
+enum { STAGES = LANES == 16 ? 4 : 3 }; /* LANES = 2^STAGES */
 enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2, CODES = WIDE ? 2 : 4, W = PAIRS ? 2 : 1 };
 
 FN VF load(const float *p) { VF v; memcpy(&v, p, sizeof v); return v; }
@@ -80,9 +81,9 @@ FN VF ordered(VF x, VI order)
     return __builtin_shuffle(x, order);
 #endif
 }
-FN float sum(VF v) { UNROLL for (int h = LANES / 2; h; h /= 2) v += ordered(v, across(h)); return v[0]; }
-FN float largest(VF v) { UNROLL for (int h = LANES / 2; h; h /= 2) v = at_least(v, ordered(v, across(h))); return v[0]; }
-FN int32_t largest_of(VI v) { UNROLL for (int h = LANES / 2; h; h /= 2) v = larger(v, (VI)ordered((VF)v, across(h))); return v[0]; }
+FN float sum(VF v) { UNROLL for (int s = 0; s < STAGES; s++) v += ordered(v, across(1 << s)); return v[0]; }
+FN float largest(VF v) { UNROLL for (int s = 0; s < STAGES; s++) v = at_least(v, ordered(v, across(1 << s))); return v[0]; }
+FN int32_t largest_of(VI v) { UNROLL for (int s = 0; s < STAGES; s++) v = larger(v, (VI)ordered((VF)v, across(1 << s))); return v[0]; }
 FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FN int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -126,7 +127,14 @@ FN void store_shorts(int16_t *to, VI v)
 FN VI nearest(VF x) { return (VI)((VU)(x + ROUND) - 0x4b400000); }
 
 FN float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
-FN VF from_halves(VH x) { return (VF)(__builtin_convertvector(x, VU) << 16); }
+FN VF from_halves(VH x)
+{
+#if defined(USE_VNNI) && LANES == 16
+    return (VF)((VU)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#else
+    return (VF)(__builtin_convertvector(x, VU) << 16);
+#endif
+}
 
 FN VF load_halves(const uint16_t *p, int64_t n)
 {

@@ -46,21 +46,21 @@ FN void hadamard(float *x, int64_t columns, int64_t block)
     for (int64_t k = 0; k < columns; k++) x[k] *= root;
 }
 
-enum { BLOCK = 64, VECTORS = BLOCK / LANES };
+enum { BLOCK = 64, VECTORS = BLOCK / LANES, LAST = 6 - STAGES }; /* VECTORS = 2^LAST */
 
 /* The published block size, in registers. Inside a vector lanes i and i ^ h become their sum and difference. */
 FN void hadamard64(VF v[VECTORS])
 {
     const VF one = splat(1.f);
-    UNROLL for (int h = 1; h < LANES; h *= 2) {
-        VI order = across(h), negative = (load_int(NUMBERS) & h) != 0;
+    UNROLL for (int s = 0; s < STAGES; s++) {
+        VI order = across(1 << s), negative = (load_int(NUMBERS) & 1 << s) != 0;
         VF sign = (VF)((VI)one | (negative & (int32_t)0x80000000));
         UNROLL for (int i = 0; i < VECTORS; i++) v[i] = ordered(v[i], order) + v[i] * sign;
     }
-    UNROLL for (int h = 1; h < VECTORS; h *= 2)
-        UNROLL for (int i = 0; i < VECTORS; i++) if (!(i & h)) {
-            VF a = v[i], b = v[i + h];
-            v[i] = a + b, v[i + h] = a - b;
+    UNROLL for (int s = 0; s < LAST; s++)
+        UNROLL for (int i = 0; i < VECTORS; i++) if (!(i >> s & 1)) {
+            VF a = v[i], b = v[i + (1 << s)];
+            v[i] = a + b, v[i + (1 << s)] = a - b;
         }
     UNROLL for (int i = 0; i < VECTORS; i++) v[i] *= 0.125f;
 }
@@ -73,34 +73,37 @@ typedef struct {
     float mean, inverse;
 } Row;
 
-FN VF element(const Row *row, int64_t k)
+/* LANES columns from k on, of which `left` are there; more are zeros. */
+FN VF element(const Row *row, int64_t k, int64_t left)
 {
-    int64_t left = row->columns - k;
     return row->halves ? load_halves(row->halves + k, left) : load_upto(row->x + k, left);
+}
+
+FN VF squared(const Row *row, int64_t k, int64_t left)
+{
+    VF d = element(row, k, left) - row->mean;
+    if (left < LANES) d = (VF)((VI)d & (load_int(NUMBERS) < (int32_t)left));
+    return d * d;
 }
 
 /* Mean and one over the standard deviation; four sums run side by side. */
 FN void moments(Row *row)
 {
-    int64_t n = row->columns;
+    int64_t n = row->columns, k;
     VF total[4] = {0}, squares[4] = {0};
-    for (int64_t k = 0; k < n; k += 4 * LANES)
-        UNROLL for (int j = 0; j < 4; j++) total[j] += element(row, k + j * LANES);
+    for (k = 0; k + 4 * LANES <= n; k += 4 * LANES)
+        UNROLL for (int j = 0; j < 4; j++) total[j] += element(row, k + j * LANES, LANES);
+    for (; k < n; k += LANES) total[0] += element(row, k, n - k);
     row->mean = sum((total[0] + total[1]) + (total[2] + total[3])) / (float)n;
-    for (int64_t k = 0; k < n; k += 4 * LANES)
-        UNROLL for (int j = 0; j < 4; j++) {
-            int64_t left = n - k - j * LANES;
-            VF d = element(row, k + j * LANES) - row->mean;
-            if (left < LANES) d = (VF)((VI)d & (load_int(NUMBERS) < (int32_t)left));
-            squares[j] += d * d;
-        }
+    for (k = 0; k + 4 * LANES <= n; k += 4 * LANES)
+        UNROLL for (int j = 0; j < 4; j++) squares[j] += squared(row, k + j * LANES, LANES);
+    for (; k < n; k += LANES) squares[0] += squared(row, k, n - k);
     row->inverse = 1.f / sqrtf(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)n + 1e-6f);
 }
 
-FN VF prepared(const Row *row, int64_t k)
+FN VF prepared(const Row *row, int64_t k, int64_t left)
 {
-    int64_t left = row->columns - k;
-    VF v = element(row, k);
+    VF v = element(row, k, left);
     if (row->shift)
         v = (v - row->mean) * row->inverse * (load_upto(row->scale + k, left) + 1.f) + load_upto(row->shift + k, left);
     if (row->in_shift) v -= load(row->in_shift + k);
@@ -121,7 +124,7 @@ FN int32_t transform_row(const Rows *r, int64_t m, float *hat)
     if (r->hadamard == BLOCK)
         for (int64_t k = 0; k < K; k += BLOCK) {
             VF v[VECTORS];
-            UNROLL for (int i = 0; i < VECTORS; i++) v[i] = prepared(&row, k + i * LANES);
+            UNROLL for (int i = 0; i < VECTORS; i++) v[i] = prepared(&row, k + i * LANES, LANES);
             hadamard64(v);
             UNROLL for (int i = 0; i < VECTORS; i++) {
                 store(hat + k + i * LANES, v[i]);
@@ -129,7 +132,7 @@ FN int32_t transform_row(const Rows *r, int64_t m, float *hat)
             }
         }
     else {
-        for (int64_t k = 0; k < K; k += LANES) store(hat + k, prepared(&row, k));
+        for (int64_t k = 0; k < K; k += LANES) store(hat + k, prepared(&row, k, K - k));
         for (int64_t k = K; k < padded(K, DEPTH_STEP); k++) hat[k] = 0;
         if (r->hadamard) hadamard(hat, K, r->hadamard);
         for (int64_t k = 0; k < K; k += LANES) most = larger(most, (VI)magnitude(load(hat + k)));
