@@ -1,39 +1,64 @@
 /* Stored layouts to panels, once for each layer. */
 
-FN int32_t pack_bytes(const Packing *p, const int8_t *row, uint8_t *to)
+/* A panel's columns k … k + 4 lie together: dword n is that of output n. */
+FN void pack_bytes(const Packing *p, int64_t first, int64_t outputs)
 {
-    int32_t total = 0;
-    for (int64_t k = 0; k < p->depth; k++) total += row[k];
-    for (int64_t k = 0; k < p->depth; k += 4) memcpy(to + k * PANEL, row + k, (size_t)least(4, p->depth - k));
-    return total;
-}
-
-/* Eight codes c₀ … c₇ of four bytes become the bytes c₀c₄ c₁c₅ c₂c₆ c₃c₇: one `and` and one shift undo it. */
-FN int32_t pack_nibbles(const Packing *p, const uint8_t *row, const int8_t *multiples, uint8_t *to)
-{
-    int32_t total = 0;
-    for (int64_t k = 0; k < p->depth; k += 8) {
-        uint8_t codes[8];
-        for (int64_t i = 0; i < 8; i++) codes[i] = k + i < p->depth ? row[(k + i) / 2] >> (4 * (i & 1)) & 15 : 8;
-        int32_t part = -64;
-        for (int64_t i = 0; i < 8; i++) part += codes[i];
-        total += multiples ? part * multiples[k / p->group] : part;
-        for (int64_t t = 0; t < 4; t++) to[k / 2 * PANEL + t] = (uint8_t)(codes[t] | codes[t + 4] << 4);
-    }
-    return total;
-}
-
-WORK void pack_some(const Packing *p, int64_t *next)
-{
-    int64_t Kp = padded(p->depth, DEPTH_STEP), bytes = (p->depth * p->bits + 7) / 8;
-    int64_t panels = padded(p->outputs, PANEL) / PANEL;
-    for (int64_t first; (first = take(next, panels) * PANEL) < panels * PANEL;)
-        for (int64_t n = first; n < least(first + PANEL, p->outputs); n++) {
-            const uint8_t *row = p->stored + n * bytes;
-            uint8_t *to = p->weight + first * Kp * p->bits / 8 + (n - first) * 4;
-            const int8_t *multiples = p->multiples ? p->multiples + n * (p->depth / p->group) : 0;
-            p->sums[n] = p->bits == 8 ? pack_bytes(p, (const int8_t *)row, to) : pack_nibbles(p, row, multiples, to);
+    const int8_t *rows = (const int8_t *)p->stored + first * p->depth;
+    uint8_t *to = p->weight + first * padded(p->depth, DEPTH_STEP);
+    for (int64_t k = 0; k < p->depth; k += 4, to += 4 * PANEL)
+        for (int64_t n = 0; n < outputs; n++) {
+            if (p->depth - k >= 4) memcpy(to + 4 * n, rows + n * p->depth + k, 4);
+            else memcpy(to + 4 * n, rows + n * p->depth + k, (size_t)(p->depth - k));
         }
+    for (int64_t n = 0; n < outputs; n++) {
+        int32_t total = 0;
+        for (int64_t k = 0; k < p->depth; k++) total += rows[n * p->depth + k];
+        p->sums[first + n] = total;
+    }
+}
+
+/* Eight codes of a row from column k on, the first in the lowest bits; behind the last one zeros, which are stored as 8. */
+FN uint32_t eight_codes(const Packing *p, const uint8_t *row, int64_t k)
+{
+    uint32_t codes = 0;
+    int64_t left = p->depth - k;
+    if (left >= 8) { memcpy(&codes, row + k / 2, 4); return codes; }
+    memcpy(&codes, row + k / 2, (size_t)(left + 1) / 2);
+    return (codes & ((1u << 4 * left) - 1)) | 0x88888888u << 4 * left;
+}
+
+/* The lower four of eight codes, each in its own byte. */
+FN uint32_t apart(uint32_t codes)
+{
+    uint32_t pairs = (codes | codes << 8) & 0x00ff00ff;
+    return (pairs | pairs << 4) & 0x0f0f0f0f;
+}
+
+/* Eight codes c₀ … c₇ become the bytes c₀c₄ c₁c₅ c₂c₆ c₃c₇: one `and` and one shift undo it. */
+FN void pack_nibbles(const Packing *p, int64_t first, int64_t outputs)
+{
+    int64_t bytes = (p->depth + 1) / 2, groups = p->multiples ? p->depth / p->group : 1;
+    uint8_t *to = p->weight + first * padded(p->depth, DEPTH_STEP) / 2;
+    memset(p->sums + first, 0, (size_t)outputs * sizeof *p->sums);
+    for (int64_t k = 0; k < p->depth; k += 8, to += 4 * PANEL)
+        for (int64_t n = 0; n < outputs; n++) {
+            uint32_t codes = eight_codes(p, p->stored + (first + n) * bytes, k), low = apart(codes & 0xffff);
+            uint32_t high = apart(codes >> 16), packed = low | high << 4;
+            int32_t total = (int32_t)((low + high) * 0x01010101u >> 24) - 64;
+            p->sums[first + n] += p->multiples ? total * p->multiples[(first + n) * groups + k / p->group] : total;
+            memcpy(to + 4 * n, &packed, 4);
+        }
+}
+
+WORK void pack_some(const Packing *shared, int64_t *next)
+{
+    const Packing kept = *shared, *p = &kept;
+    int64_t panels = padded(p->outputs, PANEL) / PANEL;
+    for (int64_t panel; (panel = take(next, panels)) < panels;) {
+        int64_t first = panel * PANEL, outputs = least(PANEL, p->outputs - first);
+        if (p->bits == 8) pack_bytes(p, first, outputs);
+        else pack_nibbles(p, first, outputs);
+    }
 }
 
 void EXPORT(pack_weight)(const Packing *p) { PARALLEL(pack_some, p); }
