@@ -54,13 +54,19 @@ class Setting:
     keep: bool = True
 
 
-def measure(candidates: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, warmed up, in an order shuffled anew each round."""
+def measure(candidates: dict[str, Run], rounds: int, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round, warmed up, in an order shuffled anew each round.
+
+    The last of `calls` in a row counts: runtimes with threads of their own find the cores taken at the first, where
+    those of the candidate before still wait for work.
+    """
     order, times = random.Random(0), {name: list[float]() for name in candidates}
     for run in candidates.values():
         run()
     for _ in range(rounds):
         for name in order.sample(list(candidates), len(candidates)):
+            for _ in range(calls - 1):
+                candidates[name]()
             start = time.perf_counter()
             candidates[name]()
             times[name].append(time.perf_counter() - start)

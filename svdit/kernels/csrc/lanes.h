@@ -68,9 +68,13 @@ FN VI larger(VI a, VI b) { return (VI)choose(a > b, (VF)a, (VF)b); }
 FN VF at_most(VF x, VF limit) { return choose(limit < x, limit, x); }
 #endif
 FN VF magnitude(VF a) { return (VF)((VI)a & 0x7fffffff); }
-static const int32_t NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#if LANES == 16
+#define NUMBERS ((VI){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
+#else
+#define NUMBERS ((VI){0, 1, 2, 3, 4, 5, 6, 7})
+#endif
 /* The numbers of the lanes i ^ h, and lanes in such an order. */
-FN VI across(int h) { return load_int(NUMBERS) ^ h; }
+FN VI across(int h) { return NUMBERS ^ h; }
 FN VF ordered(VF x, VI order)
 {
 #ifdef __clang__

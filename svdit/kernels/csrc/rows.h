@@ -53,7 +53,7 @@ FN void hadamard64(VF v[VECTORS])
 {
     const VF one = splat(1.f);
     UNROLL for (int s = 0; s < STAGES; s++) {
-        VI order = across(1 << s), negative = (load_int(NUMBERS) & 1 << s) != 0;
+        VI order = across(1 << s), negative = (NUMBERS & 1 << s) != 0;
         VF sign = (VF)((VI)one | (negative & (int32_t)0x80000000));
         UNROLL for (int i = 0; i < VECTORS; i++) v[i] = ordered(v[i], order) + v[i] * sign;
     }
@@ -82,7 +82,7 @@ FN VF element(const Row *row, int64_t k, int64_t left)
 FN VF squared(const Row *row, int64_t k, int64_t left)
 {
     VF d = element(row, k, left) - row->mean;
-    if (left < LANES) d = (VF)((VI)d & (load_int(NUMBERS) < (int32_t)left));
+    if (left < LANES) d = (VF)((VI)d & (NUMBERS < (int32_t)left));
     return d * d;
 }
 
