@@ -4,6 +4,7 @@
     python benchmarks/bench_end_to_end.py ablation     # the recipe with each ingredient taken out, W4A4 and W4A8
     python benchmarks/bench_end_to_end.py ranks        # rank 0, 8, 16, 32, 64
     python benchmarks/bench_end_to_end.py budget       # uniform settings, and --target-size at the size of each
+    python benchmarks/bench_end_to_end.py backends     # what each of this processor's instruction sets draws
 
 DDIM, 50 steps, guidance 1.5, rank 8 unless said otherwise; PSNR and relative L2 over the pictures' uint8 values. What
 is calibrated on other noise rounds differently, and the pictures differ by some tenths of a decibel: every number is
@@ -11,6 +12,8 @@ the mean of several calibrations, with its standard error.
 """
 
 import argparse
+import copy
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,6 +24,7 @@ from record import record
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.images import Pixels
+from svdit.kernels import native
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.model.autoencoder import load_autoencoder
 from svdit.model.dit import DiT
@@ -105,6 +109,26 @@ def planned(base: Recipe, same_size: Recipe) -> Choice:
     return choose
 
 
+def backends(full: Pixels, calibrations: int) -> None:
+    """The same quantized models by the definition and by the kernels for each instruction set."""
+    for name in ("w8a8", "w4a8", "w4a4"):
+        found: dict[str, list[tuple[float, float]]] = {}
+        for seed in range(calibrations):
+            model = load_model("digits")
+            quantize_(model, presets()[name](model, seed), calibration(model, seed))
+            for isa in ("reference", *native.isas()):
+                os.environ["SVDIT_ISA"] = "" if isa == "reference" else isa
+                native.kernels.cache_clear()
+                fast = accelerate(copy.deepcopy(model), isa if isa == "reference" else "cpu")
+                found.setdefault(isa, []).append(differences(draw(fast, len(full)), full))
+        for isa, pairs in found.items():
+            psnr, relative = np.mean(pairs, axis=0)
+            note = (
+                f"{len(full)} digits, DDIM 50, cfg 1.5, rank 8; relative L2 {relative:.4f}; {calibrations} calibrations"
+            )
+            record("digits backends", f"`{name}`, {isa}", psnr, "dB", note)
+
+
 WHAT = {"presets": presets, "ablation": ablation, "ranks": ranks, "budget": budget}
 
 
@@ -142,13 +166,16 @@ def measured(choose: Choice, full: Pixels, seed: int) -> tuple[float, float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=WHAT)
+    parser.add_argument("what", choices=[*WHAT, "backends"])
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--calibrations", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="of these names")
     args = parser.parse_args()
-    choices = WHAT[args.what]()
     full = draw(load_model("digits"), args.count)
+    if args.what == "backends":
+        backends(full, args.calibrations)
+        return
+    choices = WHAT[args.what]()
     for name in args.only or choices:
         runs = np.array([measured(choices[name], full, seed) for seed in range(args.calibrations)])
         psnr, relative, layer, megabytes = runs.mean(0)

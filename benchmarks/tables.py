@@ -96,6 +96,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu": lambda: listed("cpu", "bench_cpu.py"),
     "anchors": lambda: listed("anchors", "bench_anchors.py"),
     "guidance interval": lambda: listed("guidance interval", "bench_sampling.py --digits"),
+    "backends": lambda: listed("digits backends", "bench_end_to_end.py backends"),
     "sampling": lambda: listed("sampling", "bench_sampling.py"),
 }
 

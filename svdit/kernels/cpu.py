@@ -1,7 +1,8 @@
 """The C kernels as operations on tensors: a packed layer, attention.
 
 Integers are those of reference.py. Where the processor has bf16 dot products (avx512bf16, and portable, which
-mirrors it), the low-rank branch rounds x̂ and x̂ L2ᵀ to bf16; elsewhere it is fp32.
+mirrors it), attention and what `inner` layers hand on are bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it;
+elsewhere all is fp32.
 """
 
 from dataclasses import replace

@@ -17,8 +17,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, absorbed: bool = False) ->
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q kᵀ / √d) v, each (N, heads, T, d).
 
-    torch's fused attention, but plain products for few tokens in bfloat16 on a CPU, where they take half the time
-    (1.5 against 3.6 ms for 256 tokens of two images, `benchmarks/bench_cpu.py`; equal at 1024).
+    torch's fused attention, but plain products for few tokens in bfloat16 on a CPU: at 256 they take less than half
+    the time (`benchmarks/bench_cpu.py`), at 1024 as much.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 512:
         return torch.softmax((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3), dim=-1) @ v
