@@ -20,7 +20,7 @@ from svdit.runtime import opaque
 from svdit.runtime.graph import Replayed
 from svdit.runtime.linear import Packer
 
-HIDDEN_BYTES = 2**25  # of fc1's output at once, on a CPU, where larger blocks are mapped and cleared at every call
+HIDDEN_BYTES = 2**25  # of fc1's output at once, on a CPU, where larger memory is mapped and cleared at every call
 
 
 class FastBlock(nn.Module):
@@ -35,7 +35,8 @@ class FastBlock(nn.Module):
         self.proj = pack(block.attn.proj, f"{name}.attn.proj")
         self.fc1 = pack(block.mlp.fc1, f"{name}.mlp.fc1", inner=True)
         self.fc2 = pack(block.mlp.fc2, f"{name}.mlp.fc2")
-        self.tokens = HIDDEN_BYTES // (4 * block.mlp.fc1.out_features)  # at once, in whole images
+        size = getattr(self.fc1, "dtype", torch.float32).itemsize
+        self.tokens = HIDDEN_BYTES // (size * block.mlp.fc1.out_features)  # at once, in whole images
         self.modulations = pack(block.adaLN_modulation[1], f"{name}.adaLN_modulation.1")
 
     def attention(self, qkv: Tensor) -> Tensor:
@@ -44,16 +45,22 @@ class FastBlock(nn.Module):
             return opaque.attention(qkv, self.heads)
         return ops.attention(qkv, self.heads, self.backend)
 
+    def parts(self, x: Tensor) -> list[slice]:
+        """Images that go through the block together, which is the same for all of them: on a GPU all."""
+        N, T, _ = x.shape
+        count = 1 if x.is_cuda else -(-N // max(1, self.tokens // T))
+        return [slice(N * i // count, N * (i + 1) // count) for i in range(count)]
+
     # fmt: off
     def forward(self, x: Tensor, c: Tensor, place: Tensor | slice) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulations(c)[0, place].chunk(6, dim=1)    # (N, D) each
-        qkv = self.qkv(x, modulation=Modulation(shift1, scale1))                                        # (N, T, 3D)
-        self.proj(self.attention(qkv), residual=Residual(x, gate1))            # (N, T, D)
-        del qkv
-        step = len(x) if x.is_cuda else max(1, self.tokens // x.shape[1])
-        for part in (slice(i, i + step) for i in range(0, len(x), step)):
-            hidden = self.fc1(x[part], modulation=Modulation(shift2[part], scale2[part]), gelu=True)    # (n, T, 4D)
-            self.fc2(hidden, residual=Residual(x[part], gate2[part]))                                   # (n, T, D)
+        modulations = self.modulations(c)[0, place]                                         # (N, 6D)
+        for part in self.parts(x):
+            shift1, scale1, gate1, shift2, scale2, gate2 = modulations[part].chunk(6, dim=1)    # (n, D) each
+            qkv = self.qkv(x[part], modulation=Modulation(shift1, scale1))                  # (n, T, 3D)
+            self.proj(self.attention(qkv), residual=Residual(x[part], gate1))               # (n, T, D)
+            del qkv
+            hidden = self.fc1(x[part], modulation=Modulation(shift2, scale2), gelu=True)    # (n, T, 4D)
+            self.fc2(hidden, residual=Residual(x[part], gate2))                             # (n, T, D)
         return x
     # fmt: on
 

@@ -11,7 +11,7 @@ from torch import nn
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import batch_noise
 from svdit.errors import UserError
-from svdit.kernels import ops
+from svdit.kernels import native, ops
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, rank_ratio_config, recipe_for
 from svdit.quant.linear import SVDLinear, linears, quantized_layers, swap
@@ -107,10 +107,11 @@ def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
         assert picture.std() > 0.5
 
 
-def test_large_hidden_layers_are_computed_in_parts(tiny: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_go_through_a_block_in_parts(tiny: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(tiny, "w8a8")
     whole = accelerate(deepcopy(model))(X, T, Y)
-    monkeypatch.setattr(runtime_dit, "HIDDEN_BYTES", 2 * 4 * 4 * 256)  # two images of 4 tokens
+    size = 2 if ops.choose() == "cpu" and native.kernels().low_dtype == torch.bfloat16 else 4
+    monkeypatch.setattr(runtime_dit, "HIDDEN_BYTES", 2 * size * 4 * 256)  # two images of 4 tokens
     fast = accelerate(deepcopy(model))
     calls: list[int] = []
     block = fast.blocks[0]
@@ -123,7 +124,7 @@ def test_large_hidden_layers_are_computed_in_parts(tiny: DiT, monkeypatch: pytes
 
     block.fc2 = counted
     assert torch.equal(fast(X, T, Y), whole)
-    assert calls == [2, 2, 1]
+    assert calls == [1, 2, 2]
 
 
 def test_inputs_are_left_alone(tiny: DiT) -> None:
