@@ -149,18 +149,17 @@ def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
     return lambda: model(x, t, y)
 
 
-def peak_int8(setting: Setting) -> float:
-    """GOP/s out of registers, beside that of fp32."""
+def peak(setting: Setting) -> None:
+    """What this processor does out of registers."""
     kernels = native.kernels()
     int8, fp32 = (max(native.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9 for kind in (True, False))
     print(f"\nout of registers: INT8 {int8:.0f} GOP/s, fp32 {fp32:.0f} GFLOP/s")
     if setting.keep:
         record("cpu", "INT8 out of registers", int8, "GOP/s", f"fp32 {fp32:.0f} GFLOP/s, {kernels.isa}")
-    return int8
 
 
-def parts(setting: Setting, peak: float) -> None:
-    """Products beside the peak of this processor, and what the branch and the transforms cost."""
+def parts(setting: Setting) -> None:
+    """Products beside the peak of this processor in the same round, and what the branch and the transforms cost."""
     kernels, generator = native.kernels(), torch.Generator().manual_seed(0)
     totals: dict[str, float] = {}
     for name, (I, O) in LAYERS.items():
@@ -176,14 +175,19 @@ def parts(setting: Setting, peak: float) -> None:
         layers = {what: random_layer(linear, spec, generator) for what, spec in specs.items()}
         packed = {what: cpu.IntegerLinear(stored(layer), kernels) for what, layer in layers.items()}
         runs: dict[str, Run] = {what: lambda p=p, x=x: p(x) for what, p in packed.items()}
-        runs["quantize alone"] = lambda p=packed["product alone"], x=x: p.quantize(x)[0]
-        median = {what: statistics.median(t) for what, t in measure(runs, 5 * setting.rounds).items()}
-        rate = 2 * 512 * I * O / (median["product alone"] - median["quantize alone"]) / 1e9
-        print(f"{name:5} {I}→{O}: INT8 product {rate:6.0f} GOP/s = {rate / peak:.0%} of the peak")
+        bare = packed.pop("product alone")
+        codes, peaks = bare.quantize(x), list[float]()
+        runs["product alone"] = lambda p=bare, codes=codes: p.multiply(codes, 2)
+        runs["peak"] = lambda peaks=peaks: peaks.append(native.peak(kernels, True, 500_000))
+        times = measure(runs, 5 * setting.rounds)
+        median = {what: statistics.median(seconds) for what, seconds in times.items()}
+        rates = [2 * 512 * I * O / seconds for seconds in times["product alone"]]
+        share = 100 * statistics.median(rate / most for rate, most in zip(rates, peaks[1:], strict=True))
+        rate = statistics.median(rates) / 1e9
+        print(f"{name:5} {I}→{O}: INT8 product {rate:6.0f} GOP/s = {share:.0f} % of the peak")
         for what, seconds in median.items():
             totals[what] = totals.get(what, 0) + seconds
         if setting.keep:
-            share = 100 * rate / peak
             record("cpu", f"INT8 product {I}→{O}, share of peak", share, "%", f"512 rows, {kernels.isa}")
     block = totals["all"] + attention(setting, generator)
     for what, name in (("no branch", f"rank-{setting.rank} branch"), ("no transform", "Hadamard and centring")):
@@ -268,9 +272,9 @@ def main() -> None:
     if args.memory_of:
         memory_of(setting, args.memory_of)
         return
-    peak = peak_int8(setting)
+    peak(setting)
     if args.only in (None, "parts"):
-        parts(setting, peak)
+        parts(setting)
     for kind in ("fp32", *SCHEMES) if args.only in (None, "memory") else ():
         quick = ["--quick"] if args.quick else []
         subprocess.run([sys.executable, __file__, "--memory-of", kind, *quick], check=True)

@@ -115,21 +115,27 @@ class IntegerLinear:
         self.kernels.call("quantize_rows", call)
         return codes, steps, low
 
-    def __call__(
-        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
+    def multiply(
+        self, quantized: tuple[Tensor, Tensor, Tensor], N: int, gelu: bool = False, residual: Residual | None = None
     ) -> Tensor:
-        N, T, _ = x.shape
-        out = torch.empty(N, T, self.shape[0], dtype=self.dtype) if residual is None else residual.x
-        codes, steps, low = self.quantize(x.contiguous(), modulation)
+        """What `quantize` made of N images to (N, T, O)."""
+        codes, steps, low = quantized
+        M, O = len(codes), self.shape[0]
+        out = torch.empty(N, M // N, O, dtype=self.dtype) if residual is None else residual.x
         call = Product.from_buffer_copy(self.product)
-        call.rows, call.tokens, call.gelu, call.bf16 = N * T, T, gelu, out.dtype == torch.bfloat16
+        call.rows, call.tokens, call.gelu, call.bf16 = M, M // N, gelu, out.dtype == torch.bfloat16
         call.codes, call.steps, call.low, call.out = (t.data_ptr() for t in (codes, steps, low, out))
         if residual is not None:
             call.stride = residual.gate.stride(0)
-            call.gate = row_pointer(residual.gate, N, self.shape[0], call.stride)
-            call.residual = pointer(out, torch.float32, (N, T, self.shape[0]))
+            call.gate = row_pointer(residual.gate, N, O, call.stride)
+            call.residual = pointer(out, torch.float32, (N, M // N, O))
         self.kernels.call("multiply", call)
         return out
+
+    def __call__(
+        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
+    ) -> Tensor:
+        return self.multiply(self.quantize(x.contiguous(), modulation), len(x), gelu, residual)
 
 
 class WeightOnlyLinear(Composed):

@@ -38,8 +38,8 @@ typedef uint16_t Low;
 typedef float Low;
 #endif
 
-/* CODES: in a lane of `dot`. W: numbers in a lane of `multiply_add`. */
 enum { STAGES = LANES == 16 ? 4 : 3 }; /* LANES = 2^STAGES */
+/* CODES: in a lane of `dot`. W: numbers in a lane of `multiply_add`. */
 enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2, CODES = WIDE ? 2 : 4, W = PAIRS ? 2 : 1 };
 
 FN VF load(const float *p) { VF v; memcpy(&v, p, sizeof v); return v; }
@@ -52,7 +52,7 @@ FN VF load_some(const float *p, int64_t n) { VF v = {0}; memcpy(&v, p, 4 * (size
 FN void store_some(float *p, VF v, int64_t n) { memcpy(p, &v, 4 * (size_t)n); }
 FN VF load_upto(const float *p, int64_t n) { return n >= LANES ? load(p) : n > 0 ? load_some(p, n) : (VF){0}; }
 FN void store_upto(float *p, VF v, int64_t n) { if (n >= LANES) store(p, v); else if (n > 0) store_some(p, v, n); }
-/* These two let an x that is no number through, as the processor's own do when the limit comes first. */
+/* at_least and at_most let an x that is no number through, as the processor's own do when the limit comes first. */
 #if defined(__x86_64__) && LANES == 8
 FN VF at_least(VF x, VF limit) { return (VF)_mm256_max_ps((__m256)limit, (__m256)x); }
 FN VI larger(VI a, VI b) { return (VI)_mm256_max_epi32((__m256i)a, (__m256i)b); }
@@ -73,7 +73,7 @@ FN VF magnitude(VF a) { return (VF)((VI)a & 0x7fffffff); }
 #else
 #define NUMBERS ((VI){0, 1, 2, 3, 4, 5, 6, 7})
 #endif
-/* The numbers of the lanes i ^ h, and lanes in such an order. */
+/* The numbers of the lanes i ^ h; lanes in such an order, by instructions without an index where it is a constant. */
 FN VI across(int h) { return NUMBERS ^ h; }
 FN VF ordered(VF x, VI order)
 {
@@ -90,7 +90,6 @@ FN float largest(VF v) { UNROLL for (int s = 0; s < STAGES; s++) v = at_least(v,
 FN int32_t largest_of(VI v) { UNROLL for (int s = 0; s < STAGES; s++) v = larger(v, (VI)ordered((VF)v, across(1 << s))); return v[0]; }
 FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FN int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 
 /* The low byte of each lane. */
 FN void store_bytes(uint8_t *to, VI v)
