@@ -119,9 +119,12 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
             record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
     floats = [name for name in candidates if name not in SCHEMES and name != "fp32 eager"]
     best = min(floats, key=lambda name: statistics.median(times[name]))
-    for name in SCHEMES:
-        print(f"{name} over {best}, the best of the other floats: {ratio(times, best, name):.2f} ×")
-    print(f"W4A8 time / W8A8 time: {1 / ratio(times, 'W8A8', 'W4A8'):.3f}")
+    ratios = {f"{name}, over {best}": ratio(times, best, name) for name in SCHEMES}
+    ratios["W4A8, time over W8A8's"] = ratio(times, "W4A8", "W8A8")
+    for name, value in ratios.items():
+        print(f"{name}: {value:.3f} ×")
+        if good:
+            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {native.kernels().isa}")
 
 
 def with_precision(precision: str, run: Run) -> Tensor:

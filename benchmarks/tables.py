@@ -73,17 +73,22 @@ def synthetic() -> str:
     return markdown(header, lines, source(rows, "bench_quantization.py --profiles moderate plain", "rank 16"))
 
 
-def listed(benchmark: str, command: str) -> str:
-    """Every number by its name."""
+def listed(benchmark: str, command: str, groups: tuple[str, ...] = ()) -> str:
+    """Every number by its name; those with one of `groups` in their names stand together, in that order."""
     rows = latest(benchmark)
     if not rows:
         return "Not measured yet."
-    lines = [
-        [name, f"{float(row['value']):.3g} {row['unit']}", row["note"], row["machine"]] for name, row in rows.items()
-    ]
+    names = sorted(rows, key=lambda name: [group not in name for group in groups])
+    lines = [[name, number(rows[name]), rows[name]["note"], rows[name]["machine"]] for name in names]
     return markdown(["what", "", "setting", "machine"], lines, source(rows, command))
 
 
+def number(row: dict[str, str]) -> str:
+    value = float(row["value"])
+    return f"{value:.0f} {row['unit']}" if abs(value) >= 1000 else f"{value:.3g} {row['unit']}"
+
+
+CPU = ("batch 2", "batch 8", "share of peak", "share of a block", "attention", "memory", "first forward pass")
 TABLES: dict[str, Callable[[], str]] = {
     "digits": lambda: pictures("presets", "method"),
     "ablation": lambda: pictures("ablation", "recipe"),
@@ -93,7 +98,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cost": lambda: listed("cost", "bench_cost.py"),
     "evaluation": lambda: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
     "evaluation speed": lambda: listed("evaluation", "evaluation.py"),
-    "cpu": lambda: listed("cpu", "bench_cpu.py"),
+    "cpu": lambda: listed("cpu", "bench_cpu.py", CPU),
     "anchors": lambda: listed("anchors", "bench_anchors.py"),
     "guidance interval": lambda: listed("guidance interval", "bench_sampling.py --digits"),
     "backends": lambda: listed("digits backends", "bench_end_to_end.py backends"),
