@@ -118,6 +118,14 @@ def test_sums_of_the_largest_codes_are_exact(kernels: native.Kernels, name: str)
     assert torch.equal(cpu.IntegerLinear(layer, kernels)(x[None])[0].long(), expected)
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
+def test_packing_adds_up_what_is_there(kernels: native.Kernels, name: str) -> None:
+    """And not what a row is padded with."""
+    for seed, I in enumerate((1, 7, 13, 64, 200)):
+        layer = random_layer(67, 64 * I if name == "int4" else I, 0, WEIGHT_FORMATS[name], seed)
+        assert torch.equal(kernels.pack_weight(layer)[1], layer.integers().sum(1, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "W4A4", "published W4A4"])
 def test_extreme_rows(kernels: native.Kernels, scheme: str) -> None:
     layer = make(scheme, 40, 128, 0, 3)  # no transform
