@@ -148,7 +148,7 @@ class WeightOnlyLinear(Composed):
 
     @staticmethod
     def takes(layer: Layer) -> bool:
-        """Whether the kernels compute such a layer: floats in, 8- or 4-bit integer codes."""
+        """Whether the kernels compute such a layer: floats in, 8- or 4-bit integer codes, groups of whole chunks."""
         form, I = layer.weight, layer.columns
         whole = form.groups(I) == 1 or (I // form.groups(I)) % CHUNK == 0
         stored = form.bits == 8 or (form.bits == 4 and I % 2 == 0)

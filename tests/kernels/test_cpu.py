@@ -201,7 +201,8 @@ def test_layer_norm_and_gelu_are_precise(kernels: native.Kernels) -> None:
 
 def test_weight_only(kernels: native.Kernels) -> None:
     for seed, (M, O, I, _) in enumerate(shapes(30, seed=5)):
-        form = (INT8, WEIGHT_FORMATS["int4-channel"], WEIGHT_FORMATS["int4-bf16"], WEIGHT_FORMATS["int4"])[seed % 4]
+        named = (WEIGHT_FORMATS[name] for name in ("int4-channel", "int4-bf16", "int4"))
+        form = (INT8, *named, Format(4, 32, "bf16"))[seed % 5]
         columns = 64 * (1 + I // 64) if form.bits == 4 else I
         layer = random_layer(O, columns, 0, form, seed)
         layer = Layer(layer.stored, columns, layer.scales, form, None, layer.bias)
@@ -212,6 +213,13 @@ def test_weight_only(kernels: native.Kernels) -> None:
         got = cpu.WeightOnlyLinear(layer, kernels)(x[None])[0].double()
         bound = (columns + 2) * U * (x.abs().double() @ weight.abs().T) + U * bias.abs()
         assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
+
+
+def test_weight_only_takes_groups_of_whole_chunks() -> None:
+    """What it does not take is decoded once to floats (see test_ops)."""
+    for group, taken in ((16, False), (32, True), (48, False), (64, True)):
+        layer = random_layer(4, 192, 0, Format(4, group, "bf16"), 0)
+        assert cpu.WeightOnlyLinear.takes(replace(layer, act=None)) == taken
 
 
 def test_attention(kernels: native.Kernels) -> None:

@@ -86,8 +86,16 @@ FN VF ordered(VF x, VI order)
 #endif
 }
 FN float sum(VF v) { UNROLL for (int s = 0; s < STAGES; s++) v += ordered(v, across(1 << s)); return v[0]; }
-FN float largest(VF v) { UNROLL for (int s = 0; s < STAGES; s++) v = at_least(v, ordered(v, across(1 << s))); return v[0]; }
-FN int32_t largest_of(VI v) { UNROLL for (int s = 0; s < STAGES; s++) v = larger(v, (VI)ordered((VF)v, across(1 << s))); return v[0]; }
+FN float largest(VF v)
+{
+    UNROLL for (int s = 0; s < STAGES; s++) v = at_least(v, ordered(v, across(1 << s)));
+    return v[0];
+}
+FN int32_t largest_of(VI v)
+{
+    UNROLL for (int s = 0; s < STAGES; s++) v = larger(v, (VI)ordered((VF)v, across(1 << s)));
+    return v[0];
+}
 FN int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FN int64_t padded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 

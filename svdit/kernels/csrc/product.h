@@ -2,7 +2,7 @@
 
 /* acc[i][j] += Σ_k a[i][k] b[k][j] for the lanes of `dot` from `first` to `last`; in registers, for `acc` could alias */
 TIGHT void integer_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_ROWS], const VI *b, int64_t first,
-                       int64_t last)
+                        int64_t last)
 {
     VI sums[TILE_ROWS][TILE_VECTORS];
     memcpy(sums, acc, sizeof sums);
