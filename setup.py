@@ -4,6 +4,6 @@ from runpy import run_path
 
 from setuptools import Extension, setup
 
-c = run_path("svdit/kernels/sources.py")
+c = run_path("svdit/kernels/cpu/sources.py")
 macros = [("SVDIT_SOURCE", f'"{c["source_hash"]()}"')]
-setup(ext_modules=[Extension("svdit.kernels._cpu", c["files"](), None, macros, optional=True, **c["COMPILE"])])
+setup(ext_modules=[Extension("svdit.kernels.cpu._library", c["files"](), None, macros, optional=True, **c["COMPILE"])])

@@ -18,7 +18,7 @@ from random_models import in_floats, model_inputs, quantized
 from record import record
 from torch import Tensor, nn
 
-from svdit.kernels import native
+from svdit.kernels.cpu import ffi
 from svdit.model.dit import DiT
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -103,7 +103,7 @@ def main() -> None:
             over = ratio(times, name, "svdit w8a8")
             print(f"{name:20} {milliseconds:8.1f} ms, {over:5.2f} times svdit w8a8; error {error:.2g}")
             if keep:
-                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {native.kernels().isa}"
+                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {ffi.kernels().isa}"
                 record("anchors", f"{name}, time over svdit w8a8", over, "×", note)
 
 

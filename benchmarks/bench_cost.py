@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from record import record
 
-from svdit.checkpoints.fuse import fuse_
 from svdit.checkpoints.store import save_model
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
@@ -28,7 +27,7 @@ from svdit.quant.linear import linears
 from svdit.quant.observe import observe
 from svdit.quant.quantize import quantize_
 from svdit.quant.sensitivity import Call, recording
-from svdit.sampling.trajectories import calibration_loop, calibration_size
+from svdit.sampling.calibration import calibration_loop, calibration_size
 
 
 def random_model(name: str) -> DiT:
@@ -47,7 +46,6 @@ def config_of(run: str) -> QuantConfig:
 
 
 def file_megabytes(model: DiT) -> float:
-    fuse_(model)
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder) / "model.safetensors")
         return (Path(folder) / "model.safetensors").stat().st_size / 1e6

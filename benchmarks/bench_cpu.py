@@ -30,7 +30,9 @@ from random_models import in_floats, model_inputs, quantized, random_layer
 from record import record
 from torch import Tensor, nn
 
-from svdit.kernels import cpu, native, ops
+from svdit.kernels import ops
+from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.model.dit import DiT
 from svdit.model.layers import attend
@@ -116,7 +118,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
         print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
         if good:
-            note = f"{median * 1e3:.0f} ms; {shape}, {native.kernels().isa}, error {error:.2g}"
+            note = f"{median * 1e3:.0f} ms; {shape}, {ffi.kernels().isa}, error {error:.2g}"
             record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
     floats = [name for name in candidates if name not in SCHEMES and name != "fp32 eager"]
     best = min(floats, key=lambda name: statistics.median(times[name]))
@@ -125,7 +127,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     for name, value in ratios.items():
         print(f"{name}: {value:.3f} ×")
         if good:
-            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {native.kernels().isa}")
+            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {ffi.kernels().isa}")
 
 
 def with_precision(precision: str, run: Run) -> Tensor:
@@ -155,8 +157,8 @@ def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
 
 def peak(setting: Setting) -> None:
     """What this processor does out of registers."""
-    kernels = native.kernels()
-    int8, fp32 = (max(native.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9 for kind in (True, False))
+    kernels = ffi.kernels()
+    int8, fp32 = (max(ffi.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9 for kind in (True, False))
     print(f"\nout of registers: INT8 {int8:.0f} GOP/s, fp32 {fp32:.0f} GFLOP/s")
     if setting.keep:
         record("cpu", "INT8 out of registers", int8, "GOP/s", f"fp32 {fp32:.0f} GFLOP/s, {kernels.isa}")
@@ -164,7 +166,7 @@ def peak(setting: Setting) -> None:
 
 def parts(setting: Setting) -> None:
     """Products beside the peak of this processor in the same round, and what the branch and the transforms cost."""
-    kernels, generator = native.kernels(), torch.Generator().manual_seed(0)
+    kernels, generator = ffi.kernels(), torch.Generator().manual_seed(0)
     totals: dict[str, float] = {}
     for name, (I, O) in LAYERS.items():
         linear, x = nn.Linear(I, O, device="meta"), torch.randn(2, 256, I, generator=generator)
@@ -182,7 +184,7 @@ def parts(setting: Setting) -> None:
         bare = packed.pop("product alone")
         codes, peaks = bare.quantize(x), list[float]()
         runs["product alone"] = lambda p=bare, codes=codes: p.multiply(codes, 2)
-        runs["peak"] = lambda peaks=peaks: peaks.append(native.peak(kernels, True, 500_000))
+        runs["peak"] = lambda peaks=peaks: peaks.append(ffi.peak(kernels, True, 500_000))
         times = measure(runs, 5 * setting.rounds)
         median = {what: statistics.median(seconds) for what, seconds in times.items()}
         rates = [2 * 512 * I * O / seconds for seconds in times["product alone"]]
@@ -204,7 +206,7 @@ def parts(setting: Setting) -> None:
 
 def attention(setting: Setting, generator: torch.Generator) -> float:
     """Seconds of the kernels' own, beside torch's fused one and, in bfloat16, plain products."""
-    qkv, kernels = torch.randn(2, 256, 3456, generator=generator), native.kernels()
+    qkv, kernels = torch.randn(2, 256, 3456, generator=generator), ffi.kernels()
     q, k, v = qkv.view(2, 256, 3, 16, 72).permute(2, 0, 3, 1, 4)
     low = qkv.to(kernels.low_dtype)
     runs: dict[str, Run] = {

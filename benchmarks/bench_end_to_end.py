@@ -24,7 +24,7 @@ from record import record
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.images import Pixels
-from svdit.kernels import native
+from svdit.kernels.cpu import ffi
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.model.autoencoder import load_autoencoder
 from svdit.model.dit import DiT
@@ -33,8 +33,8 @@ from svdit.quant.config import RECIPES, QuantConfig, Recipe, dit_config
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.quantize import quantize_
 from svdit.runtime.accelerate import accelerate
-from svdit.sampling.generate import SamplingConfig, pictures
-from svdit.sampling.trajectories import calibration_loop, calibration_size
+from svdit.sampling.batch import SamplingConfig, pictures
+from svdit.sampling.calibration import calibration_loop, calibration_size
 
 WALK = SamplingConfig("ddim", "50", 1.5)
 RANK, BATCH, CPU = 8, 16, torch.device("cpu")  # a batch whose activations stay in the cache
@@ -117,9 +117,9 @@ def backends(full: Pixels, calibrations: int) -> None:
         for seed in range(calibrations):
             model = load_model("digits")
             quantize_(model, presets()[name](model, seed), calibration(model, seed))
-            for isa in ("reference", *native.isas()[:-1]):
+            for isa in ("reference", *ffi.isas()[:-1]):
                 os.environ["SVDIT_ISA"] = "" if isa == "reference" else isa
-                native.kernels.cache_clear()
+                ffi.kernels.cache_clear()
                 fast = accelerate(copy.deepcopy(model), isa if isa == "reference" else "cpu")
                 found.setdefault(isa, []).append(differences(draw(fast, len(full)), full))
         for isa, pairs in found.items():

@@ -18,7 +18,7 @@ from random_models import in_floats, model_inputs, quantized
 from record import record
 from tables import latest
 
-from svdit.kernels import native
+from svdit.kernels.cpu import ffi
 from svdit.runtime.accelerate import accelerate
 
 METHODS = ("fp32", "W8A8", "W4A8")
@@ -53,7 +53,7 @@ def run(axes: list[str], least: int, rounds: int) -> None:
                 torch.set_num_threads(min(value, threads))
             found = block_times(**{} if axis == "threads" else {axis: value}, rounds=rounds)
             for method, milliseconds in found.items():
-                record("growth", f"{axis} {value} {method}", milliseconds, "ms", f"a block, {native.kernels().isa}")
+                record("growth", f"{axis} {value} {method}", milliseconds, "ms", f"a block, {ffi.kernels().isa}")
     torch.set_num_threads(threads)
 
 

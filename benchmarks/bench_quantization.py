@@ -17,7 +17,7 @@ from torch import nn
 from svdit.kernels.formats import ACT_FORMATS, Format
 from svdit.quant.config import RECIPES, Recipe, dit_config
 from svdit.quant.observe import Statistics
-from svdit.quant.recipe import quantize_linear
+from svdit.quant.solve import quantize_linear
 
 RANK = 16
 PUBLISHED = replace(RECIPES["svdquant-w4a4"], rank=RANK, factor_dtype="float32", smoothing=19)

@@ -20,7 +20,7 @@ from svdit.diffusion.noise import image_noise
 from svdit.images import grid, to_float, write_png
 from svdit.model.autoencoder import load_autoencoder
 from svdit.model.dit import DiT
-from svdit.sampling.generate import SamplingConfig, pictures
+from svdit.sampling.batch import SamplingConfig, pictures
 from svdit.training.data import Pictures, digits
 
 COUNT = 1000

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import hard_inputs
 from safetensors import safe_open
+from torch import nn
 
 from svdit.model.dit import DiT, DiTConfig
+from svdit.quant.observe import Statistics
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)  # tests run two processes side by side
@@ -64,3 +67,22 @@ def tiny() -> DiT:
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """‖a − b‖ / ‖b‖"""
     return float((a - b).detach().norm() / b.detach().norm())
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    """Not kind: its first inputs weigh three times as much."""
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 96)
+    with torch.no_grad():
+        layer.weight[:, :8] *= 3
+    return layer
+
+
+@pytest.fixture
+def statistics() -> Statistics:
+    """Of inputs with outlier channels, a mean and correlated features."""
+    gathered = Statistics.empty(128, torch.device("cpu"))
+    for part in hard_inputs(4096).split(500):
+        gathered.add(part, torch.Generator().manual_seed(len(part)))
+    return gathered

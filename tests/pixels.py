@@ -18,7 +18,7 @@ from svdit.checkpoints.store import save_model
 from svdit.distributed import rank, session
 from svdit.model.dit import DiT, DiTConfig
 from svdit.sampling import dataset
-from svdit.sampling.generate import SamplingConfig
+from svdit.sampling.batch import SamplingConfig
 
 ROOT = Path(__file__).parents[1]
 CONFIG = SamplingConfig("ddpm", "4", cfg_scale=1.5)

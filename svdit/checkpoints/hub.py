@@ -21,7 +21,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from svdit.checkpoints import formats
+from svdit.checkpoints import io
 from svdit.errors import UserError
 
 BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -139,7 +139,7 @@ def size(part: Path) -> int:
 def check(url: str, part: Path) -> None:
     """Remove `part` and say so unless it is a state dict whose bytes have the checksums that the archive holds."""
     try:
-        formats.read_header(part)
+        io.read_header(part)
         damaged = zipfile.ZipFile(part).testzip() if zipfile.is_zipfile(part) else None
     except (UserError, zipfile.BadZipFile):
         damaged = part.name

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from svdit.checkpoints import formats
+from svdit.checkpoints import io
 from svdit.checkpoints.convert import from_diffusers, is_diffusers
 from svdit.checkpoints.infer import config_from_shapes
 from svdit.errors import UserError
@@ -29,7 +29,7 @@ EMBEDDED = Path(__file__).parents[1] / "pretrained"
 def save_model(model: DiT, path: str | Path, *, name: str = "", provenance: dict[str, Any] | None = None) -> None:
     """Write a self-describing .safetensors or .pt; `provenance` is any JSON: where the weights come from."""
     header = {"name": name, "config": asdict(model.config), "layers": layer_specs(model)}
-    formats.write(path, model.state_dict(), {**header, "provenance": provenance or {}})
+    io.write(path, model.state_dict(), {**header, "provenance": provenance or {}})
 
 
 def load_model(
@@ -43,7 +43,7 @@ def load_model(
     only `num_heads`, which no shape shows, can be needed. Raises UserError where they differ or the file is unsound.
     """
     path = locate(path)
-    tensors, header = formats.read(path)
+    tensors, header = io.read(path)
     claims = {**CONFIGS.get(name or "", {}), **overrides}
     if header is None:
         tensors, config = published(tensors, claims, path)
@@ -56,9 +56,9 @@ def load_model(
     return model.to(device).eval()
 
 
-def read_header(path: str | Path) -> formats.Header | None:
+def read_header(path: str | Path) -> io.Header | None:
     """What one of our own files says about itself; None for the published formats. Reads no tensors."""
-    return formats.read_header(locate(path))
+    return io.read_header(locate(path))
 
 
 def embedded_models() -> dict[str, Path]:
@@ -101,14 +101,14 @@ def diffusers_claims(path: Path) -> dict[str, Any]:
     return {"input_size": content["sample_size"], "num_heads": content["num_attention_heads"]}
 
 
-def config_from_header(header: formats.Header, path: Path) -> DiTConfig:
+def config_from_header(header: io.Header, path: Path) -> DiTConfig:
     try:
         return DiTConfig(**header["config"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} has a header without a usable configuration ({error}); save the model again") from None
 
 
-def empty(config: DiTConfig, header: formats.Header, path: Path) -> DiT:
+def empty(config: DiTConfig, header: io.Header, path: Path) -> DiT:
     """The model without memory, its quantized layers in place."""
     with torch.device("meta"):
         model = DiT(config)

@@ -22,6 +22,8 @@ COMMANDS = {
     "train": "train a DiT",
 }
 
+MODULES = {"generate": "sample_ddp"}  # where the module is named after its script
+
 
 def main(argv: list[str] | None = None) -> None:
     """`svdit NAME …`"""
@@ -40,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def command(name: str, argv: list[str] | None = None) -> None:
     """Run one command; what the user can mend ends as one sentence and exit code 2."""
-    module = import_module(f"svdit.cli.{name}")
+    module = import_module(f"svdit.cli.{MODULES.get(name, name)}")
     args = module.parser().parse_args(argv)
     try:
         module.run(args)

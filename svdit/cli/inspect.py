@@ -2,7 +2,7 @@
 
 import argparse
 
-from svdit.cli import options
+from svdit.cli import setup
 
 
 def parser() -> argparse.ArgumentParser:
@@ -16,9 +16,9 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Print it."""
     from svdit.checkpoints.store import load_model, locate, read_header
-    from svdit.cli.tables import console, spec_table
     from svdit.kernels import ops
     from svdit.quant.linear import quantized_layers
+    from svdit.report.tables import console, spec_table
 
     path = locate(args.file)
     model, header = load_model(path, name=args.model), read_header(path)
@@ -33,8 +33,6 @@ def run(args: argparse.Namespace) -> None:
     ]
     if layers:
         lines.append(f"runs here by: {ops.describe(ops.choose())}")
-    if model.config.absorbed:
-        lines.append("folded: smoothing and centring of qkv, proj and fc1 are in adaLN and in the rows of v")
-    for key, value in {} if header is None else options.flat(header.get("provenance", {})):
+    for key, value in {} if header is None else setup.flat(header.get("provenance", {})):
         lines.append(f"{key}: {value}")
     out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

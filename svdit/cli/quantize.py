@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli import options
+from svdit.cli import setup
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
-    from svdit.model.dit import DiT, DiTConfig
     from svdit.quant.budget import Plan
     from svdit.quant.config import QuantConfig, Recipe
     from svdit.quant.report import QuantReport
@@ -28,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         "svdit quantize",
         description="Quantize a DiT: SVDQuant by --preset, or with --rank-ratio the truncated SVD of every linear.",
     )
-    options.add_model(parser)
+    setup.add_model(parser)
     parser.add_argument("--output", type=Path, default=Path("quantized_model.safetensors"), help=".safetensors or .pt")
     what = parser.add_argument_group("what")
     what.add_argument("--preset", default="w8a8", choices=PRESETS, metavar="NAME", help=", ".join(PRESETS))
@@ -47,22 +46,16 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--target-sqnr", type=float, metavar="DB", help="or the smallest file of that predicted quality")
     what.add_argument("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone")
-    what.add_argument(
-        "--fuse",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="fold smoothing and centring into adaLN and the rows of v, exactly; default: on",
-    )
     parser.add_argument(
         "--no-figures", dest="figures", action="store_false", help="leave out the report's pictures and measurements"
     )
     how = parser.add_argument_group("calibration")
     how.add_argument(
-        "--calib-images", type=options.positive, metavar="N", help="default: as many as the widest layer needs"
+        "--calib-images", type=setup.positive, metavar="N", help="default: as many as the widest layer needs"
     )
-    how.add_argument("--calib-steps", type=options.positive, metavar="S", help="DDIM steps; default: at most 25")
+    how.add_argument("--calib-steps", type=setup.positive, metavar="S", help="DDIM steps; default: at most 25")
     how.add_argument("--cfg-scale", type=float, default=1.5, help="guidance during calibration; default 1.5")
-    how.add_argument("--seed", type=options.seed, default=0, help="default 0")
+    how.add_argument("--seed", type=setup.seed, default=0, help="default 0")
     how.add_argument("--max-memory", type=float, default=8.0, metavar="GB", help="for statistics; default 8")
     return parser
 
@@ -78,9 +71,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--output is {args.output}; give a name that ends in .safetensors or .pt")
     config, settings = configuration(args)
     writable_folder(args.output.parent)
-    device = options.device(args.device)
+    device = setup.device(args.device)
     with distributed.session(device):
-        source = options.load_checkpoint(args, device)
+        source = setup.load_checkpoint(args, device)
         digest = sha256(source.path)
         loop = calibration(args, source.model, settings)
         plan = planned(args, source.model, config, loop) if args.target_size or args.target_sqnr else None
@@ -88,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
             config = plan.config
             settings["plan"] = {"target_mb": args.target_size, "target_sqnr": args.target_sqnr, "sqnr": plan.sqnr}
         work = args.output.with_name(f"{args.output.name}.partial")
-        with options.progress("calibrating and quantizing") as tick:
+        with setup.progress("calibrating and quantizing") as tick:
             report = quantize_(
                 source.model,
                 config,
@@ -101,8 +94,6 @@ def run(args: argparse.Namespace) -> None:
             )
         if distributed.rank() == 0:
             numbers = measured(args, source.model, device, report, plan) if args.figures else None
-            if args.fuse:
-                fuse(source.model, report)
             settings["weight_errors"] = {line.name: line.weight_error for line in report.layers}
             provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": settings}
             save_model(source.model, args.output, name=source.name, provenance=provenance)
@@ -151,7 +142,7 @@ def recipe_of(args: argparse.Namespace) -> "Recipe":
 
 def calibration(args: argparse.Namespace, model: Any, settings: dict[str, Any]) -> Any:
     """The forward loop, and its record in `settings`; None where nothing is calibrated."""
-    from svdit.sampling.trajectories import calibration_loop, calibration_size
+    from svdit.sampling.calibration import calibration_loop, calibration_size
 
     if settings["mode"] == "rank_ratio" and not settings["whiten"]:
         return None
@@ -166,41 +157,16 @@ def planned(args: argparse.Namespace, model: Any, config: "QuantConfig", loop: A
     from svdit.quant.budget import plan_
 
     target = None if args.target_size is None else round(args.target_size * 1e6)
-    if target and args.fuse:
-        target -= row_scale_bytes(args, model.config)
     return plan_(model, config, loop, target_bytes=target, target_sqnr=args.target_sqnr)
-
-
-def row_scale_bytes(args: argparse.Namespace, config: "DiTConfig") -> int:
-    """What `fuse` adds to a file at most: a float32 for each row of adaLN and qkv, instead of three layers' λ and μ."""
-    recipe = recipe_of(args)
-    if not recipe.smoothing:
-        return 0
-    saved = 0 if args.skip else 3 + 3 * recipe.centre
-    return 4 * config.depth * config.hidden_size * (9 - saved)
-
-
-def fuse(model: "DiT", report: "QuantReport") -> None:
-    """Fold what can be folded, and tell the sizes afterwards."""
-    from svdit.checkpoints.fuse import foldable, fuse_
-    from svdit.quant.quantize import model_bytes
-
-    if not foldable(model):
-        return
-    fuse_(model)
-    layers: Any = map(model.get_submodule, (line.name for line in report.layers))
-    sizes = [layer.spec.nbytes(layer.out_features, layer.in_features, layer.bias is not None) for layer in layers]
-    report.layers = [replace(line, bytes_after=size) for line, size in zip(report.layers, sizes, strict=True)]
-    report.bytes_after = model_bytes(model)
 
 
 def measured(
     args: argparse.Namespace, model: Any, device: Any, report: "QuantReport", plan: "Plan | None"
 ) -> dict[str, Any]:
     """What the pictures show, as JSON."""
-    from svdit.cli import diagnose
+    from svdit.report import diagnose
 
-    original = options.load_checkpoint(args, device).model
+    original = setup.load_checkpoint(args, device).model
     numbers = diagnose.measure(model, original, report.layers, args.cfg_scale, args.seed)
     if plan:
         numbers |= {"curve": diagnose.thinned(plan.curve), "chosen": (plan.nbytes, plan.sqnr)}
@@ -219,9 +185,9 @@ def finish(
     args: argparse.Namespace, report: "QuantReport", settings: dict[str, Any], numbers: dict[str, Any] | None
 ) -> None:
     """Print the table, and write the same and the measurements as JSON and pictures beside the checkpoint."""
-    from svdit.cli.figures import draw
-    from svdit.cli.tables import console, layer_table
     from svdit.files import atomic_path
+    from svdit.report.figures import draw
+    from svdit.report.tables import console, layer_table
 
     out = console()
     out.print(layer_table(report.layers))

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli import options
+from svdit.cli import setup
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         help="a folder with one sub-folder a class; an .npz with arr_0 or jpeg, offsets, and labels; or digits",
     )
     data.add_argument("--model", default="DiT-XL/2", metavar="NAME", help="default: DiT-XL/2")
-    data.add_argument("--image-size", type=options.positive, metavar="PIXELS", help="default: the model's, or 256")
-    data.add_argument("--num-classes", type=options.positive, metavar="K", help="default: as many as the data has")
+    data.add_argument("--image-size", type=setup.positive, metavar="PIXELS", help="default: the model's, or 256")
+    data.add_argument("--num-classes", type=setup.positive, metavar="K", help="default: as many as the data has")
     data.add_argument(
         "--vae", default="auto", metavar="NAME", help="ema, mse, a local folder, or none to learn pixels; default: ema"
     )
@@ -47,13 +47,13 @@ def add_course(parser: argparse.ArgumentParser) -> None:
     """The flags that decide what is computed."""
     group = parser.add_argument_group("course")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=options.positive, default=EPOCHS, help=f"default: {EPOCHS}")
-    length.add_argument("--steps", type=options.positive, help="instead of epochs")
-    group.add_argument("--global-batch-size", type=options.positive, default=256, metavar="N", help="default: 256")
+    length.add_argument("--epochs", type=setup.positive, default=EPOCHS, help=f"default: {EPOCHS}")
+    length.add_argument("--steps", type=setup.positive, help="instead of epochs")
+    group.add_argument("--global-batch-size", type=setup.positive, default=256, metavar="N", help="default: 256")
     group.add_argument("--lr", type=float, default=1e-4, help="of AdamW, constant; default: 1e-4")
     group.add_argument("--ema-decay", type=float, default=0.9999, metavar="D", help="default: 0.9999")
     group.add_argument("--label-dropout", type=float, default=0.1, metavar="P", help="to the null class; default: 0.1")
-    group.add_argument("--seed", "--global-seed", type=options.seed, default=0, help="default: 0")
+    group.add_argument("--seed", "--global-seed", type=setup.seed, default=0, help="default: 0")
     group.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe (autocast)")
 
 
@@ -67,9 +67,9 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="gets last.pt, ema.safetensors, loss.csv, loss.png and samples/; a run there goes on; default: results",
     )
-    group.add_argument("--log-every", type=options.positive, default=100, metavar="STEPS", help="default: 100")
+    group.add_argument("--log-every", type=setup.positive, default=100, metavar="STEPS", help="default: 100")
     group.add_argument(
-        "--ckpt-every", type=options.positive, default=10_000, metavar="STEPS", help="and samples; default: 10000"
+        "--ckpt-every", type=setup.positive, default=10_000, metavar="STEPS", help="and samples; default: 10000"
     )
     group.add_argument("--num-workers", type=int, default=4, metavar="N", help="reading processes; default: 4")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
     from svdit.training.loop import train
     from svdit.training.state import State
 
-    device = options.device(args.device)
+    device = setup.device(args.device)
     image_size, pixels = picture_size(args)
     writable_folder(args.results_dir)
     with session(device):
@@ -125,7 +125,7 @@ def picture_size(args: argparse.Namespace) -> tuple[int, bool]:
     from svdit.model.zoo import config_for
 
     config = config_for(args.model)
-    by_nature = config.in_channels != options.LATENT_CHANNELS or args.data == "digits"
+    by_nature = config.in_channels != setup.LATENT_CHANNELS or args.data == "digits"
     if args.data == "digits" and args.image_size not in (None, 8):
         raise UserError(f"--image-size is {args.image_size}, but the digits have 8×8 pixels; leave it out")
     default = 8 if args.data == "digits" else config.input_size if by_nature else 256

@@ -1,8 +1,4 @@
-"""`svdit verify`: is a quantized checkpoint what its header says, made from this source?
-
-What fusing folded is unfolded first, with the source's biases to tell it by; so biases are checked through the whole
-chain: a change in adaLN shows in qkv or fc1, one in the rows of v in proj.
-"""
+"""`svdit verify`: is a quantized checkpoint what its header says, made from this source?"""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -10,9 +6,10 @@ from typing import TYPE_CHECKING
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from svdit.model.dit import DiT
+    from svdit.quant.linear import SVDLinear
 
 TOLERANCE = 1e-4  # of a recorded error; another CPU adds in another order
 
@@ -27,7 +24,6 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Recompute every layer's weight error; fail at the first that is not as recorded."""
-    from svdit.checkpoints.fuse import unfuse_
     from svdit.checkpoints.store import load_model, locate, read_header
     from svdit.files import sha256
 
@@ -40,8 +36,6 @@ def run(args: argparse.Namespace) -> None:
     if digest != expected:
         raise UserError(f"{source} is not the source of {path}: its sha256 is {digest[:16]}…, not {expected[:16]}…")
     model, original = load_model(path), load_model(source)
-    if model.config.absorbed:
-        unfuse_(model, original)
     found = weight_errors(model, original)
     for name in sorted(set(found) | set(recorded)):
         one, two = found.get(name), recorded.get(name)
@@ -57,11 +51,18 @@ def close(x: "Tensor", y: "Tensor") -> bool:
     return bool((x - y).norm() <= TOLERANCE * y.norm())
 
 
+def expected_bias(layer: "SVDLinear", linear: "nn.Linear") -> "Tensor":
+    """The bias (O,) that quantization makes of the source's: b + W·shift."""
+    import torch
+
+    bias = torch.zeros(layer.out_features) if linear.bias is None else linear.bias.detach().float()
+    return bias if layer.in_shift is None else bias + linear.weight.detach().float() @ layer.in_shift
+
+
 def weight_errors(model: "DiT", source: "DiT") -> dict[str, float]:
     """‖W − W'‖ / ‖W‖ of every quantized layer; a UserError where anything else differs from the source."""
     import torch
 
-    from svdit.checkpoints.fuse import expected_bias
     from svdit.quant.linear import quantized_layers
     from svdit.quant.quantize import linear_of
 

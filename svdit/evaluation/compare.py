@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from svdit.errors import UserError
-from svdit.evaluation.certainty import Estimate
+from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.protocol import disagreements
 from svdit.evaluation.report import NOT_COMPARABLE, markdown_table, number, read_report
 

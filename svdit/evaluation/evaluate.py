@@ -12,11 +12,11 @@ from pathlib import Path
 
 from svdit.distributed import gather, rank
 from svdit.errors import UserError
-from svdit.evaluation.certainty import assign_blocks
 from svdit.evaluation.features import FeatureNetwork, Features, Track, cache_key, extract, features_folder
 from svdit.evaluation.figures import caption, overview, worst_pairs
 from svdit.evaluation.frechet import Blocks
 from svdit.evaluation.inputs import Inputs, Set, open_inputs
+from svdit.evaluation.jackknife import assign_blocks
 from svdit.evaluation.lpips import load_lpips
 from svdit.evaluation.measures import Found, measure
 from svdit.evaluation.options import Options

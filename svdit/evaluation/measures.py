@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from svdit.evaluation import metrics
-from svdit.evaluation.certainty import Estimate
 from svdit.evaluation.features import Features
 from svdit.evaluation.frechet import Blocks
+from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.neighbours import neighbour_metrics
 
 Found = dict[str, Estimate]

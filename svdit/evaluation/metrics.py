@@ -9,8 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from svdit.evaluation.certainty import Estimate
 from svdit.evaluation.frechet import TILE, Blocks, Rows, frechet_distance, jackknifed_distance
+from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.statistics import Gaussian, Moments
 from svdit.shims import allow_cpu_torchvision
 

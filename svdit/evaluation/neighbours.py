@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from svdit.evaluation.certainty import Estimate
+from svdit.evaluation.jackknife import Estimate
 
 K_PRECISION, K_DENSITY = 3, 5
 ROWS, COLUMNS = 1024, 4096

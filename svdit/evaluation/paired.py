@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.distributed import gather, shard
-from svdit.evaluation.certainty import Estimate
 from svdit.evaluation.features import Track
 from svdit.evaluation.inputs import Set
+from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.lpips import Distance
 from svdit.images import Pixels
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from svdit.errors import UserError
-from svdit.evaluation.certainty import Estimate
+from svdit.evaluation.jackknife import Estimate
 from svdit.files import atomic_path
 from svdit.images import Pixels, write_png
 

@@ -15,10 +15,10 @@ import torch
 
 from svdit.errors import UserError
 from svdit.evaluation import metrics, paired
-from svdit.evaluation.certainty import Estimate
 from svdit.evaluation.evaluate import evaluate
 from svdit.evaluation.frechet import frechet_distance
 from svdit.evaluation.inception import load_extractor, random_extractor
+from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.neighbours import neighbour_metrics
 from svdit.evaluation.options import Options
 from svdit.evaluation.statistics import Gaussian

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.errors import UserError
-from svdit.kernels import cpu, native, triton_backend
+from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import linear as cpu
+from svdit.kernels.cuda import backend as cuda
 from svdit.kernels.layer import Dequantized, Layer, Linear, TorchInt8
 
 BACKENDS = {
@@ -34,9 +36,9 @@ def reasons(device: torch.device | str = "cpu") -> dict[str, str]:
     has = torch.cpu.get_capabilities()
     saturates = not (has.get("avx512_vnni") or has.get("avx_vnni"))
     return {
-        "cpu": elsewhere or native.why_not(),
+        "cpu": elsewhere or ffi.why_not(),
         "torch-int8": elsewhere or ("without VNNI torch's integer product saturates" if saturates else ""),
-        "triton": triton_backend.why_not(device),
+        "triton": cuda.why_not(device),
         "dequant": "",
         "reference": "",
     }
@@ -57,7 +59,7 @@ def choose(device: torch.device | str = "cpu", backend: str | None = None) -> st
 
 def describe(backend: str) -> str:
     """The backend, and for `cpu` the instruction set in use."""
-    return f"cpu ({native.kernels().isa})" if backend == "cpu" else backend
+    return f"cpu ({ffi.kernels().isa})" if backend == "cpu" else backend
 
 
 def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
@@ -67,20 +69,20 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
     """
     layer = layer.with_whole_codes()
     if backend == "cpu" and cpu.IntegerLinear.takes(layer):
-        return cpu.IntegerLinear(layer, native.kernels(), inner)
+        return cpu.IntegerLinear(layer, ffi.kernels(), inner)
     if backend == "cpu" and cpu.WeightOnlyLinear.takes(layer):
-        return cpu.WeightOnlyLinear(layer, native.kernels())
+        return cpu.WeightOnlyLinear(layer, ffi.kernels())
     if backend == "torch-int8" and TorchInt8.takes(layer):
         return TorchInt8(layer)
     if backend == "triton":
-        return triton_backend.pack(layer, inner)
+        return cuda.pack(layer, inner)
     return Dequantized(layer)
 
 
 def attention(qkv: Tensor, heads: int, backend: str) -> Tensor:
     """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU, and where `pack` left qkv in it."""
-    if backend == "cpu" and qkv.dtype == native.kernels().low_dtype:
-        return cpu.attention(qkv, heads, native.kernels())
+    if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype:
+        return cpu.attention(qkv, heads, ffi.kernels())
     if backend == "triton" and qkv.is_cuda:
         qkv = qkv.bfloat16()
     N, T, width = qkv.shape

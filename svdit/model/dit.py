@@ -17,10 +17,7 @@ from svdit.model.layers import Block, FinalLayer
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The shape of a DiT; `input_size` is the side of its square input in latent (or plain) pixels.
-
-    `absorbed`: the blocks' adaLN gives 1 + scale, as `svdit.checkpoints.fuse` leaves it, and modulate adds no 1.
-    """
+    """The shape of a DiT; `input_size` is the side of its square input in latent (or plain) pixels."""
 
     input_size: int = 32
     patch_size: int = 2
@@ -31,7 +28,6 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     learn_sigma: bool = True
-    absorbed: bool = False
 
     def __post_init__(self) -> None:
         for value, by, what in (
@@ -55,7 +51,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.pos_embed = nn.Parameter(position_embedding(config.hidden_size, side), requires_grad=False)
         self.blocks = nn.ModuleList(
-            Block(config.hidden_size, config.num_heads, config.mlp_ratio, config.absorbed) for _ in range(config.depth)
+            Block(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
         )
         self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
         initialize(self)

@@ -5,13 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, absorbed: bool = False) -> Tensor:
-    """x (N, T, D) · (1 + scale) + shift, with one shift and scale (N, D) for all tokens of an image.
-
-    With `absorbed` the scale holds the 1 already.
-    """
-    scale = scale if absorbed else 1 + scale
-    return x * scale[:, None] + shift[:, None]
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (N, T, D) · (1 + scale) + shift, with one shift and scale (N, D) for all tokens of an image."""
+    return x * (1 + scale)[:, None] + shift[:, None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -64,9 +60,8 @@ def layer_norm(hidden_size: int) -> nn.LayerNorm:
 class Block(nn.Module):
     """x + gate·attention(modulated x), then the same with the MLP; the conditioning gives the six modulations."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, absorbed: bool = False) -> None:
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.absorbed = absorbed
         self.norm1 = layer_norm(hidden_size)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = layer_norm(hidden_size)
@@ -75,9 +70,9 @@ class Block(nn.Module):
 
     # fmt: off
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)       # (N, D) each
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1, self.absorbed))    # (N, T, D)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2, self.absorbed))  # (N, T, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)  # (N, D) each
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))    # (N, T, D)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, D)
     # fmt: on
 
 

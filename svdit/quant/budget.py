@@ -20,8 +20,8 @@ from svdit.quant.gptq import Inverse
 from svdit.quant.linear import LinearSpec, linears
 from svdit.quant.lowrank import truncated_svd
 from svdit.quant.observe import ForwardLoop, Statistics, observe
-from svdit.quant.recipe import fit
 from svdit.quant.sensitivity import Call, recording, sensitivities
+from svdit.quant.solve import fit
 from svdit.quant.transforms import TRIED, Transform, choose_transform
 
 RESOLUTION = 1 << 14

@@ -1,9 +1,8 @@
-"""SVDLinear: y = s (Qa(x̂) Q(Res)ᵀ + (x̂ L2ᵀ) L1ᵀ) + b with x̂ = ((x − shift) / scale) H; every part but one optional.
+"""SVDLinear: y = Qa(x̂) Q(Res)ᵀ + (x̂ L2ᵀ) L1ᵀ + b with x̂ = ((x − shift) / scale) H; every part but one optional.
 
 Without a residual it is the documented rank-ratio mode (two factors in place of the weight); without an activation
 format it is weight-only; without factors it is a plain quantized linear. The factors are floats or integer codes.
-The bias already holds W·shift. Nothing keeps the original weight. The row scale s appears where the next layer's
-smoothing was folded in (`svdit.checkpoints.fuse`).
+The bias already holds W·shift. Nothing keeps the original weight.
 """
 
 from collections.abc import Iterator
@@ -31,7 +30,6 @@ class LinearSpec:
     scaled: bool = False
     shifted: bool = False
     hadamard: int = 0
-    out_scaled: bool = False
     rank_ratio: float | None = None  # remembered, where the rank came from one
 
     @classmethod
@@ -42,7 +40,7 @@ class LinearSpec:
 
     def nbytes(self, out_features: int, in_features: int, bias: bool = True) -> int:
         """Bytes of all tensors of such a layer, on disk and in memory."""
-        total = 4 * out_features * (bias + self.out_scaled) + 4 * in_features * (self.scaled + self.shifted)
+        total = 4 * out_features * bias + 4 * in_features * (self.scaled + self.shifted)
         if self.weight:
             total += self.weight.nbytes(out_features, in_features)
         if self.rank and self.factors:
@@ -65,7 +63,6 @@ class SVDLinear(nn.Module):
     bias: Tensor | None
     in_scale: Tensor | None
     in_shift: Tensor | None
-    out_scale: Tensor | None
     l1: Tensor | None
     l2: Tensor | None
 
@@ -91,7 +88,6 @@ class SVDLinear(nn.Module):
         O, I, spec = self.out_features, self.in_features, self.spec
         self.register_buffer("in_scale", torch.ones(I, device=device) if spec.scaled else None)
         self.register_buffer("in_shift", torch.zeros(I, device=device) if spec.shifted else None)
-        self.register_buffer("out_scale", torch.ones(O, device=device) if spec.out_scaled else None)
         for name, shape in (("l1", (O, spec.rank)), ("l2", (spec.rank, I))):
             if spec.rank and not spec.factors:
                 factor = torch.randn(shape, device=device, dtype=getattr(torch, spec.factor_dtype)) * shape[1] ** -0.5
@@ -162,8 +158,7 @@ class SVDLinear(nn.Module):
         l1, l2 = self.low_rank()
         weight = self.residual().to(l1.device) + l1 @ l2
         weight = ref.rotate(weight, self.spec.hadamard)
-        weight = weight if self.in_scale is None else weight / self.in_scale
-        return weight if self.out_scale is None else weight * self.out_scale[:, None]
+        return weight if self.in_scale is None else weight / self.in_scale
 
     def transform(self, x: Tensor) -> Tensor:
         """x̂, fp32"""
@@ -185,7 +180,6 @@ class SVDLinear(nn.Module):
             branch = F.linear(F.linear(hat, l2), l1)  # (…, R) then (…, O)
             y = branch if y is None else y + branch
         assert y is not None, "an SVDLinear without residual and without factors"
-        y = y if self.out_scale is None else y * self.out_scale
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 
     @classmethod

@@ -20,9 +20,9 @@ from svdit.errors import UserError
 from svdit.quant.config import QuantConfig, Recipe
 from svdit.quant.linear import linears, quantized_layers, swap
 from svdit.quant.observe import ForwardLoop, Statistics, observe
-from svdit.quant.progress import Results
-from svdit.quant.recipe import quantize_linear
 from svdit.quant.report import QuantReport
+from svdit.quant.resume import Results
+from svdit.quant.solve import quantize_linear
 
 Progress = Callable[[int, int], None]
 

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from svdit.quant.recipe import LayerReport
+from svdit.quant.solve import LayerReport
 
 
 @dataclass

@@ -28,8 +28,6 @@ class FastBlock(nn.Module):
 
     def __init__(self, block: Block, name: str, pack: Packer) -> None:
         super().__init__()
-        if block.absorbed:
-            unfold_(block)
         self.backend, self.heads = pack.backend, block.attn.num_heads
         self.qkv = pack(block.attn.qkv, f"{name}.attn.qkv", inner=True)
         self.proj = pack(block.attn.proj, f"{name}.attn.proj")
@@ -63,21 +61,6 @@ class FastBlock(nn.Module):
             self.fc2(hidden, residual=Residual(x[part], gate2))                             # (n, T, D)
         return x
     # fmt: on
-
-
-@torch.no_grad()
-def unfold_(block: Block) -> None:
-    """Undo two parts of `svdit.checkpoints.fuse`: backends add the 1 of modulate themselves, and have no row scale.
-
-    λ of proj's input returns to proj; bfloat16 factors of the v rows could not take it up without another rounding.
-    """
-    layers: Any = block.adaLN_modulation[1], block.attn.qkv, block.attn.proj
-    adaln, qkv, proj = layers
-    adaln.bias.view(6, -1)[[1, 4]] -= 1
-    if getattr(qkv, "out_scale", None) is not None:
-        factor = qkv.out_scale.chunk(3)[2]
-        qkv.bias.chunk(3)[2].div_(factor)
-        qkv.out_scale, proj.in_scale = None, factor.reciprocal()
 
 
 class FastDiT(DiT):

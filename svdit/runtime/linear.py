@@ -12,16 +12,12 @@ from svdit.runtime.opaque import Opaque
 
 
 def stored(layer: SVDLinear) -> Layer:
-    """What an SVDLinear with a residual stores, for a backend to pack; a row scale goes into its float32 scales."""
+    """What an SVDLinear with a residual stores, for a backend to pack."""
     spec = layer.spec
     assert spec.weight is not None
     factors = layer.low_rank() if spec.factors and spec.rank else (layer.l1, layer.l2)
     l1, l2 = (None if factor is None else factor.detach() for factor in factors)
     groups, steps, zeros = layer.scales("residual")
-    if layer.out_scale is not None:
-        s = layer.out_scale[:, None]
-        groups, steps = (groups.float() * s, None) if steps is None else (groups, steps * s)
-        l1 = None if l1 is None else l1.float() * s
     return Layer(
         stored=layer.get_buffer("residual_codes"),
         columns=layer.in_features,

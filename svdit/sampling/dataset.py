@@ -21,7 +21,7 @@ from svdit.errors import UserError
 from svdit.files import atomic_path, writable_folder
 from svdit.model.autoencoder import Autoencoder
 from svdit.model.dit import DiT
-from svdit.sampling.generate import SamplingConfig, pictures
+from svdit.sampling.batch import SamplingConfig, pictures
 
 Progress = Callable[[float, int], None]
 

@@ -25,7 +25,7 @@ from svdit.errors import UserError
 from svdit.model.dit import DiT
 from svdit.training import ema
 from svdit.training.data import Examples, Pictures, batches, share
-from svdit.training.progress import Curve, plot_curve, sample_grid
+from svdit.training.monitor import Curve, plot_curve, sample_grid
 from svdit.training.state import State, fresh, restore, save
 
 DRAWS, ENCODER, HELD_OUT = 4, 5, 6  # purposes of streams; 0 to 3 are the samplers' and the data's

@@ -14,7 +14,7 @@ import torch
 from conftest import GOLDEN, Golden, relative
 from safetensors.torch import load_file, save_file
 
-from svdit.checkpoints import formats, store
+from svdit.checkpoints import io, store
 from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.errors import UserError
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
@@ -169,7 +169,7 @@ def broken(path: Path, tiny: DiT, edit: Callable[[State, State], None]) -> None:
     tensors: State = dict(tiny.state_dict())
     header: State = {"name": "", "config": asdict(tiny.config), "layers": {}, "provenance": {}}
     edit(tensors, header)
-    formats.write(path, tensors, header)
+    io.write(path, tensors, header)
 
 
 PROBLEMS: dict[str, tuple[Callable[[State, State], object], str]] = {

@@ -14,7 +14,7 @@ from PIL import Image
 from svdit.checkpoints.store import load_model, read_header
 from svdit.cli import command
 from svdit.shims import allow_cpu_torchvision
-from svdit.training.progress import read_curve
+from svdit.training.monitor import read_curve
 
 DOOR = Path(__file__).parents[2] / "train.py"
 DIGITS = ["--data", "digits", "--model", "DiT-digits", "--augment", "none", "--num-workers", "0", "--device", "cpu"]

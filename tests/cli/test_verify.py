@@ -50,12 +50,11 @@ def tamper(path: Path, tensor: str) -> Path:
     return changed
 
 
-@pytest.mark.parametrize("flags", [(), ("--no-fuse",), ("--adaln", "fp16"), ("--adaln", "int4")], ids=str)
+@pytest.mark.parametrize("flags", [(), ("--adaln", "fp16"), ("--adaln", "int4")], ids=str)
 def test_what_was_made_is_verified(source: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     path = quantized(source, *flags)
     verify(path, source)
     assert f"{8 if 'fp16' in flags else 11} quantized layers as recorded" in capsys.readouterr().out
-    assert load_model(path).config.absorbed == ("--no-fuse" not in flags)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +67,10 @@ def test_what_was_made_is_verified(source: Path, flags: tuple[str, ...], capsys:
         ("blocks.0.mlp.fc2.bias", "the bias of blocks.0.mlp.fc2"),
         ("blocks.1.attn.proj.bias", "the bias of blocks.1.attn.proj"),
         ("blocks.1.mlp.fc1.bias", "the bias of blocks.1.mlp.fc1"),
-        ("blocks.0.attn.qkv.bias", "the bias of blocks.0.attn."),  # of qkv by its first rows, or of proj by its last
-        ("blocks.0.attn.qkv.out_scale", "blocks.0.attn.proj"),
-        ("blocks.0.adaLN_modulation.1.bias", "the bias of blocks.0."),
-        ("blocks.1.adaLN_modulation.1.out_scale", "blocks.1."),
+        ("blocks.0.attn.qkv.bias", "the bias of blocks.0.attn.qkv"),
+        ("blocks.0.adaLN_modulation.1.bias", "the bias of blocks.0.adaLN"),
+        ("blocks.0.mlp.fc1.in_shift", "the bias of blocks.0.mlp.fc1"),
+        ("blocks.0.mlp.fc1.in_scale", "blocks.0.mlp.fc1 of"),
     ],
 )
 def test_a_change_is_found(
@@ -81,22 +80,6 @@ def test_a_change_is_found(
         verify(tamper(files[1], tensor), files[0])
     assert stop.value.code == 2
     assert sentence in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["blocks.0.adaLN_modulation.1.weight", "blocks.0.adaLN_modulation.1.bias"])
-def test_a_change_in_a_folded_float_layer_is_found(source: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with torch.no_grad(), pytest.raises(SystemExit):
-        verify(tamper(quantized(source, "--adaln", "fp16"), name), source)
-    assert "blocks.0." in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.in_shift", "blocks.0.mlp.fc1.in_scale"])
-def test_a_change_is_found_where_nothing_was_folded(
-    source: Path, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with torch.no_grad(), pytest.raises(SystemExit):
-        verify(tamper(quantized(source, "--no-fuse"), name), source)
-    assert name.rpartition(".")[0] in capsys.readouterr().err
 
 
 def test_another_source_is_refused(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,9 +101,7 @@ def test_inspect_tells_format_layers_and_origin(files: tuple[Path, Path], capsys
         "INT4 g64",
         "rank 4, INT8",
         "Hadamard 64",
-        "row scale",
         f"runs here by: {ops.describe(ops.choose())}",
-        "folded:",
         "quantization.preset: w4a8",
         "sha256",
     ):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from svdit.evaluation.certainty import assign_blocks
 from svdit.evaluation.frechet import frechet_distance, jackknifed_distance
+from svdit.evaluation.jackknife import assign_blocks
 from svdit.evaluation.statistics import Gaussian
 from svdit.shims import allow_cpu_torchvision
 

@@ -7,7 +7,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from svdit.evaluation import metrics
-from svdit.evaluation.certainty import assign_blocks
+from svdit.evaluation.jackknife import assign_blocks
 from svdit.evaluation.statistics import Gaussian
 
 

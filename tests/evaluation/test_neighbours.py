@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from svdit.evaluation.certainty import assign_blocks
+from svdit.evaluation.jackknife import assign_blocks
 from svdit.evaluation.neighbours import neighbour_metrics, radii
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from svdit.evaluation.certainty import assign_blocks
 from svdit.evaluation.inputs import Set, open_counterparts, open_set
+from svdit.evaluation.jackknife import assign_blocks
 from svdit.evaluation.options import Options
 from svdit.evaluation.paired import paired_metrics, psnr, relative_l2, ssim
 

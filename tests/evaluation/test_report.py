@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from svdit.evaluation.certainty import Estimate
+from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.report import Report, markdown_table, number, read_report
 
 ESTIMATES = {

@@ -5,7 +5,7 @@ import pytest
 from svdit.cli import selftest as door
 from svdit.errors import UserError
 from svdit.evaluation import selftest
-from svdit.evaluation.certainty import Estimate
+from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.selftest import Check
 
 

@@ -21,7 +21,7 @@ fi
 # 2. The root file system: the checkout, and every file that the tests look at here. It lies in memory, of which Bochs
 # gives 2 GB; Triton is too large. MKL's AVX-512 code ends in an illegal instruction there.
 export SVDIT_KERNELS=$work/kernels.so OMP_NUM_THREADS=1
-"$python" -c "from svdit.kernels.build import *; compile_library(Path('$SVDIT_KERNELS'))"
+"$python" -c "from svdit.kernels.cpu.build import *; compile_library(Path('$SVDIT_KERNELS'))"
 strace -f -qq -z -e trace=%file -o "$work/trace" "$python" -m pytest -p no:cacheprovider "$@" > "$work/here.log" || true
 image=$work/image disc=$work/disc
 rm -rf "$image" "$disc" && mkdir -p "$image/bin" "$image/tmp" "$disc"

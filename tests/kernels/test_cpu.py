@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from layers import U_BF16, U, error_around, random_layer, shapes
 
 from svdit.errors import UserError
-from svdit.kernels import build, cpu, native
 from svdit.kernels import reference as ref
+from svdit.kernels.cpu import build, ffi
+from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.kernels.layer import Layer, Modulation
 
@@ -36,12 +37,12 @@ SCHEMES = {
     "published fc2": (SYMMETRIC, replace(SYMMETRIC, span="unsigned")),
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "-")
+pytestmark = pytest.mark.skipif(bool(ffi.why_not()), reason=ffi.why_not() or "-")
 
 
-@pytest.fixture(scope="module", params=native.isas())
-def kernels(request: pytest.FixtureRequest) -> native.Kernels:
-    return native.Kernels(request.param)
+@pytest.fixture(scope="module", params=ffi.isas())
+def kernels(request: pytest.FixtureRequest) -> ffi.Kernels:
+    return ffi.Kernels(request.param)
 
 
 def make(scheme: str, O: int, I: int, R: int, seed: int, hadamard: int = 0) -> Layer:
@@ -49,7 +50,7 @@ def make(scheme: str, O: int, I: int, R: int, seed: int, hadamard: int = 0) -> L
     return replace(random_layer(O, I, R, weight, seed, hadamard), act=act)
 
 
-def check(layer: Layer, x: torch.Tensor, kernels: native.Kernels) -> None:
+def check(layer: Layer, x: torch.Tensor, kernels: ffi.Kernels) -> None:
     """Codes and steps equal; every output within its bound of the float64 value, and not all of them exact."""
     assert cpu.IntegerLinear.takes(layer) and layer.act is not None
     packed, I = cpu.IntegerLinear(layer, kernels), x.shape[1]
@@ -88,7 +89,7 @@ def in_float64(codes: torch.Tensor, scales: ref.Scales, form: Format) -> torch.T
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_any_shape(kernels: native.Kernels, scheme: str) -> None:
+def test_any_shape(kernels: ffi.Kernels, scheme: str) -> None:
     for seed, (M, O, I, R) in enumerate(shapes(40, seed=len(scheme))):
         columns = 64 * (1 + I // 64) if any(form.group for form in SCHEMES[scheme]) else I
         hadamard = next((b for b in (64, 16, 4, 2) if columns % b == 0 and seed % 4), 0)
@@ -97,13 +98,13 @@ def test_any_shape(kernels: native.Kernels, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("block", [2, 4, 8, 16, 32, 64, 128, 256])
-def test_every_hadamard_block(kernels: native.Kernels, block: int) -> None:
+def test_every_hadamard_block(kernels: ffi.Kernels, block: int) -> None:
     x = torch.randn(9, 512, generator=torch.Generator().manual_seed(block))
     check(random_layer(70, 512, 8, INT8, 1, block), x, kernels)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
-def test_sums_of_the_largest_codes_are_exact(kernels: native.Kernels, name: str) -> None:
+def test_sums_of_the_largest_codes_are_exact(kernels: ffi.Kernels, name: str) -> None:
     form, g = WEIGHT_FORMATS[name], torch.Generator().manual_seed(1)
     weights = torch.randint(0, 2, (67, 256), generator=g, dtype=torch.int8)
     codes = weights * (form.hi - form.lo) + form.lo
@@ -119,7 +120,7 @@ def test_sums_of_the_largest_codes_are_exact(kernels: native.Kernels, name: str)
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
-def test_packing_adds_up_what_is_there(kernels: native.Kernels, name: str) -> None:
+def test_packing_adds_up_what_is_there(kernels: ffi.Kernels, name: str) -> None:
     """And not what a row is padded with."""
     for seed, I in enumerate((1, 7, 13, 64, 200)):
         layer = random_layer(67, 64 * I if name == "int4" else I, 0, WEIGHT_FORMATS[name], seed)
@@ -127,7 +128,7 @@ def test_packing_adds_up_what_is_there(kernels: native.Kernels, name: str) -> No
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A8", "W4A4", "published W4A4"])
-def test_extreme_rows(kernels: native.Kernels, scheme: str) -> None:
+def test_extreme_rows(kernels: ffi.Kernels, scheme: str) -> None:
     layer = make(scheme, 40, 128, 0, 3)  # no transform
     x = torch.zeros(8, 128)
     x[1], x[2] = 1e-40, 2e-45  # subnormal: 2e-45 / 127 is zero
@@ -143,7 +144,7 @@ def test_extreme_rows(kernels: native.Kernels, scheme: str) -> None:
     assert y[[0, 1, 2, 3, 4, 7]].isfinite().all()
 
 
-def test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign(kernels: native.Kernels) -> None:
+def test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign(kernels: ffi.Kernels) -> None:
     x = torch.zeros(2, 64)
     x[0, :8] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5])
     x[1, 3], x[1, 9], x[1, 20] = -8.0, 8.0, 0.5
@@ -157,7 +158,7 @@ def test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign(kernels:
     assert four.quantize(x[None])[1][1, 0] == 1
 
 
-def test_everything_around_a_layer(kernels: native.Kernels) -> None:
+def test_everything_around_a_layer(kernels: ffi.Kernels) -> None:
     for N, T, I, O, scheme in (
         (2, 7, 96, 100, "W8A8"), (1, 1, 5, 3, "W8A8"), (3, 4, 17, 64, "W8A8"), (2, 9, 128, 70, "W4A4"),
     ):  # fmt: skip
@@ -168,7 +169,7 @@ def test_everything_around_a_layer(kernels: native.Kernels) -> None:
             assert error < bound and (error > 0 or T == 1)
 
 
-def test_bfloat16_between_layers(kernels: native.Kernels) -> None:
+def test_bfloat16_between_layers(kernels: ffi.Kernels) -> None:
     """It is read as the floats it stands for, and written as float32 output rounded."""
     for seed, (M, O, I, R) in enumerate(shapes(20, seed=9)):
         layer = make("W8A8", O, I, R, seed)
@@ -182,7 +183,7 @@ def test_bfloat16_between_layers(kernels: native.Kernels) -> None:
             assert torch.equal(inner(x, gelu=gelu), y.to(kernels.low_dtype))
 
 
-def test_layer_norm_and_gelu_are_precise(kernels: native.Kernels) -> None:
+def test_layer_norm_and_gelu_are_precise(kernels: ffi.Kernels) -> None:
     """Looked at through a weight that hands single codes on."""
     identity = Layer(torch.eye(64, dtype=torch.int8), 64, ref.Scales(torch.ones(64, 1)), INT8, INT8)
     x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(2)) * 40 + 1000
@@ -199,7 +200,7 @@ def test_layer_norm_and_gelu_are_precise(kernels: native.Kernels) -> None:
     assert (got - F.gelu(rounded, approximate="tanh")).abs().max() < 2e-6
 
 
-def test_weight_only(kernels: native.Kernels) -> None:
+def test_weight_only(kernels: ffi.Kernels) -> None:
     for seed, (M, O, I, _) in enumerate(shapes(30, seed=5)):
         named = (WEIGHT_FORMATS[name] for name in ("int4-channel", "int4-bf16", "int4"))
         form = (INT8, *named, Format(4, 32, "bf16"))[seed % 5]
@@ -222,7 +223,7 @@ def test_weight_only_takes_groups_of_whole_chunks() -> None:
         assert cpu.WeightOnlyLinear.takes(replace(layer, act=None)) == taken
 
 
-def test_attention(kernels: native.Kernels) -> None:
+def test_attention(kernels: ffi.Kernels) -> None:
     g = torch.Generator().manual_seed(0)
     for N, T, heads, head in (
         (2, 16, 2, 32),
@@ -242,7 +243,7 @@ def test_attention(kernels: native.Kernels) -> None:
         assert error <= bound and (error > 0 or T == 1)
 
 
-def test_attention_lets_no_bad_number_vanish(kernels: native.Kernels) -> None:
+def test_attention_lets_no_bad_number_vanish(kernels: ffi.Kernels) -> None:
     for bad in (torch.nan, torch.inf):
         for column in (0, 16, 32):  # in q, k, v
             qkv = torch.ones(1, 9, 48, dtype=kernels.low_dtype)
@@ -252,7 +253,7 @@ def test_attention_lets_no_bad_number_vanish(kernels: native.Kernels) -> None:
             assert not y.isfinite().all()
 
 
-def test_threads_do_not_change_a_bit(kernels: native.Kernels) -> None:
+def test_threads_do_not_change_a_bit(kernels: ffi.Kernels) -> None:
     layer = random_layer(300, 256, 16, WEIGHT_FORMATS["int4"], 1, 64)
     packed, x = cpu.IntegerLinear(layer, kernels), torch.randn(1, 37, 256)
     one, before = packed(x), torch.get_num_threads()
@@ -265,22 +266,22 @@ def test_threads_do_not_change_a_bit(kernels: native.Kernels) -> None:
 
 def test_pointers_are_checked() -> None:
     x = torch.zeros(4, 6)
-    assert native.pointer(None, torch.float32, (1,)) is None
-    assert native.pointer(x, torch.float32, (4, 6)) == x.data_ptr()
+    assert ffi.pointer(None, torch.float32, (1,)) is None
+    assert ffi.pointer(x, torch.float32, (4, 6)) == x.data_ptr()
     for bad, dtype, shape in (
         (x.t(), torch.float32, (6, 4)), (x, torch.float64, (4, 6)), (x, torch.float32, (4, 5)),
         (x.to("meta"), torch.float32, (4, 6)),
     ):  # fmt: skip
         with pytest.raises(AssertionError):
-            native.pointer(bad, dtype, shape)
+            ffi.pointer(bad, dtype, shape)
     for part in (x.t()[:4], x.double()[:, :4], x[:, ::2]):
         with pytest.raises(AssertionError):
-            native.row_pointer(part, 4, part.shape[1], 6)
+            ffi.row_pointer(part, 4, part.shape[1], 6)
 
 
 def test_one_openmp_runtime() -> None:
     """In a process of its own: scikit-learn, which other tests import, brings another."""
-    code = "import torch; from svdit.kernels import build; build.library(); print(*build.openmp_runtimes())"
+    code = "import torch; from svdit.kernels.cpu import build; build.library(); print(*build.openmp_runtimes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert len(done.stdout.split()) == 1, done.stdout
 
@@ -288,7 +289,7 @@ def test_one_openmp_runtime() -> None:
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVDIT_ISA", "sse9")
     with pytest.raises(UserError, match="SVDIT_ISA is sse9, but this processor has"):
-        native.kernels.__wrapped__()
+        ffi.kernels.__wrapped__()
 
 
 @pytest.mark.parametrize(("variable", "value", "message"), [

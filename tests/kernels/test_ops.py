@@ -7,9 +7,11 @@ import torch
 from conftest import relative
 
 from svdit.errors import UserError
-from svdit.kernels import cpu, native, ops
+from svdit.kernels import ops
 from svdit.kernels import reference as ref
-from svdit.kernels.build import MissingKernelsError
+from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import linear as cpu
+from svdit.kernels.cpu.build import MissingKernelsError
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.kernels.layer import Dequantized, Layer, Modulation, Residual, TorchInt8
 from svdit.quant.budget import WEIGHTS
@@ -102,7 +104,7 @@ def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     def missing() -> None:
         raise MissingKernelsError("no compiler")
 
-    monkeypatch.setattr(native, "kernels", missing)
+    monkeypatch.setattr(ffi, "kernels", missing)
     assert ops.choose() == "torch-int8"
     with pytest.raises(UserError, match="cpu cannot be used here: no compiler"):
         ops.choose("cpu", "cpu")
@@ -111,7 +113,7 @@ def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_description_names_the_instruction_set() -> None:
     assert ops.describe("dequant") == "dequant"
     if "cpu" in USABLE:
-        assert ops.describe("cpu") == f"cpu ({native.kernels().isa})"
+        assert ops.describe("cpu") == f"cpu ({ffi.kernels().isa})"
 
 
 def test_layers_without_integers_are_not_taken() -> None:

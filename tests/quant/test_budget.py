@@ -16,7 +16,7 @@ from svdit.quant.config import RECIPES, dit_config
 from svdit.quant.observe import Statistics
 from svdit.quant.quantize import quantize_
 from svdit.quant.sensitivity import Call, recording, sensitivities
-from svdit.sampling.trajectories import calibration_loop
+from svdit.sampling.calibration import calibration_loop
 
 LOOP = calibration_loop(images=6, steps=5)
 RECIPE = RECIPES["w8a8"]

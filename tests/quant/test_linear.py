@@ -22,7 +22,7 @@ from svdit.quant.linear import (
     rank_for_ratio,
     rebuild_,
 )
-from svdit.quant.recipe import fit
+from svdit.quant.solve import fit
 
 
 def seeded_linear(o: int = 48, i: int = 64, bias: bool = True) -> nn.Linear:

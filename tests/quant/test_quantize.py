@@ -16,8 +16,8 @@ from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, r
 from svdit.quant.linear import linears, quantized_layers
 from svdit.quant.observe import Statistics
 from svdit.quant.quantize import quantize_
-from svdit.quant.recipe import quantize_linear
-from svdit.sampling.trajectories import calibration_loop, calibration_size
+from svdit.quant.solve import quantize_linear
+from svdit.sampling.calibration import calibration_loop, calibration_size
 
 CONFIG = dit_config(replace(RECIPES["w4a8"], rank=4))
 LOOP = calibration_loop(images=4, steps=5)

@@ -11,7 +11,8 @@ from torch import nn
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import batch_noise
 from svdit.errors import UserError
-from svdit.kernels import native, ops
+from svdit.kernels import ops
+from svdit.kernels.cpu import ffi
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, rank_ratio_config, recipe_for
 from svdit.quant.linear import SVDLinear, linears, quantized_layers, swap
@@ -19,8 +20,8 @@ from svdit.quant.quantize import quantize_
 from svdit.runtime import dit as runtime_dit
 from svdit.runtime.accelerate import accelerate
 from svdit.runtime.dit import FastDiT
-from svdit.sampling.generate import SamplingConfig, generate
-from svdit.sampling.trajectories import calibration_loop
+from svdit.sampling.batch import SamplingConfig, generate
+from svdit.sampling.calibration import calibration_loop
 
 USABLE = [name for name, reason in ops.reasons().items() if not reason]
 CONFIGS = {
@@ -110,7 +111,7 @@ def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
 def test_many_images_go_through_a_block_in_parts(tiny: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(tiny, "w8a8")
     whole = accelerate(deepcopy(model))(X, T, Y)
-    size = 2 if ops.choose() == "cpu" and native.kernels().low_dtype == torch.bfloat16 else 4
+    size = 2 if ops.choose() == "cpu" and ffi.kernels().low_dtype == torch.bfloat16 else 4
     monkeypatch.setattr(runtime_dit, "HIDDEN_BYTES", 2 * size * 4 * 256)  # two images of 4 tokens
     fast = accelerate(deepcopy(model))
     calls: list[int] = []

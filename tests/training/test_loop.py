@@ -13,7 +13,7 @@ from svdit.errors import UserError
 from svdit.model.dit import DiT, DiTConfig
 from svdit.training.data import Pictures
 from svdit.training.loop import DRAWS, TrainOptions, draws, held_out_error, train
-from svdit.training.progress import read_curve
+from svdit.training.monitor import read_curve
 from svdit.training.state import State
 
 CPU = torch.device("cpu")

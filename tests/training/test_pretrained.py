@@ -6,7 +6,7 @@ from sklearn.svm import SVC
 
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import image_noise
-from svdit.sampling.generate import SamplingConfig, generate
+from svdit.sampling.batch import SamplingConfig, generate
 from svdit.training.data import digits
 from svdit.training.loop import held_out_error, unchanged
 

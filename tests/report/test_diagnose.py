@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from svdit.checkpoints.store import save_model
-from svdit.cli import command, diagnose
+from svdit.cli import command
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
 from svdit.quant.config import QuantConfig, Rule, recipe_for
 from svdit.quant.quantize import quantize_
+from svdit.report import diagnose
 
 
 def test_the_report_has_the_numbers_of_its_pictures(tiny: DiT, tmp_path: Path) -> None:

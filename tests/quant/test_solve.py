@@ -15,7 +15,7 @@ from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.config import RECIPES, Recipe, dit_config, rank_ratio_config, recipe_for
 from svdit.quant.linear import linears
 from svdit.quant.observe import Statistics
-from svdit.quant.recipe import cholesky, quantize_linear
+from svdit.quant.solve import cholesky, quantize_linear
 
 
 def run(linear: nn.Linear, recipe: Recipe, statistics: Statistics) -> tuple[nn.Module, float]:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from svdit.quant.linear import SVDLinear
-    from svdit.quant.recipe import LayerReport
+    from svdit.quant.solve import LayerReport
 
 Named = TypeVar("Named", str, "LayerReport")
 MANY = 40  # layers, above which a table shows kinds of layers
@@ -101,7 +101,6 @@ def spec_table(layers: Mapping[str, "SVDLinear"]) -> Table:
             ("centred", spec.shifted),
             ("smoothed", spec.scaled),
             (f"Hadamard {spec.hadamard}", spec.hadamard),
-            ("row scale", spec.out_scaled),
         ]
         table.add_row(
             name,

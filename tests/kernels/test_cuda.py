@@ -15,8 +15,9 @@ from layers import random_layer
 
 from svdit.checkpoints.store import load_model
 from svdit.errors import UserError
-from svdit.kernels import fp8, ops, triton_backend
+from svdit.kernels import ops
 from svdit.kernels import reference as ref
+from svdit.kernels.cuda import backend, fp8
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.kernels.layer import Dequantized, Layer, Modulation, Residual
 from svdit.model.dit import DiT
@@ -26,13 +27,13 @@ from svdit.runtime.accelerate import accelerate
 from svdit.runtime.dit import FastDiT
 
 INT8 = Format(8)
-needs_triton = pytest.mark.skipif("triton is not" in triton_backend.why_not("cuda"), reason="triton is not installed")
+needs_triton = pytest.mark.skipif("triton is not" in backend.why_not("cuda"), reason="triton is not installed")
 
 
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
     """In a process of its own: Triton decides at import whether it interprets."""
-    command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name("test_triton_kernels.py"))]
+    command = [sys.executable, "-m", "pytest", str(Path(__file__).with_name("test_cuda_kernels.py"))]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert re.search(r"\d\d passed", done.stdout) and "skipped" not in done.stdout
@@ -77,14 +78,14 @@ def sm_90(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """(layer, tiles of rows, tiles of the product, …) to what its launches compile to on Hopper."""
     from triton.runtime import driver
 
-    from svdit.kernels import triton_linear as tri
+    from svdit.kernels.cuda import linear as tri
 
     def compile_for(layer: Layer, row_tiles: slice, tiles: slice, inner: bool = False, **around: Any) -> list[Any]:
         kernels = [Compiled(tri.ROWS, row_tiles), Compiled(tri.PRODUCT, tiles), Compiled(tri.weigh)]
         with monkeypatch.context() as patch:
             for name, kernel in zip(("ROWS", "PRODUCT", "weigh"), kernels, strict=True):
                 patch.setattr(tri, name, kernel)
-            triton_backend.pack(layer, inner)(torch.zeros(1, 16, layer.columns), **around)
+            backend.pack(layer, inner)(torch.zeros(1, 16, layer.columns), **around)
         return [made for kernel in kernels for made in kernel.made]
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -162,14 +163,14 @@ def test_the_smallest_sides_compile(sm_90: Any) -> None:
 
 @needs_triton
 def test_tiles_that_cannot_hold_both_sums_are_left_out() -> None:
-    from svdit.kernels.triton_linear import PRODUCT
+    from svdit.kernels.cuda.linear import PRODUCT
 
     whole, grouped = (PRODUCT.early_config_prune(PRODUCT.configs, {}, GROUPED=grouped) for grouped in (False, True))
     assert grouped == whole[1:] and len(whole) == 5
 
 
 def test_nibbles_and_scales_as_the_kernels_read_them() -> None:
-    tri = pytest.importorskip("svdit.kernels.triton_linear")
+    tri = pytest.importorskip("svdit.kernels.cuda.linear")
     codes = torch.randint(-8, 8, (3, 256), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
     folded = tri.folded(codes)
     assert folded.shape == (3, 128) and folded.dtype == torch.uint8
@@ -199,24 +200,24 @@ def test_it_is_chosen_on_ampere_and_later(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_where_it_cannot_be_had_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(triton_backend, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend, "find_spec", lambda name: object())
     with pytest.raises(UserError, match="triton cannot be used here: it computes on CUDA devices, not on cpu; choose"):
         ops.choose("cpu", "triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert triton_backend.why_not("cuda") == "there is no CUDA device that torch can use"
+    assert backend.why_not("cuda") == "there is no CUDA device that torch can use"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton_backend.why_not("cpu") == ""
-    monkeypatch.setattr(triton_backend, "find_spec", lambda name: None)
+    assert backend.why_not("cpu") == ""
+    monkeypatch.setattr(backend, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="triton cannot be used here: triton is not installed"):
         ops.choose("cpu", "triton")
 
 
 @needs_triton
 def test_every_format_has_its_kernel() -> None:
-    from svdit.kernels.triton_linear import IntegerLinear, WeightOnlyLinear
+    from svdit.kernels.cuda.linear import IntegerLinear, WeightOnlyLinear
 
     def kind(weight: str, act: str | None) -> type:
-        return type(triton_backend.pack(hopper_layer(weight, act), False))
+        return type(backend.pack(hopper_layer(weight, act), False))
 
     assert {kind(weight, act) for weight in ("int8", "int4", "int4-channel") for act in ("int8", "int4")} == {
         IntegerLinear
@@ -261,7 +262,7 @@ def digits(preset: str) -> tuple[DiT, list[torch.Tensor]]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w4a8-channel", "w4a4", "w8a16", "w4a16", "fp8"])
 def test_digits_on_a_gpu(preset: str) -> None:
-    """bfloat16 between layers moves codes: the bound is the noise of that, see test_triton_kernels.py for exactness."""
+    """bfloat16 between layers moves codes: the bound is the noise of that, see test_cuda_kernels.py for exactness."""
     model, inputs = digits(preset)
     with torch.no_grad():
         expected = model(*inputs)

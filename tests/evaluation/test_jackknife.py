@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from svdit.evaluation.certainty import Estimate, assign_blocks
 from svdit.evaluation.frechet import jackknifed_distance
+from svdit.evaluation.jackknife import Estimate, assign_blocks
 from svdit.evaluation.statistics import Gaussian
 
 

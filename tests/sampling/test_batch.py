@@ -12,7 +12,7 @@ from torch import Tensor
 from svdit.diffusion.noise import image_noise
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.errors import UserError
-from svdit.sampling.generate import SamplingConfig, generate, pictures
+from svdit.sampling.batch import SamplingConfig, generate, pictures
 
 CPU = torch.device("cpu")
 

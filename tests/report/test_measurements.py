@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS
 from svdit.quant.config import recipe_for
-from svdit.quant.diagnostics import histograms, layer_inputs, relative_errors, scale_quantiles, spectrum
 from svdit.quant.linear import LinearSpec, SVDLinear
 from svdit.quant.observe import Statistics
-from svdit.quant.recipe import quantize_linear
+from svdit.quant.solve import quantize_linear
+from svdit.report.measurements import histograms, layer_inputs, relative_errors, scale_quantiles, spectrum
 
 
 class Toy(nn.Module):

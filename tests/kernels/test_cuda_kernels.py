@@ -25,7 +25,7 @@ from svdit.runtime.accelerate import accelerate
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 (test_triton.py sets it) or a GPU", allow_module_level=True)
-tri = pytest.importorskip("svdit.kernels.triton_linear", reason="triton is not installed")
+tri = pytest.importorskip("svdit.kernels.cuda.linear", reason="triton is not installed")
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 INT8, INT4 = Format(8), ACT_FORMATS["int4"]

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from svdit.kernels.fp8 import Float8Linear
+from svdit.kernels.cuda.fp8 import Float8Linear
 from svdit.kernels.layer import Dequantized, Layer, Linear
 
 
@@ -26,7 +26,7 @@ def why_not(device: torch.device | str) -> str:
 
 def pack(layer: Layer, inner: bool) -> Linear:
     """The layer for these kernels, for torch's FP8 product, or decoded where neither takes it."""
-    from svdit.kernels.triton_linear import IntegerLinear, WeightOnlyLinear
+    from svdit.kernels.cuda.linear import IntegerLinear, WeightOnlyLinear
 
     if IntegerLinear.takes(layer):
         return IntegerLinear(layer, inner)

@@ -1,4 +1,4 @@
-"""The pictures of `svdit quantize`'s report, drawn from the report's own numbers (`svdit.cli.diagnose`).
+"""The pictures of `svdit quantize`'s report, drawn from the report's own numbers (`svdit.report.diagnose`).
 
 Layers stand by block, one colour and marker a kind; layers outside of the blocks follow the last one.
 """
@@ -10,15 +10,15 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli.tables import by_kind, place
 from svdit.files import atomic_path, writable_folder
+from svdit.report.tables import by_kind, place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from svdit.quant.recipe import LayerReport
+    from svdit.quant.solve import LayerReport
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255")
 MARKERS = "os^Dvxp*P"  # the first seven colours are Okabe and Ito's

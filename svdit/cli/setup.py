@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from svdit.model.autoencoder import Autoencoder
     from svdit.model.dit import DiT
-    from svdit.sampling.generate import SamplingConfig
+    from svdit.sampling.batch import SamplingConfig
 
 CFG_CHANNELS = {"three": 3, "all": None}
 PUBLISHED = "DiT-XL/2"
@@ -99,7 +99,7 @@ def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) ->
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
-    from svdit.sampling.generate import SamplingConfig
+    from svdit.sampling.batch import SamplingConfig
 
     channels, interval = CFG_CHANNELS[args.cfg_channels], args.cfg_interval and tuple(args.cfg_interval)
     return SamplingConfig(args.sampler, args.num_sampling_steps, args.cfg_scale, channels, interval)

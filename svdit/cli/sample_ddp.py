@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli import options
+from svdit.cli import setup
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,17 +21,17 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "svdit generate", description="Draw many pictures into a folder and an .npz, alone or under torchrun."
     )
-    options.add_model(parser)
+    setup.add_model(parser)
     parser.add_argument(
         "--rank-ratio",
         type=float,
         metavar="R",
         help="the rank ratio the checkpoint was quantized with; checked against it",
     )
-    options.add_speed(parser)
-    options.add_sampling(parser, cfg_scale=1.5, vae=VAE)
+    setup.add_speed(parser)
+    setup.add_sampling(parser, cfg_scale=1.5, vae=VAE)
     parser.add_argument(
-        "--num-fid-samples", type=options.positive, default=50_000, metavar="N", help="pictures; default: 50000"
+        "--num-fid-samples", type=setup.positive, default=50_000, metavar="N", help="pictures; default: 50000"
     )
     parser.add_argument(
         "--sample-dir",
@@ -41,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
         help="gets DIR/000000.png, ..., DIR/manifest.json and DIR.npz; default: samples",
     )
     parser.add_argument(
-        "--per-proc-batch-size", type=options.positive, default=32, metavar="B", help="changes no picture; default: 32"
+        "--per-proc-batch-size", type=setup.positive, default=32, metavar="B", help="changes no picture; default: 32"
     )
-    parser.add_argument("--global-seed", type=options.seed, default=0, metavar="SEED", help="default: 0")
+    parser.add_argument("--global-seed", type=setup.seed, default=0, metavar="SEED", help="default: 0")
     parser.add_argument(
         "--label-policy",
         default="random",
@@ -64,17 +64,17 @@ def run(args: argparse.Namespace) -> None:
     from svdit.distributed import rank, session
     from svdit.sampling.dataset import generate_dataset
 
-    config = options.sampling_config(args)
-    device = options.device(args.device)
+    config = setup.sampling_config(args)
+    device = setup.device(args.device)
     with session(device):
         tf32 = args.tf32 and device.type == "cuda"
         set_tf32(tf32)
         check_rank_ratio(args)
-        checkpoint = options.load_checkpoint(args, device)
-        model = options.accelerated(checkpoint.model, args)
-        autoencoder = options.load_vae(args.vae, model, device, VAE)
+        checkpoint = setup.load_checkpoint(args, device)
+        model = setup.accelerated(checkpoint.model, args)
+        autoencoder = setup.load_vae(args.vae, model, device, VAE)
         first = rank() == 0
-        with options.progress("generating", shown=first) as tick:
+        with setup.progress("generating", shown=first) as tick:
             npz = generate_dataset(
                 model,
                 autoencoder,
@@ -100,7 +100,7 @@ def set_tf32(allowed: bool) -> None:
         torch.backends.cudnn.allow_tf32 = allowed
 
 
-def origin(checkpoint: options.Checkpoint, model: "DiT", tf32: bool) -> dict[str, Any]:
+def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, Any]:
     """What the manifest says of the model; a float model has no backend."""
     from svdit.files import sha256
     from svdit.kernels import ops

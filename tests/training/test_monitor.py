@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from svdit.model.dit import DiT
-from svdit.training.progress import Curve, plot_curve, read_curve, sample_grid
+from svdit.training.monitor import Curve, plot_curve, read_curve, sample_grid
 
 
 def test_curve_drops_what_was_not_saved(tmp_path: Path) -> None:

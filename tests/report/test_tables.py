@@ -3,8 +3,8 @@
 import pytest
 from rich.console import Console
 
-from svdit.cli.tables import MANY, layer_table, place
-from svdit.quant.recipe import LayerReport
+from svdit.quant.solve import LayerReport
+from svdit.report.tables import MANY, layer_table, place
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from svdit.kernels.cuda.gemm import multiply, weigh
+from svdit.kernels.cuda.quantize import quantize_rows
 from svdit.kernels.formats import Format
 from svdit.kernels.layer import Composed, Layer, Modulation, Residual
-from svdit.kernels.triton_product import multiply, weigh
-from svdit.kernels.triton_rows import quantize_rows
 
 HALF, INT8, INT4 = 64, Format(8), Format(4, 64, "bf16", "full")
 INTERPRETED = knobs.runtime.interpret
-ROW_TILES = [  # num_warps, num_stages: nothing of them is spilled on sm_90, which tests/kernels/test_triton.py compiles
+ROW_TILES = [  # num_warps, num_stages: nothing of them is spilled on sm_90, which tests/kernels/test_cuda.py compiles
     triton.Config({"BLOCK_M": m}, num_warps=warps, num_stages=2) for m, warps in ((16, 4), (16, 8), (32, 8), (64, 8))
 ]
 PRODUCT_TILES = [

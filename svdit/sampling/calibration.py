@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
-from svdit.sampling.generate import SamplingConfig, generate
+from svdit.sampling.batch import SamplingConfig, generate
 
 TOKENS = 20_000  # enough for a small model: two and a half times as many gained nothing in its pictures
 CONDITIONS = 4096  # pairs (t, y) shown to the adaLN layers

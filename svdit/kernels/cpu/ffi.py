@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from svdit.errors import UserError
-from svdit.kernels.build import MissingKernelsError, library
+from svdit.kernels.cpu.build import MissingKernelsError, library
 from svdit.kernels.layer import Layer
 
 DEPTH_STEP = 16

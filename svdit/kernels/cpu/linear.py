@@ -10,9 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from svdit.kernels.formats import Format
-from svdit.kernels.layer import Composed, Layer, Modulation, Residual
-from svdit.kernels.native import (
+from svdit.kernels.cpu.ffi import (
     DEPTH_STEP,
     Attention,
     Kernels,
@@ -24,6 +22,8 @@ from svdit.kernels.native import (
     pointer,
     row_pointer,
 )
+from svdit.kernels.formats import Format
+from svdit.kernels.layer import Composed, Layer, Modulation, Residual
 
 GROUPS = (16, 32, 64, 128, 256)  # that are added up in fp32
 CHUNK = 32  # columns that WeightOnlyLinear reads at once

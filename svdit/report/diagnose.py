@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli.tables import place
+from svdit.report.tables import place
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from svdit.model.dit import DiT
-    from svdit.quant.recipe import LayerReport
+    from svdit.quant.solve import LayerReport
 
 STEPS, IMAGES = (4, 10), (1, 8)  # least and most; what WORK allows decides
 WORK = 1.5e12  # multiplications and additions in the blocks' linears
@@ -31,9 +31,9 @@ def measure(model: DiT, original: DiT, lines: Sequence[LayerReport], cfg_scale: 
     """Errors by layer, timestep and guidance half; spectra, smoothing and input histograms. All of it JSON."""
     import torch
 
-    from svdit.quant import diagnostics as d
     from svdit.quant.linear import quantized_layers
     from svdit.quant.quantize import linear_of
+    from svdit.report import measurements as d
 
     layers, linears = quantized_layers(model), {line.name: linear_of(original, line.name) for line in lines}
     images, steps = affordable(original)
@@ -78,7 +78,7 @@ def walk(images: int, steps: int, cfg_scale: float, seed: int) -> Callable[[nn.M
 
     from svdit.diffusion.noise import image_labels, image_noise
     from svdit.model.dit import DiT
-    from svdit.sampling.generate import SamplingConfig, generate
+    from svdit.sampling.batch import SamplingConfig, generate
 
     def loop(model: nn.Module) -> None:
         assert isinstance(model, DiT)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch  # before our library: it brings the OpenMP runtime that both use
 
-from svdit.kernels.sources import FLAGS, files, source_hash
+from svdit.kernels.cpu.sources import FLAGS, files, source_hash
 
 
 class MissingKernelsError(Exception):
@@ -56,7 +56,7 @@ def _load(path: str | Path) -> ctypes.CDLL | None:
 
 
 def _installed() -> ctypes.CDLL | None:
-    for path in Path(__file__).parent.glob("_cpu*.so"):
+    for path in Path(__file__).parent.glob("_library*.so"):
         if lib := _load(path):
             return lib
     return None

@@ -12,10 +12,11 @@ import torch
 from pixels import ROOT, saved
 
 from svdit.checkpoints import hub
-from svdit.cli import generate, options, sample
+from svdit.cli import sample, sample_ddp, setup
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.errors import UserError
-from svdit.kernels import native, ops
+from svdit.kernels import ops
+from svdit.kernels.cpu import ffi
 from svdit.model import autoencoder
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, dit_config, recipe_for
@@ -30,7 +31,7 @@ def arguments(*argv: str) -> argparse.Namespace:
     return sample.parser().parse_args(argv)
 
 
-@pytest.mark.parametrize("command", ["sample", "generate"])
+@pytest.mark.parametrize("command", ["sample", "sample_ddp"])
 def test_help_needs_no_torch(command: str) -> None:
     code = (
         f"import sys; from svdit.cli import {command}; {command}.parser().format_help(); print('torch' in sys.modules)"
@@ -44,15 +45,15 @@ def choices(parser: argparse.ArgumentParser, flag: str) -> list[str]:
 
 
 def test_choices_are_what_the_library_knows() -> None:
-    assert choices(generate.parser(), "--sampler") == list(SAMPLERS)
-    assert choices(generate.parser(), "--label-policy") == list(LABEL_POLICIES)
-    assert choices(generate.parser(), "--backend") == ["auto", *ops.BACKENDS]
+    assert choices(sample_ddp.parser(), "--sampler") == list(SAMPLERS)
+    assert choices(sample_ddp.parser(), "--label-policy") == list(LABEL_POLICIES)
+    assert choices(sample_ddp.parser(), "--backend") == ["auto", *ops.BACKENDS]
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "many", "1.5"])
 def test_a_count_is_a_whole_number_above_0(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
-        generate.parser().parse_args([f"--num-fid-samples={text}"])
+        sample_ddp.parser().parse_args([f"--num-fid-samples={text}"])
     assert exit_.value.code == 2
     assert f"--num-fid-samples: {text} is not a whole number above 0" in capsys.readouterr().err
 
@@ -65,11 +66,11 @@ def test_a_seed_is_not_negative(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     path = saved(tmp_path / "tiny.safetensors")
-    loaded = options.load_checkpoint(arguments("--ckpt", path), CPU)
+    loaded = setup.load_checkpoint(arguments("--ckpt", path), CPU)
     assert loaded.name == "tiny"
-    assert options.image_size(loaded.model) == 8
+    assert setup.image_size(loaded.model) == 8
     agreed = arguments("--ckpt", path, "--image-size", "8", "--num-classes", "5")
-    assert options.load_checkpoint(agreed, CPU).model.config == loaded.model.config
+    assert setup.load_checkpoint(agreed, CPU).model.config == loaded.model.config
 
 
 @pytest.mark.parametrize(
@@ -84,14 +85,14 @@ def test_the_checkpoint_says_what_it_is(tmp_path: Path) -> None:
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(tmp_path: Path, claim: list[str], said: list[str]) -> None:
     path = saved(tmp_path / "tiny.safetensors")
     with pytest.raises(UserError) as error:
-        options.load_checkpoint(arguments("--ckpt", path, *claim), CPU)
+        setup.load_checkpoint(arguments("--ckpt", path, *claim), CPU)
     assert all(part in str(error.value) for part in said)
 
 
 def test_latents_are_eight_times_smaller(tmp_path: Path) -> None:
     path = saved(tmp_path / "tiny.safetensors", in_channels=4)
-    loaded = options.load_checkpoint(arguments("--ckpt", path, "--image-size", "64"), CPU)
-    assert options.image_size(loaded.model) == 64
+    loaded = setup.load_checkpoint(arguments("--ckpt", path, "--image-size", "64"), CPU)
+    assert setup.image_size(loaded.model) == 64
 
 
 def test_without_a_checkpoint_the_published_one_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +104,10 @@ def test_without_a_checkpoint_the_published_one_is_fetched(tmp_path: Path, monke
 
     monkeypatch.setattr(hub, "published_checkpoint", published_checkpoint)
     for argv in ([], ["--image-size", "512", "--model", "DiT-XL/2"]):
-        assert options.checkpoint_path(arguments(*argv)).name == "published.pt"
+        assert setup.checkpoint_path(arguments(*argv)).name == "published.pt"
     assert asked == [256, 512]
     with pytest.raises(UserError, match="DiT-B/4 has none; give --ckpt"):
-        options.checkpoint_path(arguments("--model", "DiT-B/4"))
+        setup.checkpoint_path(arguments("--model", "DiT-B/4"))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def test_the_autoencoder_follows_the_channels(
 ) -> None:
     monkeypatch.setattr(autoencoder, "load_autoencoder", lambda name, device: name)
     model = SimpleNamespace(config=SimpleNamespace(in_channels=channels))
-    assert options.load_vae(name, model, CPU, "mse") == chosen  # type: ignore[arg-type, comparison-overlap]
+    assert setup.load_vae(name, model, CPU, "mse") == chosen  # type: ignore[arg-type, comparison-overlap]
 
 
 @pytest.mark.parametrize(
@@ -127,30 +128,30 @@ def test_the_autoencoder_follows_the_channels(
 def test_an_autoencoder_that_does_not_fit_is_refused(channels: int, name: str, said: str) -> None:
     model = SimpleNamespace(config=SimpleNamespace(in_channels=channels))
     with pytest.raises(UserError, match=said):
-        options.load_vae(name, model, CPU, "mse")  # type: ignore[arg-type]
+        setup.load_vae(name, model, CPU, "mse")  # type: ignore[arg-type]
 
 
 def test_devices() -> None:
-    assert options.device("cpu") == CPU
-    assert options.device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert setup.device("cpu") == CPU
+    assert setup.device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(UserError, match="no device 'abacus' here"):
-        options.device("abacus")
+        setup.device("abacus")
     with pytest.raises(UserError, match="no device 'cuda:99' here"):
-        options.device("cuda:99")
+        setup.device("cuda:99")
 
 
 def test_cfg_channels() -> None:
-    assert options.sampling_config(arguments()).cfg_channels == 3
-    assert options.sampling_config(arguments("--cfg-channels", "all")).cfg_channels is None
+    assert setup.sampling_config(arguments()).cfg_channels == 3
+    assert setup.sampling_config(arguments("--cfg-channels", "all")).cfg_channels is None
 
 
 def test_cfg_interval() -> None:
-    assert options.sampling_config(arguments()).cfg_interval is None
-    assert options.sampling_config(arguments("--cfg-interval", "100", "700")).cfg_interval == (100, 700)
+    assert setup.sampling_config(arguments()).cfg_interval is None
+    assert setup.sampling_config(arguments("--cfg-interval", "100", "700")).cfg_interval == (100, 700)
 
 
 def test_progress_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
-    with options.progress("sampling") as tick:
+    with setup.progress("sampling") as tick:
         tick(1, 2)
     assert capsys.readouterr() == ("", "")
 
@@ -158,13 +159,13 @@ def test_progress_is_silent_where_nobody_looks(capsys: pytest.CaptureFixture[str
 def test_quantized_models_are_accelerated_and_it_is_told_why_not(
     tiny: DiT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert options.accelerated(tiny, arguments()) is tiny
+    assert setup.accelerated(tiny, arguments()) is tiny
     config = dit_config(recipe_for("rtn"))
-    fast = options.accelerated(quantized(deepcopy(tiny), config), arguments("--backend=dequant"))
+    fast = setup.accelerated(quantized(deepcopy(tiny), config), arguments("--backend=dequant"))
     assert isinstance(fast, FastDiT) and fast.backend == "dequant"
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(native, "why_not", lambda: "there is no C compiler")
-    fast = options.accelerated(quantized(deepcopy(tiny), config), arguments())
+    monkeypatch.setattr(ffi, "why_not", lambda: "there is no C compiler")
+    fast = setup.accelerated(quantized(deepcopy(tiny), config), arguments())
     assert isinstance(fast, FastDiT) and fast.backend != "cpu"
     assert "slower than it could be: there is no C compiler" in capsys.readouterr().err
 

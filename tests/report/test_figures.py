@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from svdit.cli import figures
-from svdit.quant.recipe import LayerReport
+from svdit.quant.solve import LayerReport
+from svdit.report import figures
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
 LINES = ("original", "transformed", "remaining")
