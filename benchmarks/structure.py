@@ -1,6 +1,7 @@
-"""The figures of structure in docs/log.md: `python benchmarks/structure.py [FOLDER]` prints them and the names behind them.
+"""The figures of structure in docs/log.md: `python benchmarks/structure.py [FOLDER]` prints them.
 
-Public is what does not start with an underscore, at the top of a module or in a public class.
+With -v also the names behind them. Public is what does not start with an underscore, at the top of a module or in a
+public class.
 """
 
 import ast
@@ -71,9 +72,8 @@ def main(folder: Path) -> None:
     lines = sum(text.count("\n") for text in texts.values())
     spans = [n for tree in trees.values() for n in lengths(tree)]
     print(f"files {len(texts)}, lines {lines}, longest {max(text.count(chr(10)) for text in texts.values())}")
-    print(
-        f"functions {len(spans)}, mean {sum(spans) / len(spans):.1f} lines, comments {sum(map(comments, texts.values())) / lines:.1%}"
-    )
+    share = sum(map(comments, texts.values())) / lines
+    print(f"functions {len(spans)}, mean {sum(spans) / len(spans):.1f} lines, comments {share:.1%}")
     for check in (without_docstring, without_shapes, silent_raises):
         found = {path.relative_to(folder): names for path, tree in trees.items() if (names := check(tree))}
         print(f"{check.__name__}: {sum(map(len, found.values()))}")
