@@ -1,5 +1,5 @@
-"""The one exception that means "the user can mend this": a command prints it as a sentence and exits with code 2."""
+"""The exception for errors a user can fix: a command prints its message on one line and exits with code 2."""
 
 
 class UserError(Exception):
-    """What was wrong, with the value, and what to do; in one clear sentence."""
+    """What was wrong, the value, and what to do, in one sentence."""

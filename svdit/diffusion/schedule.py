@@ -4,6 +4,7 @@
 of the 1000 timesteps and derives the betas between them (Nichol & Dhariwal, arXiv 2102.09672).
 """
 
+import re
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 
@@ -55,18 +56,17 @@ def make_schedule(spacing: str | int = TIMESTEPS) -> Schedule:
 
 
 def spaced_timesteps(spacing: str) -> list[int]:
-    """The chosen timesteps, ascending."""
-    digits = spacing.removeprefix("ddim")
-    if not all(part.isdecimal() and int(part) > 0 for part in digits.split(",")):
-        raise UserError(f"{spacing!r} is no number of sampling steps; give 250, ddim50 or 10,20,30, for example")
-    if spacing.startswith("ddim"):
-        return _every_nth(digits)
-    counts = [int(part) for part in digits.split(",")]
+    """The timesteps of a spacing, ascending. Raises UserError for a spacing that 1000 timesteps do not have."""
+    if match := re.fullmatch(r"ddim(\d{1,9})", spacing, re.ASCII):
+        return _every_nth(int(match[1]))
+    if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", spacing, re.ASCII):
+        raise UserError(f"{spacing!r} is not a number of sampling steps; use 250, ddim50 or 10,20,30, for example")
+    counts = [int(part) for part in spacing.split(",")]
     sizes = [TIMESTEPS // len(counts) + (i < TIMESTEPS % len(counts)) for i in range(len(counts))]
     timesteps: list[int] = []
     for count, size, start in zip(counts, sizes, accumulate([0, *sizes[:-1]]), strict=True):
         if count > size:
-            raise UserError(f"{count} steps cannot be taken from {size} timesteps; give at most {size}")
+            raise UserError(f"{count} sampling steps do not fit into {size} timesteps; choose at most {size}")
         stride = (size - 1) / (count - 1) if count > 1 else 1.0
         # Summed, not multiplied: rounding of exact halves must fall as in the published schedules.
         positions = accumulate(repeat(stride, count - 1), initial=0.0)
@@ -74,9 +74,12 @@ def spaced_timesteps(spacing: str) -> list[int]:
     return timesteps
 
 
-def _every_nth(count: str) -> list[int]:
+def _every_nth(count: int) -> list[int]:
+    """The first stride that yields `count` timesteps. Raises UserError if none does."""
     for stride in range(1, TIMESTEPS + 1):
-        chosen = list(range(0, TIMESTEPS, stride))
-        if len(chosen) == int(count):
-            return chosen
-    raise UserError(f"no whole stride takes {count} of {TIMESTEPS} timesteps; give a divisor of {TIMESTEPS}")
+        timesteps = list(range(0, TIMESTEPS, stride))
+        if len(timesteps) == count:
+            return timesteps
+    raise UserError(
+        f"no stride selects {count} of {TIMESTEPS} timesteps; choose a divisor of {TIMESTEPS}, or omit 'ddim'"
+    )

@@ -76,8 +76,8 @@ def test_an_unknown_class_is_named(label: int) -> None:
     ("options", "said"),
     [
         ({"sampler": "euler"}, "'euler'; choose one of ddpm, ddim"),
-        ({"steps": "0"}, "'0' is no number of sampling steps"),
-        ({"steps": "1001"}, "1001 steps"),
+        ({"steps": "0"}, "'0' is not a number of sampling steps"),
+        ({"steps": "1001"}, "1001 sampling steps"),
         ({"cfg_scale": float("nan")}, "guidance scale cannot be nan"),
         ({"cfg_scale": -1.0}, "guidance scale cannot be -1"),
         ({"cfg_channels": 0}, "cannot act on 0 channels"),
