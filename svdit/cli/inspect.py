@@ -1,38 +1,74 @@
-"""`svdit inspect`: what a checkpoint is, layer by layer."""
+"""`svdit inspect`: what a checkpoint contains, from its header and the shapes of its tensors; no model is built."""
 
 import argparse
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from svdit.cli import setup
+from svdit.cli.arguments import Parser
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from svdit.quant.linear import LinearSpec
+
+LARGE = 20  # entries, from which on a dict in the header is not printed
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of `svdit inspect`."""
-    parser = argparse.ArgumentParser("svdit inspect", description="Say what a checkpoint is, layer by layer.")
-    parser.add_argument("file", help="a checkpoint of any kind, or the name of an embedded model")
-    parser.add_argument("--model", metavar="NAME", help="for files whose shapes do not tell")
+def parser() -> Parser:
+    """The options of `svdit inspect`."""
+    parser = Parser("svdit inspect", description="Show what a checkpoint contains, layer by layer.")
+    parser.add_argument("file", metavar="FILE", help="checkpoint of any supported format, or 'digits'")
+    parser.add_argument("--model", metavar="NAME", help="DiT-XL/2, ...; for files whose shapes leave a choice")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print it."""
-    from svdit.checkpoints.store import load_model, locate, read_header
+    """Print the table of quantized layers, the configuration and the provenance."""
+    from svdit.checkpoints import io, store
     from svdit.kernels import ops
-    from svdit.quant.linear import quantized_layers
+    from svdit.model.zoo import CONFIGS
+    from svdit.quant.linear import LinearSpec
     from svdit.report.tables import console, spec_table
 
-    path = locate(args.file)
-    model, header = load_model(path, name=args.model), read_header(path)
-    layers = quantized_layers(model)
+    path = store.locate(args.file)
+    mapped, header = io.contents(path)
+    tensors = {name: tensor.to("meta") for name, tensor in mapped.items()}
+    claims = CONFIGS.get(args.model or "", {})
+    if header is None:
+        _, config = store.published(tensors, claims, path)
+    else:
+        config = store.config_from_header(header, path)
+    store.check_claims(config, args.model, claims, path)
+    header = header or {}
+    specs = {name: LinearSpec.from_dict(fields) for name, fields in header.get("layers", {}).items()}
     out = console()
-    if layers:
-        out.print(spec_table(layers))
+    if specs:
+        out.print(spec_table({name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}))
     lines = [
         f"file: {path.name}, {path.stat().st_size / 1e6:.2f} MB",
-        f"model: {(header or {}).get('name') or 'a DiT'}, {model.config}",
-        f"layers: {len(layers)} quantized" if layers else "layers: all at full precision",
+        f"model: {header.get('name') or 'a DiT'}, {config}",
+        f"layers: {len(specs)} quantized" if specs else "layers: none quantized",
     ]
-    if layers:
-        lines.append(f"runs here by: {ops.describe(ops.choose())}")
-    for key, value in {} if header is None else setup.flat(header.get("provenance", {})):
-        lines.append(f"{key}: {value}")
+    if specs:
+        lines.append(f"backend on this machine: {ops.describe(ops.choose())}")
+    lines += [f"{key}: {value}" for key, value in flat(header.get("provenance", {}))]
     out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def size(name: str, spec: "LinearSpec", tensors: Mapping[str, "Tensor"]) -> tuple[int, int, int]:
+    """Output and input features and bytes of a quantized layer; widths are multiples of 8, so that codes fill bytes."""
+    stored = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    kind, form = ("residual", spec.weight) if spec.weight else ("l2", spec.factors)
+    codes = stored.get(f"{kind}_codes", stored.get("l2"))
+    rows = next(stored[key] for key in ("residual_codes", "l1_codes", "l1") if key in stored)
+    columns = 0 if codes is None else codes.shape[1] * 8 // form.bits if form else codes.shape[1]
+    return rows.shape[0], columns, sum(tensor.nbytes for tensor in stored.values())
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts with dotted names, in order; dicts of more than LARGE entries are left out."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and len(value) <= LARGE:
+            yield from flat(value, f"{prefix}{key}.")
+        elif not isinstance(value, dict):
+            yield f"{prefix}{key}", value

@@ -1,4 +1,4 @@
-"""`svdit generate`: many pictures into a folder and an .npz, alone or under torchrun; a stopped run continues.
+"""`svdit generate`: many images into a folder and an .npz, on one or more processes; interrupted runs resume.
 
 torchrun --nproc-per-node 8 sample_ddp.py --ckpt PATH --num-fid-samples 50000 --sample-dir samples
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import setup
+from svdit.cli.arguments import Parser, keys, positive, ratio
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,51 +17,51 @@ if TYPE_CHECKING:
 VAE = "ema"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags of `svdit generate`."""
-    parser = argparse.ArgumentParser(
-        "svdit generate", description="Draw many pictures into a folder and an .npz, alone or under torchrun."
+def parser() -> Parser:
+    """The options of `svdit generate`."""
+    parser = Parser(
+        "svdit generate",
+        description="Sample many images into a folder and an .npz, on one process or under torchrun. "
+        "Rerun the same command to resume.",
     )
     setup.add_model(parser)
-    parser.add_argument(
-        "--rank-ratio",
-        type=float,
-        metavar="R",
-        help="the rank ratio the checkpoint was quantized with; checked against it",
-    )
+    add = parser.add_argument
+    add("--rank-ratio", type=ratio, metavar="R", help="rank ratio the checkpoint was quantized with; must match it")
     setup.add_speed(parser)
     setup.add_sampling(parser, cfg_scale=1.5, vae=VAE)
-    parser.add_argument(
-        "--num-fid-samples", type=setup.positive, default=50_000, metavar="N", help="pictures; default: 50000"
-    )
-    parser.add_argument(
+    add("--num-fid-samples", type=positive, default=50_000, metavar="N", help="number of images; default: %(default)s")
+    add(
         "--sample-dir",
         type=Path,
         default=Path("samples"),
         metavar="DIR",
-        help="gets DIR/000000.png, ..., DIR/manifest.json and DIR.npz; default: samples",
+        help="writes DIR/000000.png, ..., DIR/manifest.json and DIR.npz; default: %(default)s",
     )
-    parser.add_argument(
-        "--per-proc-batch-size", type=setup.positive, default=32, metavar="B", help="changes no picture; default: 32"
+    add(
+        "--per-proc-batch-size",
+        type=positive,
+        default=32,
+        metavar="B",
+        help="images per process and batch; does not change the images; default: %(default)s",
     )
-    parser.add_argument("--global-seed", type=setup.seed, default=0, metavar="SEED", help="default: 0")
-    parser.add_argument(
+    setup.add_seed(parser, "--global-seed")
+    add(
         "--label-policy",
         default="random",
-        choices=["random", "balanced"],
-        help="how classes are chosen; default: random",
+        choices=keys("sampling/dataset.py", "LABEL_POLICIES"),
+        help="random classes, or all classes equally often; default: %(default)s",
     )
-    parser.add_argument(
+    add(
         "--tf32",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="TF32 products on a GPU; default, as published: on",
+        help="TF32 matrix products on a GPU; default, as published: on",
     )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load, check, draw this process's share; the first process writes the .npz and says where everything is."""
+    """Load the model and generate this process's share; rank 0 writes the .npz and prints the paths."""
     from svdit.distributed import rank, session
     from svdit.sampling.dataset import generate_dataset
 
@@ -88,11 +89,11 @@ def run(args: argparse.Namespace) -> None:
                 progress=tick,
             )
         if first:
-            print(f"{args.num_fid_samples} pictures in {args.sample_dir} and {npz}")
+            print(f"{args.num_fid_samples} images in {args.sample_dir} and {npz}")
 
 
 def set_tf32(allowed: bool) -> None:
-    """Let CUDA products and convolutions round their inputs to TF32, or not; other devices never do."""
+    """Allow TF32 in CUDA matrix products and convolutions; other devices always use fp32."""
     import torch
 
     if torch.cuda.is_available():
@@ -101,7 +102,7 @@ def set_tf32(allowed: bool) -> None:
 
 
 def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, Any]:
-    """What the manifest says of the model; a float model has no backend."""
+    """The manifest's record of the model; a float model has no backend."""
     from svdit.files import sha256
     from svdit.kernels import ops
     from svdit.runtime.dit import FastDiT
@@ -117,20 +118,20 @@ def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, 
 
 
 def check_rank_ratio(args: argparse.Namespace) -> None:
-    """--rank-ratio must be the one that every quantized layer of the checkpoint was made with."""
+    """Raises UserError unless every quantized layer of the checkpoint was made with --rank-ratio."""
     from svdit.checkpoints.store import read_header
 
     if args.rank_ratio is None:
         return
-    asked = f"--rank-ratio is {args.rank_ratio:g}, but"
+    problem = f"--rank-ratio is {args.rank_ratio:g}, but"
     if args.ckpt is None:
-        raise UserError(f"{asked} the published weights are not quantized; give --ckpt with a file of quantize_ptq.py")
+        raise UserError(f"{problem} the published weights are not quantized; pass --ckpt with a quantized checkpoint")
     layers = (read_header(args.ckpt) or {}).get("layers") or {}
     ratios = {spec.get("rank_ratio") for spec in layers.values()} - {None}
     if not layers:
-        raise UserError(f"{asked} {args.ckpt} is not quantized; leave it out, or give a file of quantize_ptq.py")
+        raise UserError(f"{problem} {args.ckpt} is not quantized; omit it, or pass a quantized checkpoint")
     if not ratios:
-        raise UserError(f"{asked} {args.ckpt} was quantized without a rank ratio; leave it out")
+        raise UserError(f"{problem} {args.ckpt} was quantized without a rank ratio; omit it")
     if ratios != {args.rank_ratio}:
-        made = " and ".join(f"{ratio:g}" for ratio in sorted(ratios))
-        raise UserError(f"{asked} {args.ckpt} was quantized with {made}; leave it out, or give that checkpoint")
+        actual = " and ".join(f"{ratio:g}" for ratio in sorted(ratios))
+        raise UserError(f"{problem} {args.ckpt} was quantized with {actual}; omit it, or pass that checkpoint")

@@ -1,18 +1,20 @@
-"""Flags that several commands share, and what they mean together: device, checkpoint, model, autoencoder.
+"""Options that several commands share: device, checkpoint, sampling, autoencoder.
 
-Torch is imported inside the functions that need it, so that `--help` answers at once. A checkpoint says itself what
-it is; --model, --image-size and --num-classes are claims that are checked against it, never imposed.
+Torch is imported inside the functions that need it, so `--help` stays fast. A checkpoint describes itself:
+--model, --image-size and --num-classes are checked against it and never override it.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from svdit.cli.arguments import integer, keys, natural, not_negative, positive
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,12 +27,10 @@ if TYPE_CHECKING:
 CFG_CHANNELS = {"three": 3, "all": None}
 PUBLISHED = "DiT-XL/2"
 LATENT_CHANNELS, LATENT_FACTOR = 4, 8
-BACKENDS = ["auto", "cpu", "torch-int8", "triton", "dequant", "reference"]
-LEAVES = 20
 
 
 class Checkpoint(NamedTuple):
-    """A model and where it came from; `header` is None for files that do not describe themselves."""
+    """A model and its file; `header` is None for files of other tools."""
 
     name: str
     path: Path
@@ -38,99 +38,95 @@ class Checkpoint(NamedTuple):
     model: DiT
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number above 0."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
-def seed(text: str) -> int:
-    """An argparse type: a whole number from 0 to 2^63 − 1."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
-
-
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--ckpt, --model, --image-size, --num-classes, --device"""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--ckpt", metavar="PATH", help="a file, or 'digits'; without it the published DiT-XL/2 is fetched"
-    )
-    group.add_argument("--model", metavar="NAME", help="DiT-XL/2, DiT-B/4, ...; the checkpoint is checked for it")
-    group.add_argument("--image-size", type=positive, metavar="PIXELS", help="side of a picture; checked likewise")
-    group.add_argument("--num-classes", type=positive, metavar="K", help="number of classes; checked likewise")
-    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: a GPU where there is one")
+    add = group.add_argument
+    add("--ckpt", metavar="PATH", help="checkpoint file, or 'digits'; default: download the published DiT-XL/2")
+    add("--model", metavar="NAME", help="DiT-XL/2, DiT-B/4, ...; must match the checkpoint")
+    add("--image-size", type=positive, metavar="PIXELS", help="must match the checkpoint")
+    add("--num-classes", type=positive, metavar="K", help="must match the checkpoint")
+    add_device(group)
+
+
+def add_device(group: argparse._ArgumentGroup) -> None:
+    """--device"""
+    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: cuda if available")
+
+
+def add_seed(group: argparse._ActionsContainer, *names: str) -> None:
+    """--seed, or the names given"""
+    group.add_argument(*(names or ("--seed",)), type=natural, default=0, metavar="SEED", help="default: %(default)s")
 
 
 def add_speed(parser: argparse.ArgumentParser) -> None:
     """--backend, --debug"""
-    group = parser.add_argument_group("how quantized layers are computed")
-    group.add_argument("--backend", default="auto", choices=BACKENDS, help="default: the fastest of this machine")
-    group.add_argument("--debug", action="store_true", help="stop at the first layer that is given no finite numbers")
+    group = parser.add_argument_group("quantized layers")
+    group.add_argument(
+        "--backend",
+        default="auto",
+        choices=["auto", *keys("kernels/ops.py", "BACKENDS")],
+        help="default: the fastest one available",
+    )
+    group.add_argument("--debug", action="store_true", help="raise at the first layer whose input contains NaN or Inf")
 
 
 def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) -> None:
     """--sampler, --num-sampling-steps, --cfg-scale, --cfg-channels, --cfg-interval, --vae"""
     group = parser.add_argument_group("sampling")
-    group.add_argument("--sampler", default="ddpm", choices=["ddpm", "ddim", "dpm++"], help="default: ddpm")
-    group.add_argument("--num-sampling-steps", default="250", metavar="STEPS", help="250, ddim50, ...; default: 250")
-    group.add_argument("--cfg-scale", type=float, default=cfg_scale, help=f"guidance, 1 is none; default: {cfg_scale}")
-    group.add_argument(
-        "--cfg-channels",
-        default="three",
-        choices=CFG_CHANNELS,
-        help="channels that are guided; default, as published: three",
+    add = group.add_argument
+    add("--sampler", default="ddpm", choices=keys("diffusion/samplers.py", "SAMPLERS"), help="default: %(default)s")
+    add("--num-sampling-steps", default="250", metavar="STEPS", help="250, ddim50, ...; default: %(default)s")
+    add(
+        "--cfg-scale",
+        type=not_negative,
+        default=cfg_scale,
+        metavar="SCALE",
+        help="classifier-free guidance scale, 1 turns guidance off; default: %(default)s",
     )
-    group.add_argument(
+    add("--cfg-channels", default="three", choices=CFG_CHANNELS, help="channels to guide; default, as published: three")
+    add(
         "--cfg-interval",
         nargs=2,
-        type=int,
+        type=integer(0, 999),
         metavar=("FIRST", "LAST"),
-        help="guide at these timesteps (0 to 999) only, which is faster and gives other pictures; default: at all",
+        help="apply guidance only at timesteps FIRST to LAST (0 to 999), which is faster; default: at all timesteps",
     )
-    group.add_argument(
+    add(
         "--vae",
         default="auto",
         metavar="NAME",
-        help=f"ema, mse, a local folder, or none for a model of pixels; default: {vae} for a model of latents",
+        help=f"ema, mse, a local folder, or none for pixel-space models; default for latent models: {vae}",
     )
 
 
 def sampling_config(args: argparse.Namespace) -> SamplingConfig:
+    """The settings of `add_sampling`'s options. Raises UserError for settings that cannot be sampled with."""
     from svdit.sampling.batch import SamplingConfig
 
     channels, interval = CFG_CHANNELS[args.cfg_channels], args.cfg_interval and tuple(args.cfg_interval)
     return SamplingConfig(args.sampler, args.num_sampling_steps, args.cfg_scale, channels, interval)
 
 
-def flat(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts with dotted names, in order; a large dict of numbers counts as a leaf left out."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and len(value) <= LEAVES:
-            yield from flat(value, f"{above}{key}.")
-        elif not isinstance(value, dict):
-            yield f"{above}{key}", value
-
-
 def device(name: str | None) -> torch.device:
-    """The device called `name`; for None or "cuda" this process's own GPU."""
+    """The device called `name`; for None and "cuda" the GPU of this process. Raises UserError if unavailable."""
     import torch
 
     from svdit.distributed import default_device
 
     if name is None or (name == "cuda" and torch.cuda.is_available()):
         return default_device()
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
+        raise UserError(f"device {name!r} is not supported; choose cpu or cuda, or omit --device")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"there is no device {name!r} here ({reason}); leave --device out, or give cpu") from None
+        raise UserError(f"device {name!r} is unavailable ({reason}); omit --device or choose cpu") from None
 
 
 def checkpoint_path(args: argparse.Namespace) -> Path:
-    """--ckpt, or the published weights, downloaded where they are not here yet."""
+    """--ckpt, or the published weights, downloaded if missing. Raises UserError for a model without published ones."""
     from svdit.checkpoints.store import locate
 
     if args.ckpt is not None:
@@ -138,12 +134,12 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     from svdit.checkpoints.hub import published_checkpoint
 
     if args.model not in (None, PUBLISHED):
-        raise UserError(f"only {PUBLISHED} has published weights, {args.model} has none; give --ckpt PATH")
+        raise UserError(f"{args.model} has no published weights, only {PUBLISHED} has; pass --ckpt PATH")
     return published_checkpoint(args.image_size or 256)
 
 
 def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoint:
-    """The model of `add_model`'s flags, in eval mode; UserError where a flag contradicts the file."""
+    """The model of `add_model`'s options, in eval mode. Raises UserError if an option contradicts the file."""
     from svdit.checkpoints.store import load_model, read_header
 
     path = checkpoint_path(args)
@@ -151,49 +147,73 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoin
     model = load_model(path, name=args.model, device=device, **claims)
     size = image_size(model)
     if args.image_size not in (None, size):
-        raise UserError(f"--image-size is {args.image_size}, but {path} draws pictures of {size}×{size}; leave it out")
+        raise UserError(f"--image-size is {args.image_size}, but {path} generates {size}×{size} images; omit it")
     header = read_header(path)
     name = (header or {}).get("name") or args.model or (PUBLISHED if args.ckpt is None else "")
     return Checkpoint(name, path, header, model)
 
 
 def accelerated(model: DiT, args: argparse.Namespace) -> DiT:
-    """The model as it runs fastest here, or as --backend says; a float model stays as it is."""
+    """The model on the backend of --backend. A float model is returned unchanged, with a note if that was asked for."""
     from svdit.kernels import ops
     from svdit.runtime.accelerate import accelerate
 
     fast = accelerate(model, args.backend, debug=args.debug)
+    if fast is model:
+        ignored = [flag for flag, used in (("--backend", args.backend != "auto"), ("--debug", args.debug)) if used]
+        if ignored:
+            note(f"{' and '.join(ignored)} have no effect: the checkpoint is not quantized")
+        return model
     device = model.pos_embed.device
-    missing = ops.reasons(device)[{"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")]
-    if fast is not model and args.backend == "auto" and missing:
-        print(f"slower than it could be: {missing}", file=sys.stderr)
+    reason = ops.reasons(device)[{"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")]
+    if args.backend == "auto" and reason:
+        note(f"the fastest backend is unavailable: {reason}")
     return fast
 
 
+def note(message: str) -> None:
+    """Print a note to stderr."""
+    print(f"note: {message}", file=sys.stderr)
+
+
 def image_size(model: DiT) -> int:
-    """The side of the model's pictures: four channels are a VAE's latents, eight times smaller."""
+    """Side of the model's images in pixels; four channels are latents of a VAE, eight times smaller."""
     return model.config.input_size * (LATENT_FACTOR if model.config.in_channels == LATENT_CHANNELS else 1)
 
 
 def load_vae(name: str, model: DiT, device: torch.device, default: str) -> Autoencoder:
-    """The autoencoder of `model`: for "auto" `default`, or none for a model of pixels (1 or 3 channels)."""
+    """The autoencoder for `model`: for "auto" `default`, or none in pixel space (1 or 3 channels).
+
+    Raises UserError for one that does not match the model's channels.
+    """
     from svdit.model.autoencoder import load_autoencoder
 
     channels = model.config.in_channels
     if channels not in (1, 3, LATENT_CHANNELS):
-        raise UserError(f"a model of {channels} channels draws neither pixels (1 or 3) nor latents ({LATENT_CHANNELS})")
+        raise UserError(f"the model has {channels} channels; supported are 1 or 3 (pixels) and 4 (latents)")
     pixels = channels != LATENT_CHANNELS
     if name == "auto":
         name = "none" if pixels else default
     if pixels != (name == "none"):
-        kind, fit = ("pixels", "none") if pixels else ("latents", "ema or mse")
-        raise UserError(f"--vae is {name}, but the model has {channels} channels, which are {kind}; give {fit}")
+        space, fit = ("pixels", "none") if pixels else ("latents", "ema or mse")
+        raise UserError(f"--vae is {name}, but the model has {channels} channels ({space}); choose {fit}")
     return load_autoencoder(name, device)
+
+
+def output_file(path: Path, *suffixes: str) -> None:
+    """Create the folder of an output file. Raises UserError if it cannot be written or has none of the suffixes."""
+    from svdit.files import writable_folder
+
+    if path.suffix not in suffixes:
+        raise UserError(f"--output is {path}; choose a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"--output is {path}, which is a folder; choose the name of a file")
+    writable_folder(path.parent)
 
 
 @contextmanager
 def progress(description: str, shown: bool = True) -> Iterator[Callable[[float, int], None]]:
-    """A bar on stderr where that is a terminal, silence elsewhere; call it with (done, total)."""
+    """A progress bar on stderr if that is a terminal; call it with (done, total)."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from svdit.quant.linear import SVDLinear
+    from svdit.quant.linear import LinearSpec
     from svdit.quant.solve import LayerReport
 
 Named = TypeVar("Named", str, "LayerReport")
 MANY = 40  # layers, above which a table shows kinds of layers
-WIDE = 110
+WIDE = 120
 
 
 def console() -> Console:
@@ -88,27 +88,22 @@ def single_table(layers: Sequence["LayerReport"]) -> Table:
     return table
 
 
-def spec_table(layers: Mapping[str, "SVDLinear"]) -> Table:
-    """One row a layer: what it stores."""
+def spec_table(layers: Mapping[str, tuple["LinearSpec", int, int, int]]) -> Table:
+    """One row per layer of what it stores, from its spec, output and input features, and bytes."""
     table = Table(box=None, header_style="bold")
     table.add_column("layer", no_wrap=True)
-    for column in ("shape", "weights", "inputs", "factors", "transform"):
+    for column in ("shape", "weights", "activations", "low rank", "transform"):
         table.add_column(column)
     table.add_column("KB", justify="right")
-    for name, layer in layers.items():
-        spec = layer.spec
-        parts = [
-            ("centred", spec.shifted),
-            ("smoothed", spec.scaled),
-            (f"Hadamard {spec.hadamard}", spec.hadamard),
-        ]
+    for name, (spec, rows, columns, nbytes) in layers.items():
+        parts = (("centering", spec.shifted), ("smoothing", spec.scaled), (f"Hadamard {spec.hadamard}", spec.hadamard))
         table.add_row(
             name,
-            f"{layer.out_features} × {layer.in_features}",
+            f"{rows} × {columns}",
             str(spec.weight or "–"),
-            str(spec.act or "as they are"),
+            str(spec.act or "float"),
             f"rank {spec.rank}, {spec.factors or spec.factor_dtype}" if spec.rank else "–",
-            ", ".join(text for text, there in parts if there) or "–",
-            f"{spec.nbytes(layer.out_features, layer.in_features, layer.bias is not None) / 1e3:.1f}",
+            ", ".join(text for text, used in parts if used) or "–",
+            f"{nbytes / 1e3:.1f}",
         )
     return table

@@ -1,17 +1,15 @@
-"""`svdit quantize`: flags to recipes, files that weigh what they say, reports, sentences."""
+"""`svdit quantize`: files of the size their formats imply, reports written before they are printed, errors."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from closed_pipe import into_closed_pipe
 
 from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.cli import command
-from svdit.cli.quantize import PRESETS, parser, recipe_of
 from svdit.model.dit import DiT
-from svdit.quant.config import RECIPES
 from svdit.quant.linear import quantized_layers
 
 QUICK = ["--calib-images", "4", "--calib-steps", "3", "--rank", "4"]
@@ -46,7 +44,7 @@ def test_the_documented_mode(checkpoint: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4", "svdquant"])
-def test_a_preset_reloads_bit_exactly_and_weighs_what_its_formats_imply(checkpoint: Path, preset: str) -> None:
+def test_a_preset_reloads_bit_exactly_with_the_size_its_formats_imply(checkpoint: Path, preset: str) -> None:
     output = quantize(checkpoint, "--preset", preset, *QUICK)
     model = load_model(output)
     again = checkpoint.with_name("again.safetensors")
@@ -65,63 +63,51 @@ def test_a_preset_reloads_bit_exactly_and_weighs_what_its_formats_imply(checkpoi
     assert output.stat().st_size == 8 + header + implied + rest
 
 
-def test_the_same_command_gives_the_same_file(checkpoint: Path) -> None:
+def test_the_same_command_writes_the_same_file(checkpoint: Path) -> None:
     one, two = (quantize(checkpoint, *QUICK, name=f"{n}.safetensors") for n in "ab")
     assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ([], RECIPES["w8a8"]),
-        (
-            ["--preset", "w4a8", "--num-bits", "8", "--group-size", "0"],
-            replace(RECIPES["w4a8"], weight=RECIPES["w8a8"].weight),
-        ),
-        (["--num-bits", "4"], RECIPES["w4a8"]),
-        (["--num-bits", "4", "--group-size", "0"], RECIPES["w4a8-channel"]),
-        (["--num-bits", "4", "--act-bits", "4"], RECIPES["w4a4"]),
-        (["--preset", "w4a8", "--act-bits", "16"], RECIPES["w4a16"]),
-    ],
-)
-def test_flags_and_presets_meet(flags: list[str], expected: object) -> None:
-    assert recipe_of(parser().parse_args(flags)) == expected
-
-
-def test_the_parsers_presets_are_the_recipes() -> None:
-    assert set(PRESETS) == set(RECIPES)
-
-
-@pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--rank-ratio", "1.5"], "rank ratio of 1.5 is impossible"),
-        (["--rank-ratio", "0.5", "--num-bits", "9"], "9 bits cannot be stored"),
-        (["--whiten"], "--whiten belongs to --rank-ratio"),
+        (["--rank-ratio", "0.5", "--target-size", "0.4"], "--target-size excludes --rank-ratio"),
         (["--preset", "w4a8", "--group-size", "48"], "cannot be cut into groups of 48"),
-        (["--rank", "-1"], "rank -1"),
         (["--skip", "*"], "no rule of the configuration matches"),
+        (["--skip", "blocks.*", "--skip", "block.*"], "--skip block.* matches no linear layer"),
+        (["--output", "{folder}/q.bin"], "q.bin; choose a name that ends in .safetensors or .pt"),
+        (["--output", "{folder}/folder.pt"], "folder.pt, which is a folder"),
+        (["--output", "{folder}/tiny.safetensors"], "which is also the source"),
+        (["--device", "meta"], "device 'meta' is not supported"),
     ],
 )
-def test_mistakes_are_sentences_and_leave_nothing(
+def test_errors_are_one_line_and_leave_no_file(
     checkpoint: Path, flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (checkpoint.parent / "folder.pt").mkdir()
+    before = checkpoint.read_bytes()
     with pytest.raises(SystemExit) as stop:
-        quantize(checkpoint, "--calib-images", "2", "--calib-steps", "2", *flags)
+        quantize(checkpoint, *(part.format(folder=checkpoint.parent) for part in flags))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert sentence in error
     assert len(error.splitlines()) == 1
-    assert not list(checkpoint.parent.glob("q.*"))
+    assert {path.name for path in checkpoint.parent.iterdir()} == {"tiny.safetensors", "folder.pt"}
+    assert checkpoint.read_bytes() == before
 
 
-def test_other_endings_are_refused_before_the_work(checkpoint: Path) -> None:
-    with pytest.raises(SystemExit):
-        quantize(checkpoint, name="q.bin")
-
-
-def test_quantizing_a_quantized_file_is_a_sentence(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantizing_a_quantized_file_is_an_error(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = quantize(checkpoint, "--rank-ratio", "0.5")
     with pytest.raises(SystemExit):
         quantize(output, "--rank-ratio", "0.5", name="twice.safetensors")
     assert "quantized already" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_loses_nothing(checkpoint: Path) -> None:
+    """`svdit quantize … | head -1`: checkpoint, report and figures are written before anything is printed."""
+    output = checkpoint.with_name("q.safetensors")
+    argv = ["quantize", "--ckpt", str(checkpoint), "--output", str(output), "--rank-ratio", "0.5"]
+    assert into_closed_pipe(*argv) == (1, "")
+    assert len(json.loads(output.with_suffix(".report.json").read_text())["layers"]) == 14
+    assert len(list(output.with_suffix(".report").glob("*.png"))) >= 2
+    assert not list(checkpoint.parent.glob("*.partial"))

@@ -1,4 +1,4 @@
-"""`svdit sample`: the grid, the published draw order, and what is refused."""
+"""`svdit sample`: the grid, the published order of noise, errors, a closed pipe."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from svdit.diffusion.schedule import make_schedule
 FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
 
 
-def test_a_seed_gives_the_published_pictures(tmp_path: Path) -> None:
+def test_a_seed_reproduces_the_published_images(tmp_path: Path) -> None:
     """The published script: z for N, copied for both halves of guidance, then fresh noise for 2N at every step."""
     path, output = saved(tmp_path / "tiny.safetensors"), tmp_path / "grids" / "a.png"
     command("sample", ["--ckpt", path, "--seed", "5", "--classes", "4", "0", "2", *FAST, "--output", str(output)])
@@ -51,29 +51,32 @@ def test_default_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "sentence"),
     [
         (["--classes", "5"], "there is no class 5; this model has the classes 0 to 4"),
-        (["--num-sampling-steps", "many"], "'many' is no number of sampling steps"),
-        (["--num-sampling-steps", "2000"], "2000 steps cannot be taken from 1000 timesteps"),
-        (["--cfg-scale", "nan"], "a guidance scale cannot be nan"),
-        (["--output", "a.jpg"], "--output is a.jpg, but the grid is a PNG"),
+        (["--num-sampling-steps", "many"], "'many' is not a number of sampling steps"),
+        (["--num-sampling-steps", "2000"], "2000 sampling steps do not fit into 1000 timesteps"),
+        (["--num-sampling-steps", "ddim10,20"], "'ddim10,20' is not a number of sampling steps"),
+        (["--classes", str(2**63 - 1)], "there is no class"),
+        (["--output", "{folder}/folder.png"], "which is a folder"),
+        (["--output", "a.jpg"], "--output is a.jpg; choose a name that ends in .png"),
         (["--output", "{file}/a.png"], "cannot write into the folder"),
         (["--vae", "mse"], "--vae is mse, but the model has 3 channels"),
         (["--ckpt", "nowhere.pt"], "nowhere.pt"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(
-    tmp_path: Path, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_errors_are_one_line(
+    tmp_path: Path, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, file = saved(tmp_path / "tiny.safetensors"), tmp_path / "file"
     file.touch()
-    argv = [part.format(file=file) for part in argv]
+    (tmp_path / "folder.png").mkdir()
+    argv = [part.format(file=file, folder=tmp_path) for part in argv]
     with pytest.raises(SystemExit) as exit_:
         command("sample", ["--ckpt", path, "--output", str(tmp_path / "a.png"), *argv])
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("svdit sample: ")
-    assert said in message
+    assert sentence in message
     assert message.count("\n") == 1
     assert not (tmp_path / "a.png").exists()

@@ -34,7 +34,7 @@ def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.
     argv = ["--ckpt", quantized, "--rank-ratio", "0.5", "--num-fid-samples", "5", "--image-size", "8", *FAST]
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     command("generate", [*argv, "--sample-dir", str(alone), "--per-proc-batch-size", "3"])
-    assert capfd.readouterr().out == f"5 pictures in {alone} and {alone}.npz\n"
+    assert capfd.readouterr().out == f"5 images in {alone} and {alone}.npz\n"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
         [*torchrun, str(ROOT / "sample_ddp.py"), *argv, "--sample-dir", str(shared)],
@@ -42,7 +42,7 @@ def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert capfd.readouterr().out == f"5 pictures in {shared} and {shared}.npz\n"
+    assert capfd.readouterr().out == f"5 images in {shared} and {shared}.npz\n"
     one, two = (np.load(f"{folder}.npz")["arr_0"].astype(int) for folder in (alone, shared))
     assert one.shape == (5, 8, 8, 3)
     assert np.abs(one - two).max() <= 1
@@ -56,17 +56,17 @@ def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.
 
 
 @pytest.mark.parametrize(
-    ("ckpt", "argv", "said"),
+    ("ckpt", "argv", "sentence"),
     [
         ("quantized", ["--rank-ratio", "0.95"], "--rank-ratio is 0.95, but {ckpt} was quantized with 0.5"),
         ("tiny", ["--rank-ratio", "0.5"], "--rank-ratio is 0.5, but {ckpt} is not quantized"),
-        ("quantized", ["--image-size", "4"], "--image-size is 4, but {ckpt} draws pictures of 8×8"),
-        ("quantized", ["--num-sampling-steps", "ddim300"], "no whole stride takes 300 of 1000 timesteps"),
+        ("quantized", ["--image-size", "4"], "--image-size is 4, but {ckpt} generates 8×8 images"),
+        ("quantized", ["--num-sampling-steps", "ddim300"], "no stride selects 300 of 1000 timesteps"),
         ("quantized", ["--sample-dir", "{ckpt}/set"], "cannot write into the folder {ckpt}"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(
-    tmp_path: Path, quantized: str, ckpt: str, argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_errors_are_one_line(
+    tmp_path: Path, quantized: str, ckpt: str, argv: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, folder = str(Path(quantized).with_stem(ckpt)), tmp_path / "set"
     argv = ["--num-fid-samples", "2", *FAST, *(part.format(ckpt=path) for part in argv)]
@@ -75,7 +75,7 @@ def test_what_cannot_be_is_one_sentence(
     assert exit_.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("svdit generate: ")
-    assert said.format(ckpt=path) in message
+    assert sentence.format(ckpt=path) in message
     assert message.count("\n") == 1
     assert not folder.exists()
 

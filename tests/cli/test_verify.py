@@ -10,6 +10,7 @@ from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.cli import command
 from svdit.kernels import ops
 from svdit.model.dit import DiT, DiTConfig
+from svdit.quant.linear import quantized_layers
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,10 @@ def tamper(path: Path, tensor: str) -> Path:
 
 
 @pytest.mark.parametrize("flags", [(), ("--adaln", "fp16"), ("--adaln", "int4")], ids=str)
-def test_what_was_made_is_verified(source: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fresh_file_is_verified(source: Path, flags: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     path = quantized(source, *flags)
     verify(path, source)
-    assert f"{8 if 'fp16' in flags else 11} quantized layers as recorded" in capsys.readouterr().out
+    assert f"{8 if 'fp16' in flags else 11} quantized layers match the record" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,8 @@ def test_what_was_made_is_verified(source: Path, flags: tuple[str, ...], capsys:
     [
         ("blocks.0.attn.qkv.residual_codes", "blocks.0.attn.qkv of"),
         ("blocks.1.mlp.fc2.l1_scales", "blocks.1.mlp.fc2 of"),
-        ("x_embedder.proj.bias", "x_embedder.proj.bias differs"),
-        ("final_layer.linear.weight", "final_layer.linear.weight differs"),
+        ("x_embedder.proj.bias", "x_embedder.proj.bias is not quantized, but differs"),
+        ("final_layer.linear.weight", "final_layer.linear.weight is not quantized, but differs"),
         ("blocks.0.mlp.fc2.bias", "the bias of blocks.0.mlp.fc2"),
         ("blocks.1.attn.proj.bias", "the bias of blocks.1.attn.proj"),
         ("blocks.1.mlp.fc1.bias", "the bias of blocks.1.mlp.fc1"),
@@ -93,18 +94,59 @@ def test_another_source_is_refused(files: tuple[Path, Path], capsys: pytest.Capt
     assert "records no weight errors" in capsys.readouterr().err
 
 
-def test_inspect_tells_format_layers_and_origin(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_format_layers_and_provenance(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     command("inspect", [str(files[1])])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for part in (
         "11 quantized",
         "INT4 g64",
         "rank 4, INT8",
         "Hadamard 64",
-        f"runs here by: {ops.describe(ops.choose())}",
+        f"backend on this machine: {ops.describe(ops.choose())}",
         "quantization.preset: w4a8",
         "sha256",
     ):
-        assert part in said
+        assert part in output
     command("inspect", [str(files[0])])
-    assert "all at full precision" in capsys.readouterr().out
+    assert "layers: none quantized" in capsys.readouterr().out
+
+
+def test_inspect_shows_shapes_and_sizes_without_building_a_model(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(files[1])
+    sizes = {
+        name: (layer.out_features, layer.in_features, sum(t.nbytes for t in layer.state_dict().values()))
+        for name, layer in quantized_layers(model).items()
+    }
+    pickled = files[1].with_suffix(".pt")
+    save_model(model, pickled)
+    published = files[0].with_name("published.pt")
+    torch.save(load_model(files[0]).state_dict(), published)
+    monkeypatch.setattr(DiT, "__init__", None)
+    for path in (files[1], pickled):
+        command("inspect", [str(path)])
+        rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+        for name, (rows_, columns, nbytes) in sizes.items():
+            assert rows[name][1:4] == [str(rows_), "×", str(columns)]
+            assert rows[name][-1] == f"{nbytes / 1e3:.1f}"
+    with pytest.raises(SystemExit):
+        command("inspect", [str(published)])
+    assert "no named model has that size" in capsys.readouterr().err
+    command("inspect", ["digits", "--model", "DiT-digits"])
+    assert "hidden_size=128" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command("inspect", ["digits", "--model", "DiT-S/2"])
+    assert "DiT-S/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--num-bits 3", "--num-bits 3 --whiten --calib-images 1 --calib-steps 1"])
+def test_inspect_shows_factors_without_a_residual(source: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = source.with_name("factors.safetensors")
+    command("quantize", f"--ckpt {source} --output {path} --rank-ratio 0.5 --no-figures {flags}".split())
+    capsys.readouterr()
+    command("inspect", [str(path)])
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    assert rows["blocks.0.mlp.fc1"][1:8] == ["256", "×", "64", "–", "float", "rank", "32,"]

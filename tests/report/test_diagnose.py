@@ -19,7 +19,7 @@ from svdit.report import diagnose
 
 def test_the_report_has_the_numbers_of_its_pictures(tiny: DiT, tmp_path: Path) -> None:
     save_model(tiny, tmp_path / "tiny.safetensors")
-    flags = "--preset w4a4 --rank 4 --calib-images 2 --calib-steps 2 --target-size 0.46 --skip blocks.1.*"
+    flags = "--preset w4a4 --calib-images 2 --calib-steps 2 --target-size 0.46 --skip blocks.1.*"
     output = tmp_path / "q.safetensors"
     command("quantize", ["--ckpt", str(tmp_path / "tiny.safetensors"), "--output", str(output), *flags.split()])
     assert output.stat().st_size <= 460_000
