@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"errors", "files", "shims", "images", "distributed"}
+GROUND = {"errors", "files", "shims", "extras", "progress", "download", "images", "distributed"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "shims": set(),
+    "extras": {"errors", "shims"},
+    "progress": set(),
+    "download": {"errors", "progress"},
     "images": {"errors", "files"},
     "distributed": {"errors"},
     "kernels": GROUND,

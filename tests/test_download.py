@@ -1,4 +1,4 @@
-"""Downloads from a local server that behaves badly in every way a real one does."""
+"""Downloads from a local server that fails in every way a real one does."""
 
 import io
 import multiprocessing
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdit.checkpoints import hub
+from svdit import download
 from svdit.checkpoints.hub import published_checkpoint
 from svdit.errors import UserError
 
@@ -26,17 +26,17 @@ def payload() -> bytes:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `body`; the fields say how it misbehaves, `ranges` records what was asked of it."""
+    """Serves `body`; the fields select how it fails, `ranges` records the requested offsets."""
 
     body = payload()
     ranges: list[int]
-    drop_after = 10**9  # bytes sent, then the connection breaks
-    drops = 10**9  # how many times it breaks
-    knows_ranges = True
-    announce = 0  # added to the sizes it announces
+    drop_after = 10**9  # bytes sent before the connection drops
+    drops = 10**9  # how many times it drops
+    supports_ranges = True
+    size_error = 0  # added to the sizes in the headers
     code = 200
-    busy = 0  # how many times it answers 503 first
-    delay = 0.0  # seconds before it answers
+    busy = 0  # how many times it responds 503 first
+    delay = 0.0  # seconds before a response
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -45,17 +45,17 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         server = self.server
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(asked[1]) if asked and server.knows_ranges else 0
+        start = int(asked[1]) if asked and server.supports_ranges else 0
         server.ranges.append(int(asked[1]) if asked else 0)
         time.sleep(server.delay)
         if self.path != f"/{NAME}" or server.code != 200 or server.busy:
             server.busy = max(0, server.busy - 1)
             return self.send_error(404 if self.path != f"/{NAME}" else server.code if server.code != 200 else 503)
-        total = len(server.body) + server.announce
+        total = len(server.body) + server.size_error
         if start >= total:
             return self.send_error(416)
-        self.send_response(206 if asked and server.knows_ranges else 200)
-        if asked and server.knows_ranges:
+        self.send_response(206 if asked and server.supports_ranges else 200)
+        if asked and server.supports_ranges:
             self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
         self.send_header("Content-Length", str(total - start))
         self.end_headers()
@@ -75,27 +75,27 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         server.ranges = []
         monkeypatch.setenv("SVDIT_CHECKPOINT_URL", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
+        monkeypatch.setattr(download, "FIRST_WAIT", 0.0)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         yield server
         server.shutdown()
 
 
-def left(folder: Path) -> set[str]:
+def files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {f".{NAME}.lock"}
 
 
-def test_a_file_is_fetched_once(server: Server, tmp_path: Path) -> None:
+def test_a_file_is_downloaded_once(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
         path = published_checkpoint(256, tmp_path / "new")
         assert path == tmp_path / "new" / NAME
         assert path.read_bytes() == server.body
     assert server.ranges == [0]
-    assert left(path.parent) == {NAME}
+    assert files(path.parent) == {NAME}
 
 
-def test_a_connection_that_keeps_dropping_is_taken_up_where_it_broke(server: Server, tmp_path: Path) -> None:
-    server.drop_after = len(server.body) // 12  # more often than ATTEMPTS, but every time with something new
+def test_dropped_connections_resume_at_the_last_byte(server: Server, tmp_path: Path) -> None:
+    server.drop_after = len(server.body) // 12  # more drops than ATTEMPTS, each after new bytes
     assert published_checkpoint(256, tmp_path).read_bytes() == server.body
     assert len(server.ranges) == 13
     assert server.ranges == sorted(set(server.ranges))
@@ -108,61 +108,61 @@ def test_a_later_run_resumes(server: Server, tmp_path: Path) -> None:
     assert server.ranges == [half - 1]
 
 
-def test_a_part_that_lacks_only_its_name(server: Server, tmp_path: Path) -> None:
+def test_a_complete_partial_file(server: Server, tmp_path: Path) -> None:
     (tmp_path / f".{NAME}.part").write_bytes(server.body)
     assert published_checkpoint(256, tmp_path).read_bytes() == server.body
 
 
 @pytest.mark.parametrize("stale", ["longer", "other"])
-def test_a_part_of_another_file_does_no_harm(server: Server, tmp_path: Path, stale: str) -> None:
+def test_a_partial_file_of_another_file(server: Server, tmp_path: Path, stale: str) -> None:
     size = len(server.body) + 100 if stale == "longer" else 70_000
     (tmp_path / f".{NAME}.part").write_bytes(b"x" * size)
     if stale == "other":
-        with pytest.raises(UserError, match="damaged, or no checkpoint; try again"):
+        with pytest.raises(UserError, match="damaged or not what was expected; try again, or pass another"):
             published_checkpoint(256, tmp_path)
-        assert left(tmp_path) == set()
+        assert files(tmp_path) == set()
     assert published_checkpoint(256, tmp_path).read_bytes() == server.body
 
 
-def test_a_server_without_ranges_is_asked_from_the_start(server: Server, tmp_path: Path) -> None:
-    server.knows_ranges, server.drop_after, server.drops = False, 90_000, 2
+def test_a_server_without_ranges(server: Server, tmp_path: Path) -> None:
+    server.supports_ranges, server.drop_after, server.drops = False, 90_000, 2
     assert published_checkpoint(256, tmp_path).read_bytes() == server.body
     assert len(server.ranges) == 3
 
 
-def test_it_gives_up_when_nothing_new_comes(server: Server, tmp_path: Path) -> None:
-    server.knows_ranges, server.drop_after = False, 90_000
-    with pytest.raises(UserError, match=rf"ended after 90000 of {len(server.body)} bytes\); fetch http.*{NAME} where"):
+def test_it_gives_up_after_attempts_without_progress(server: Server, tmp_path: Path) -> None:
+    server.supports_ranges, server.drop_after = False, 90_000
+    with pytest.raises(UserError, match=rf"after 90000 of {len(server.body)} bytes\); download http.*{NAME} elsewhere"):
         published_checkpoint(256, tmp_path)
-    assert len(server.ranges) == hub.ATTEMPTS
-    assert left(tmp_path) == {f".{NAME}.part"}  # a later run may go on from here
+    assert len(server.ranges) == download.ATTEMPTS
+    assert files(tmp_path) == {f".{NAME}.part"}  # a later run can resume
 
 
-def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path) -> None:
+def test_a_busy_server_is_retried(server: Server, tmp_path: Path) -> None:
     server.busy = 3
     assert published_checkpoint(256, tmp_path).read_bytes() == server.body
 
 
-@pytest.mark.parametrize("announce", [-500, 500])
-def test_a_wrong_size_is_never_accepted(server: Server, tmp_path: Path, announce: int) -> None:
-    server.announce = announce
-    with pytest.raises(UserError, match=r"bytes|damaged, or no checkpoint"):
+@pytest.mark.parametrize("size_error", [-500, 500])
+def test_a_wrong_size_is_rejected(server: Server, tmp_path: Path, size_error: int) -> None:
+    server.size_error = size_error
+    with pytest.raises(UserError, match=r"bytes|damaged or not what was expected"):
         published_checkpoint(256, tmp_path)
     assert not (tmp_path / NAME).exists()
 
 
 @pytest.mark.parametrize("kind", ["a web page", "a changed byte"])
-def test_what_is_no_whole_checkpoint_is_not_kept(server: Server, tmp_path: Path, kind: str) -> None:
+def test_invalid_content_is_deleted(server: Server, tmp_path: Path, kind: str) -> None:
     content = bytearray(server.body)
     content[len(content) // 2] ^= 1
     server.body = b"<html>please log in</html>" if kind == "a web page" else bytes(content)
-    with pytest.raises(UserError, match="damaged, or no checkpoint; try again"):
+    with pytest.raises(UserError, match="damaged or not what was expected; try again, or pass another"):
         published_checkpoint(256, tmp_path)
-    assert left(tmp_path) == set()
+    assert files(tmp_path) == set()
 
 
-def test_what_is_not_there_is_asked_for_once(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"cannot download DiT-XL-2-512x512.pt .*404.* put it at {tmp_path}"):
+def test_a_missing_file_is_not_retried(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"cannot download DiT-XL-2-512x512.pt .*404.* copy it to {tmp_path}"):
         published_checkpoint(512, tmp_path)
     assert len(server.ranges) == 1
     with pytest.raises(UserError, match="no DiT-XL/2 was published for 128-pixel images; choose 256 or 512"):
@@ -170,19 +170,17 @@ def test_what_is_not_there_is_asked_for_once(server: Server, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "http://no-such-host.invalid", "nonsense"])
-def test_offline_says_what_to_fetch_from_where_and_where_to_put_it(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_the_message_names_url_and_path(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVDIT_CHECKPOINT_URL", url)
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(hub, "FIRST_WAIT", 0.0)
-    with pytest.raises(UserError, match=rf"fetch {url}/{NAME} where that is possible and put it at {tmp_path}/{NAME}"):
+    monkeypatch.setattr(download, "FIRST_WAIT", 0.0)
+    with pytest.raises(UserError, match=rf"download {url}/{NAME} elsewhere and copy it to {tmp_path}/{NAME}"):
         published_checkpoint(256, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_writable(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*file.*; make room, or give another folder"):
+    with pytest.raises(UserError, match=r"cannot write .*file.*; free some space, or choose another folder"):
         published_checkpoint(256, tmp_path / "file")
 
 
