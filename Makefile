@@ -1,4 +1,4 @@
-# Every target makes .venv first, where it is missing. `make demo` and `make test` need nothing else prepared.
+# Every target creates .venv first if it is missing. `make demo` and `make test` have no other prerequisites.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,11 +7,14 @@ DEMO := demo
 
 .PHONY: demo test test-all lint sanitize types bench clean
 
-# torch first and pinned: an open range would fetch another build.
-$(READY): pyproject.toml
+# Python 3.10 has no release of some pinned versions, so it gets the newest that support it.
+PIP = $(BIN)/pip install --quiet $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
+
+# torch first: a local CPU build is found by its exact version only.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(PIP) torch
+	$(PIP) --editable '.[all,dev]'
 	touch $@
 
 demo: $(READY)
@@ -30,7 +33,7 @@ lint: $(READY)
 SANITIZED := $(CURDIR)/build/kernels-sanitized.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
-# The kernels in C, with bounds and undefined behaviour watched.
+# The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(READY)
 	$(BIN)/python -c "from svdit.kernels.cpu.build import *; compile_library(Path('$(SANITIZED)'), '-O1 -g $(SANITIZE)'.split())"
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \

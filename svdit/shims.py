@@ -1,10 +1,11 @@
-"""Lets torchvision's Python parts import on a CPU-only torch.
+"""Lets torchvision's Python modules import on a CPU build of torch.
 
-The torchvision on the package index is built for CUDA: on a CPU build of torch its C++ library does not load, and
-registering fakes for `nms` then fails. Declaring the two schemas first is enough; the operators stay uncallable.
+The torchvision on PyPI is built for CUDA: on a CPU build of torch its C++ library does not load, and registering fake
+kernels for `nms` then fails. Declaring the two operator schemas first is enough; the operators stay uncallable.
 """
 
 import sys
+from importlib.util import find_spec
 
 import torch
 
@@ -12,8 +13,10 @@ _library: torch.library.Library | None = None
 
 
 def allow_cpu_torchvision() -> None:
-    """Import torchvision; where its operators are missing, declare `nms` and `qnms` first. Safe to call twice."""
+    """Import torchvision if it is installed, with the schemas of `nms` and `qnms` declared where they are missing."""
     global _library
+    if find_spec("torchvision") is None:
+        return
     try:
         import torchvision
     except RuntimeError:
