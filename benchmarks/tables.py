@@ -8,7 +8,7 @@ from pathlib import Path
 RESULTS = Path(__file__).with_name("results.csv")
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "quantization.md", DOCS / "evaluation.md", DOCS / "performance.md")
+PAGES = (DOCS / "quantization.md", DOCS / "evaluation.md", DOCS / "performance.md")
 Rows = dict[str, dict[str, str]]
 
 
