@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from bench_end_to_end import BEST_PUBLISHED, RANK, WALK, calibration
 from record import record
+from tables import update_pages
 
 from svdit.checkpoints.store import load_model
 from svdit.cli import command
@@ -83,6 +84,7 @@ def main() -> None:
     )
     text = "\n\n".join(tables) + "\n"
     Path(__file__).with_suffix(".md").write_text(text)
+    update_pages()
     sys.stdout.write(text)
 
 

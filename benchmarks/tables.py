@@ -1,121 +1,142 @@
-"""The tables of the docs, made from results.csv: `python benchmarks/tables.py` puts them between their markers."""
+"""The tables of the docs, made from results.csv: `python benchmarks/tables.py` updates them.
+
+A table stands between `<!-- table: cpu, 725 rows -->` and `<!-- end: cpu -->`. The number of rows pins it to the first
+725 rows of results.csv, which only grows: new measurements make no table wrong, and updating moves the pin.
+"""
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results.csv")
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = (DOCS / "quantization.md", DOCS / "evaluation.md", DOCS / "performance.md")
-Rows = dict[str, dict[str, str]]
+MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
+Row = dict[str, str]
+Rows = Sequence[Row]
 
 
-def latest(benchmark: str) -> Rows:
-    """The newest row of every name."""
-    with RESULTS.open(newline="") as file:
-        return {row["name"]: row for row in csv.DictReader(file) if row["benchmark"] == benchmark}
+def read(path: Path = RESULTS) -> list[Row]:
+    """All rows of results.csv."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def markdown(header: list[str], lines: list[list[str]], below: str) -> str:
+def latest(rows: Rows, benchmark: str) -> dict[str, Row]:
+    """The newest row of every name. Early rows say "picture" where later ones say "image"."""
+    renamed = ({key: text.replace("picture", "image") for key, text in row.items()} for row in rows)
+    return {row["name"]: row for row in renamed if row["benchmark"] == benchmark}
+
+
+def markdown(header: list[str], lines: list[list[str]], source: str) -> str:
+    """A table with its source below it."""
+    if not lines:
+        return "Not measured yet."
     rows = [header, ["---"] * len(header), *lines]
-    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", below])
+    return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", source])
 
 
-def source(rows: Rows, command: str, setting: str = "") -> str:
-    """Where and when the newest of the rows was measured, and how to do it again."""
+def source(rows: dict[str, Row], command: str, setting: str = "") -> str:
+    """Where and when the newest of the rows was measured, and the command that measures it."""
+    if not rows:
+        return ""
     row = list(rows.values())[-1]
     parts = [setting, row["machine"], row["versions"], f"commit {row['commit']}", row["date"]]
-    return "; ".join(filter(None, parts)) + f". `python benchmarks/{command}` measures it again."
+    return "; ".join(filter(None, parts)) + f". Reproduce: `python benchmarks/{command}`."
 
 
-def found(pattern: str, text: str) -> str:
+def extract(pattern: str, text: str) -> str:
+    """The first group of `pattern` in `text`; "" without a match."""
     match = re.search(pattern, text)
-    assert match is not None, f"no {pattern} in {text!r}"
-    return match[1]
+    return match[1] if match else ""
 
 
-def pictures(what: str, header: str) -> str:
-    """What each method does to the digits, and how many megabytes its model takes."""
-    rows, lines, note = latest(f"digits {what}"), [], ""
-    if not rows:
-        return "Not measured yet."
-    names = [key.removesuffix(" PSNR") for key in rows if key.endswith(" PSNR")]
-    if what == "presets":
-        names.sort(key=lambda name: -float(rows[f"{name} PSNR"]["value"]))
+def quality(rows: Rows, experiment: str, header: str) -> str:
+    """What each method does to the digits: size, PSNR and relative L2 of images, SQNR of layers."""
+    measured = latest(rows, f"digits {experiment}")
+    names = [key.removesuffix(" PSNR") for key in measured if key.endswith(" PSNR")]
+    if experiment == "presets":
+        names.sort(key=lambda name: -float(measured[f"{name} PSNR"]["value"]))
+    lines, note = [], ""
     for name in names:
-        psnr, relative, layer = (rows.get(f"{name} {key}") for key in ("PSNR", "relative L2", "layer SQNR"))
-        assert psnr is not None
-        assert relative is not None
-        note = psnr["note"]
-        se = found("se ([0-9.]+|nan)", note)
-        value = f"{float(psnr['value']):.1f}" + ("" if se == "nan" else f" ± {se}")
-        shown = f"{float(layer['value']):.1f}" if layer else "–"
-        size = f"{float(found('([0-9.]+) MB', note)):.2f}"
-        lines.append([f"`{name}`", size, value, f"{float(relative['value']):.4f}", shown])
-    rank = "" if what == "ranks" else ", rank 8"
-    setting = f"{found('^([0-9]+) digits', note)} digits, DDIM 50, cfg 1.5{rank}; ± over 2 or 3 calibrations, else one"
+        psnr, layer = measured[f"{name} PSNR"], measured.get(f"{name} layer SQNR")
+        note, error = psnr["note"], extract("se ([0-9.]+)", psnr["note"])
+        size = f"{float(extract('([0-9.]+) MB', note)):.2f}"
+        value = f"{float(psnr['value']):.1f}" + (f" ± {error}" if error else "")
+        relative = f"{float(measured[f'{name} relative L2']['value']):.4f}"
+        lines.append([f"`{name}`", size, value, relative, f"{float(layer['value']):.1f}" if layer else "–"])
+    rank = "" if experiment == "ranks" else ", rank 8"
+    count = extract("^([0-9]+) digits", note)
+    setting = f"{count} digits, DDIM 50, cfg 1.5{rank}; ± over 2 or 3 calibrations, else one"
     columns = [header, "model, MB", "PSNR, dB", "relative L2", "layer SQNR, dB"]
-    return markdown(columns, lines, source(rows, f"bench_end_to_end.py {what}", setting))
+    return markdown(columns, lines, source(measured, f"bench_end_to_end.py {experiment}", setting))
 
 
-def synthetic() -> str:
+def synthetic(rows: Rows) -> str:
     """SQNR of layer outputs on the synthetic block."""
-    rows = latest("synthetic")
+    measured = latest(rows, "synthetic")
     columns = [("moderate", layer) for layer in ("qkv", "proj", "fc1", "fc2")] + [("plain", "qkv"), ("plain", "fc2")]
-    names = dict.fromkeys(name.split(" ", 2)[2] for name in rows)
     lines = []
-    for name in names:
-        values = [rows.get(f"{profile} {layer} {name}") for profile, layer in columns]
-        lines.append([name, *(f"{float(row['value']):.2f}" if row else "" for row in values)])
+    for name in dict.fromkeys(name.split(" ", 2)[2] for name in measured):
+        cells = [measured.get(f"{profile} {layer} {name}") for profile, layer in columns]
+        lines.append([name, *(f"{float(row['value']):.2f}" if row else "" for row in cells)])
     header = ["SQNR, dB", *(layer if profile == "moderate" else f"{layer}, plain" for profile, layer in columns)]
-    return markdown(header, lines, source(rows, "bench_quantization.py --profiles moderate plain", "rank 16"))
+    return markdown(header, lines, source(measured, "bench_quantization.py --profiles moderate plain", "rank 16"))
 
 
-def listed(benchmark: str, command: str, groups: tuple[str, ...] = ()) -> str:
-    """Every number by its name; those with one of `groups` in their names stand together, in that order."""
-    rows = latest(benchmark)
-    if not rows:
-        return "Not measured yet."
-    names = sorted(rows, key=lambda name: [group not in name for group in groups])
-    lines = [[name, number(rows[name]), rows[name]["note"], rows[name]["machine"]] for name in names]
-    return markdown(["what", "", "setting", "machine"], lines, source(rows, command))
+def listing(rows: Rows, benchmark: str, command: str, groups: tuple[str, ...] = ()) -> str:
+    """Every number by its name, those whose names contain one of `groups` together and in that order."""
+    measured = latest(rows, benchmark)
+    names = sorted(measured, key=lambda name: [group not in name for group in groups])
+    lines = [[name, number(row := measured[name]), row["note"], row["machine"]] for name in names]
+    return markdown(["what", "", "setting", "machine"], lines, source(measured, command))
 
 
-def number(row: dict[str, str]) -> str:
+def number(row: Row) -> str:
+    """Three digits and the unit."""
     value = float(row["value"])
     return f"{value:.0f} {row['unit']}" if abs(value) >= 1000 else f"{value:.3g} {row['unit']}"
 
 
 CPU = ("batch 2", "batch 8", "share of peak", "share of a block", "attention", "memory", "first forward pass")
-TABLES: dict[str, Callable[[], str]] = {
-    "digits": lambda: pictures("presets", "method"),
-    "ablation": lambda: pictures("ablation", "recipe"),
-    "ranks": lambda: pictures("ranks", "recipe"),
-    "budget": lambda: pictures("budget", "weights"),
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "digits": lambda rows: quality(rows, "presets", "method"),
+    "ablation": lambda rows: quality(rows, "ablation", "recipe"),
+    "ranks": lambda rows: quality(rows, "ranks", "recipe"),
+    "budget": lambda rows: quality(rows, "budget", "weights"),
     "synthetic": synthetic,
-    "cost": lambda: listed("cost", "bench_cost.py"),
-    "evaluation": lambda: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
-    "evaluation speed": lambda: listed("evaluation", "evaluation.py"),
-    "cpu": lambda: listed("cpu", "bench_cpu.py", CPU),
-    "anchors": lambda: listed("anchors", "bench_anchors.py"),
-    "guidance interval": lambda: listed("guidance interval", "bench_sampling.py --digits"),
-    "backends": lambda: listed("digits backends", "bench_end_to_end.py backends"),
-    "sampling": lambda: listed("sampling", "bench_sampling.py"),
+    "cost": lambda rows: listing(rows, "cost", "bench_cost.py"),
+    # Differences paired by seed are in no row: digits_evaluation.py writes this table and updates the page.
+    "evaluation": lambda rows: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
+    "evaluation speed": lambda rows: listing(rows, "evaluation", "evaluation.py"),
+    "cpu": lambda rows: listing(rows, "cpu", "bench_cpu.py", CPU),
+    "anchors": lambda rows: listing(rows, "anchors", "bench_anchors.py"),
+    "guidance interval": lambda rows: listing(rows, "guidance interval", "bench_sampling.py --digits"),
+    "backends": lambda rows: listing(rows, "digits backends", "bench_end_to_end.py backends"),
+    "sampling": lambda rows: listing(rows, "sampling", "bench_sampling.py"),
 }
 
 
-def filled(text: str) -> str:
-    """The text with every marked table made anew."""
-    for name, table in TABLES.items():
-        start, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
-        if start in text:
-            before, _, rest = text.partition(start)
-            text = f"{before}{start}\n{table()}\n{end}{rest.partition(end)[2]}"
-    return text
+def filled(text: str, rows: Rows, update: bool = False) -> str:
+    """`text` with every marked table made from the rows it is pinned to; with `update`, from all of them."""
+
+    def table(match: re.Match[str]) -> str:
+        name, pin = match[1], int(match[2])
+        content = TABLES[name](rows[:pin])
+        if update and TABLES[name](rows) != content:
+            pin, content = len(rows), TABLES[name](rows)
+        return f"<!-- table: {name}, {pin} rows -->\n{content}\n<!-- end: {name} -->"
+
+    return MARKED.sub(table, text)
+
+
+def update_pages() -> None:
+    """Bring the tables of all pages up to date."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), read(), update=True))
 
 
 if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(filled(page.read_text()))
+    update_pages()

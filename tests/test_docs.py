@@ -1,23 +1,58 @@
-"""What the docs say is what was measured, and what they point to exists."""
+"""The tables of the docs agree with the measurements, their links lead somewhere, both READMEs show the same."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from benchmarks.tables import MARKED, TABLES, filled, latest, read
 from benchmarks.tables import PAGES as TABLED
-from benchmarks.tables import filled
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "svdit").rglob("*.md")])
 
 
-@pytest.mark.parametrize("page", TABLED, ids=lambda page: page.name)
-def test_tables_are_made_from_the_results(page: Path) -> None:
-    text = page.read_text()
-    assert "<!-- table: " in text
-    assert filled(text) == text
+MARKS = [(page, match) for page in TABLED for match in MARKED.finditer(page.read_text())]
+NAMES = [match[1] for _, match in MARKS]
+
+
+def test_every_table_is_in_the_docs_once() -> None:
+    assert sorted(NAMES) == sorted(TABLES)
+    assert sum(page.read_text().count("<!-- table: ") for page in TABLED) == len(TABLES)  # none without a pin
+
+
+@pytest.mark.parametrize(("page", "match"), MARKS, ids=NAMES)
+def test_tables_are_made_from_the_rows_they_name(page: Path, match: re.Match[str]) -> None:
+    assert int(match[2]) <= len(read())
+    assert filled(match[0], read()) == match[0], f"edit no number in {page.name}; run python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("match", [match for _, match in MARKS], ids=NAMES)
+def test_a_changed_number_is_seen(match: re.Match[str]) -> None:
+    edited = re.sub(r"\d\.\d", "8.8", match[0], count=1)
+    assert edited != match[0] == filled(edited, read())
+
+
+@pytest.mark.parametrize("name", sorted(set(TABLES) - {"evaluation"}))  # which digits_evaluation.py writes itself
+def test_new_rows_change_no_table_until_it_is_updated(name: str) -> None:
+    text = next(match[0] for _, match in MARKS if match[1] == name)
+    rows = read()
+    new = [{**row, "value": "1234567"} for row in rows]  # every benchmark again, with other values
+    assert filled(text, rows + new) == text
+    updated = filled(text, rows + new, update=True)
+    assert "1234567" in updated
+    assert f"{name}, {2 * len(rows)} rows -->" in updated
+    assert filled(text, rows, update=True) == text  # nothing new: the pin stays
+
+
+def test_the_newest_row_of_a_name_wins() -> None:
+    rows = [
+        {"benchmark": "a", "name": f"{noun} a minute", "value": value}
+        for noun, value in (("pictures", "1"), ("images", "2"))
+    ]
+    assert latest(rows, "a") == {"images a minute": rows[1]}
+    assert latest(rows, "b") == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
