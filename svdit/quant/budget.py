@@ -122,7 +122,7 @@ def allot(
 
 def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivity: float) -> list[Option]:
     """What a layer could be stored as."""
-    W, x = linear.weight.detach().float(), statistics.choosing[:TRIED]
+    W, x = linear.weight.detach().float(), statistics.selection_rows[:TRIED]
     transform, _ = (
         choose_transform(W, statistics, fit(recipe, W)) if recipe.smoothing else (plain(recipe, statistics), 0)
     )

@@ -1,7 +1,7 @@
-"""Rounding that knows the inputs: GPTQ (Frantar et al., arXiv 2210.17323) with scales fixed beforehand.
+"""Rounding that minimizes the output error: GPTQ (Frantar et al., arXiv 2210.17323) with scales fixed beforehand.
 
-Columns are rounded in order of falling diag(R); each one's error is spread over the columns still to come so that
-the output changes least. With R = I it is rounding to nearest.
+Columns are rounded in order of descending diag(R); each column's error is spread over the columns not yet rounded so
+that the output changes least. With R = I it is rounding to nearest.
 """
 
 from dataclasses import replace
@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from svdit.errors import UserError
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import Format
 
@@ -17,25 +18,21 @@ BLOCK = 128
 
 
 class Inverse:
-    """The upper Cholesky factor of R⁻¹ in GPTQ's column order; one serves several weights.
+    """The upper Cholesky factor of R⁻¹ in GPTQ's column order; computed once for several weights.
 
-    `left` is the share of the output's squared error that GPTQ leaves of rounding to nearest with the same scales.
+    `left` is the ratio of GPTQ's squared output error to that of rounding to nearest with the same scales.
     """
 
     def __init__(self, R: Tensor) -> None:
-        """R (I, I) float64. `damping` tells what had to be added, as a share of the mean diagonal."""
+        """R (I, I) float64. `damping` is what was added to the diagonal, relative to its mean."""
         diagonal = R.diagonal().clone()
-        diagonal[diagonal <= 0] = 1.0  # dead channels: any rounding will do
+        diagonal[diagonal <= 0] = 1.0  # dead channels: their rounding does not matter
         self.order = diagonal.argsort(descending=True)
         backwards = self.order.flip(0)
+        step = diagonal.mean()
         R = R[backwards][:, backwards]
-        self.damping, step = DAMPING, float(diagonal.mean())
-        while True:
-            R.diagonal().copy_(diagonal[backwards] + self.damping * step)
-            L, failed = torch.linalg.cholesky_ex(R)
-            if not failed:
-                break
-            self.damping *= 10
+        R.diagonal().copy_(diagonal[backwards])
+        L, self.damping = damped_cholesky_(R, DAMPING, step)
         # R backwards is LLᵀ, so R = UUᵀ with U, L turned round, upper triangular, and R⁻¹ = (U⁻¹)ᵀ U⁻¹.
         self.upper = invert_lower_(L).flip(0, 1).float()
         # A column's error e spreads as e U_i / U_ii, which under the damped R costs e² / U_ii²; undamped, less.
@@ -43,8 +40,25 @@ class Inverse:
         self.left = float((spread / self.upper.diagonal().square()).sum() / diagonal.sum())
 
 
+def damped_cholesky_(R: Tensor, damping: float, step: Tensor) -> tuple[Tensor, float]:
+    """A Cholesky factor of R (I, I) plus `damping · step` on its diagonal, and the damping. Overwrites the diagonal.
+
+    Few samples leave R singular: damping grows tenfold until the factorization succeeds. With the mean diagonal as
+    `step` it does so before 100 I, since ‖R‖ ≤ trace R = I · step for any second moment.
+    Raises UserError for a matrix that is none.
+    """
+    diagonal = R.diagonal().clone()
+    while damping < 100 * len(R):
+        R.diagonal().copy_(diagonal + damping * step)
+        L, failed = torch.linalg.cholesky_ex(R)
+        if not failed:
+            return L, damping
+        damping *= 10
+    raise UserError("the second moment of a layer's inputs cannot be factorized: it is zero, NaN or Inf")
+
+
 def invert_lower_(L: Tensor) -> Tensor:
-    """Invert a lower triangular matrix in place by halves: a third of the work of solving for the identity."""
+    """Invert a lower triangular matrix (I, I) in place by halves: 1/3 of the work of solving for the identity."""
     size = len(L)
     if size <= BLOCK:
         eye = torch.eye(size, dtype=L.dtype, device=L.device)
@@ -58,11 +72,10 @@ def invert_lower_(L: Tensor) -> Tensor:
 def gptq(W: Tensor, inverse: Inverse, values: Tensor, form: Format) -> Tensor:
     """Codes (O, I) of W (O, I) under scale values (O, G)."""
     order, U = inverse.order, inverse.upper
-    columns = W.shape[1]
-    # Columns lie as contiguous rows here: one is touched at a time.
+    diagonal, columns = U.diagonal(), W.shape[1]
+    # Transposed, so that a column, the unit of work, is contiguous.
     rest = W.T[order].contiguous()
     scales = values.T.repeat_interleave(columns // values.shape[1], dim=0)[order]
-    steps = U.diagonal().tolist()
     codes = []
     for a in range(0, columns, BLOCK):
         b = min(a + BLOCK, columns)
@@ -70,15 +83,15 @@ def gptq(W: Tensor, inverse: Inverse, values: Tensor, form: Format) -> Tensor:
         for i, (column, scale) in enumerate(zip(block, scales[a:b], strict=True)):
             code, rounded = nearest(column, scale, form)
             codes.append(code)
-            torch.sub(column, rounded, out=errors[i]).div_(steps[a + i])
+            torch.sub(column, rounded, out=errors[i]).div_(diagonal[a + i])
             block[i + 1 :].addr_(U[a + i, a + i + 1 : b], errors[i], alpha=-1)
         rest[b:].addmm_(U[a:b, b:].T, errors, alpha=-1)
-    found = torch.stack(codes)[order.argsort()].T.contiguous()
-    return found.to(torch.uint8 if form.span == "unsigned" else torch.int8) if form.element == "int" else found
+    stacked = torch.stack(codes)[order.argsort()].T.contiguous()
+    return stacked.to(torch.uint8 if form.span == "unsigned" else torch.int8) if form.element == "int" else stacked
 
 
 def nearest(column: Tensor, scale: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """Codes (O,) of a column under scales (O,), and what they stand for. Integers stay floats: columns are many."""
+    """Codes (O,) of a column (O,) under scales (O,), and their values (O,). Integer codes stay floats: faster."""
     if form.element == "int":
         code = torch.div(column, scale).round_().clamp_(form.lo, form.hi)
         return code, code * scale

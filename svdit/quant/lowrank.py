@@ -14,7 +14,7 @@ Factors = tuple[Tensor, Tensor]  # L1 (O, R), L2 (R, I), float32
 
 
 def truncated_svd(A: Tensor, rank: int, sweeps: int = SWEEPS) -> Factors:
-    """The plain truncated SVD of A (O, I), in float64; where few sweeps of many directions are made, roughly."""
+    """The plain truncated SVD of A (O, I), in float64; approximate for a low rank of a large matrix, see `_few`."""
     A = A.double()
     tall = A.shape[0] >= A.shape[1]
     B = A.T if tall else A
@@ -22,6 +22,13 @@ def truncated_svd(A: Tensor, rank: int, sweeps: int = SWEEPS) -> Factors:
     if tall:
         return (A @ U).float(), U.T.float().contiguous()
     return U.float(), (U.T @ A).float()
+
+
+def balanced_svd(W: Tensor, rank: int) -> Factors:
+    """The truncated SVD of W (O, I) with √S in either factor, so that both round equally well."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    root = S[:rank].sqrt()
+    return (U[:, :rank] * root).float(), (root[:, None] * Vh[:rank]).float()
 
 
 def weighted_svd(A: Tensor, R: Tensor, rank: int, root: Tensor | None = None) -> Factors:
@@ -44,7 +51,7 @@ def output_error(A: Tensor, R: Tensor) -> float:
 
 
 def _eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """Those of the `rank` largest eigenvalues, as columns, largest first."""
+    """Eigenvectors (M, rank) of a symmetric (M, M) matrix for its largest eigenvalues, in descending order."""
     return torch.linalg.eigh(symmetric)[1][:, -rank:].flip(1)
 
 
@@ -54,12 +61,14 @@ def _are_few(A: Tensor, rank: int) -> bool:
 
 
 def _few(apply: Callable[[Tensor], Tensor], like: Tensor, rank: int, sweeps: int = SWEEPS) -> Tensor:
-    """The same eigenvectors of a symmetric operator on (len(like), …), where they are few of many.
+    """The same eigenvectors of a symmetric operator on (M, …), M = len(like), by subspace iteration.
 
-    Subspace iteration from a fixed start (Halko et al., arXiv 0909.4061): what it captures is within a few millionths
-    of the most that can be, in a hundredth of the time.
+    From a fixed start (Halko et al., arXiv 0909.4061): 100× faster, and the captured energy is within a few 1e-6 of
+    the optimum.
     """
-    start = torch.randn(len(like), rank + OVERSAMPLING, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    # Drawn on the CPU, so that every device starts from the same numbers.
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(like), rank + OVERSAMPLING, generator=generator, dtype=torch.float64, device="cpu")
     Q = torch.linalg.qr(start.to(like.device))[0]
     for _ in range(sweeps):
         Q = torch.linalg.qr(apply(Q))[0]

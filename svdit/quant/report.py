@@ -1,9 +1,27 @@
-"""What quantization did, as data: one line a layer and the totals."""
+"""The results of quantization as data: one entry per layer, and totals."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from svdit.quant.solve import LayerReport
+
+@dataclass(frozen=True)
+class LayerReport:
+    """The settings of a quantized layer, its size and its error."""
+
+    name: str
+    weight: str
+    act: str
+    rank: int
+    numbers_before: int  # in the weight
+    numbers_after: int  # in the residual and the factors
+    residual: bool
+    bytes_before: int
+    bytes_after: int
+    sqnr: float | None  # dB, of the layer's output on held-out inputs; None where undefined: no inputs, or all zero
+    weight_error: float  # ‖W − W'‖ / ‖W‖, or 0 for a weight of zeros
+    alpha: float
+    beta: float
+    note: str = ""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from svdit.errors import UserError
 from svdit.files import atomic_path
 from svdit.quant.config import Recipe
 from svdit.quant.linear import LinearSpec, SVDLinear
-from svdit.quant.solve import LayerReport
+from svdit.quant.report import LayerReport
 
 Result = tuple[SVDLinear, LayerReport]
 

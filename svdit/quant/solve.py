@@ -1,11 +1,14 @@
-"""One layer, as in SVDQuant's figure: transform, split off the low rank, round the residual, replace.
+"""One layer, as in SVDQuant's figure: transform, split off the low rank, round the residual, assemble.
 
     Ŵ = L1 L2 + Res,    Y ≈ Qa(x̂) Q(Res)ᵀ + (x̂ L2ᵀ) L1ᵀ + b̂        (arXiv 2411.05007)
 
-The residual is always that of the factors as stored.
+The residual is always that of the factors as stored. `SPLITS` holds one function per `Recipe.low_rank`.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,33 +17,41 @@ from torch import Tensor, nn
 from svdit.errors import UserError
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import Format
-from svdit.quant.config import Recipe
-from svdit.quant.gptq import DAMPING, Inverse
+from svdit.quant.config import LowRank, Recipe
+from svdit.quant.gptq import DAMPING, Inverse, damped_cholesky_
 from svdit.quant.linear import LinearSpec, SVDLinear, rank_for_ratio
-from svdit.quant.lowrank import Factors, truncated_svd, weighted_svd
+from svdit.quant.lowrank import Factors, balanced_svd, truncated_svd, weighted_svd
 from svdit.quant.observe import Statistics
+from svdit.quant.report import LayerReport
 from svdit.quant.rounding import round_weight
 from svdit.quant.transforms import Transform, choose_transform
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """What was done to a layer and what it cost. `sqnr` in dB, of the layer's output on inputs not used to choose."""
+class Problem:
+    """What is split into a low-rank branch and a rounded residual: a transformed weight, and its inputs if observed."""
 
-    name: str
-    weight: str
-    act: str
-    rank: int
-    numbers_before: int  # in the weight
-    numbers_after: int  # in the residual and the factors
-    residual: bool
-    bytes_before: int
-    bytes_after: int
-    sqnr: float | None
-    weight_error: float  # ‖W − W'‖ / ‖W‖
-    alpha: float
-    beta: float
-    note: str = ""
+    weight: Tensor  # Ŵ (O, I)
+    recipe: Recipe  # with the rank of this layer
+    moment: Tensor | None = None  # E[x̂ x̂ᵀ] (I, I) float64
+    rows: Tensor | None = None  # x̂ (M, I)
+
+    @property
+    def form(self) -> Format:
+        """The format of the residual."""
+        assert self.recipe.weight is not None, "Recipe allows None for low_rank='factors' only"
+        return self.recipe.weight
+
+    @cached_property
+    def inverse(self) -> Inverse | None:
+        """For GPTQ."""
+        return Inverse(self.moment) if self.moment is not None and self.recipe.rounding == "gptq" else None
+
+    @cached_property
+    def root(self) -> Tensor:
+        """A Cholesky factor (I, I) of the second moment, damped as little as it needs."""
+        assert self.moment is not None
+        return damped_cholesky_(self.moment.clone(), 1e-6, self.moment.diagonal().mean())[0]
 
 
 class Split(NamedTuple):
@@ -49,20 +60,26 @@ class Split(NamedTuple):
     factors: Factors | None
     codes: Tensor | None = None
     scales: ref.Scales | None = None
+    error: float = math.inf
 
 
 @torch.no_grad()
 def quantize_linear(
     name: str, linear: nn.Linear, recipe: Recipe, statistics: Statistics | None
 ) -> tuple[SVDLinear, LayerReport]:
-    """The quantized layer and its report."""
+    """The quantized layer and its report. Raises UserError for NaN or Inf in the weight."""
     W = linear.weight.detach().float()
-    recipe = fit(recipe, W)
+    check_finite(name, linear)
+    recipe, note = fit(recipe, W), ""
+    if statistics and recipe.needs_inputs and not statistics.vary(recipe.centre):
+        recipe, note = without_inputs(recipe), "its inputs are constant: plain SVD and rounding to nearest"
     transform, (alpha, beta) = Transform(None, None, recipe.hadamard), (0.0, 0.0)
     if statistics and (recipe.centre or recipe.shift or recipe.smoothing):
         transform, (alpha, beta) = choose_transform(W, statistics, recipe)
-    solver = Solver(transform.weight(W), recipe, transform, statistics)
-    layer = assemble(linear, recipe, transform, solver.split())
+    problem = pose(W, recipe, transform, None if note else statistics)
+    layer = assemble(linear, recipe, transform, SPLITS[recipe.low_rank](problem))
+    if problem.inverse and problem.inverse.damping > DAMPING:
+        note = f"GPTQ needed damping {problem.inverse.damping:g}"
     report = LayerReport(
         name=name,
         weight=str(recipe.weight or recipe.factors or recipe.factor_dtype),
@@ -73,17 +90,26 @@ def quantize_linear(
         residual=recipe.weight is not None,
         bytes_before=sum(p.nbytes for p in linear.parameters()),
         bytes_after=layer.spec.nbytes(W.shape[0], W.shape[1], layer.bias is not None),
-        sqnr=layer_sqnr(linear, layer, statistics.reporting) if statistics else None,
-        weight_error=float((layer.effective_weight() - W).norm() / W.norm()),
+        sqnr=layer_sqnr(linear, layer, statistics.holdout_rows) if statistics else None,
+        weight_error=relative_error(layer.effective_weight(), W),
         alpha=alpha,
         beta=beta,
-        note=solver.note,
+        note=note,
     )
     return layer, report
 
 
+def check_finite(name: str, linear: nn.Linear) -> None:
+    """Raises UserError for NaN or Inf in the layer's parameters, and for weights without values."""
+    for part, tensor in linear.named_parameters():
+        if tensor.is_meta:
+            raise UserError(f"the {part} of {name} is on the meta device; load the checkpoint before quantizing")
+        if not tensor.isfinite().all():
+            raise UserError(f"the {part} of {name} contains NaN or Inf; check the checkpoint and its dtype")
+
+
 def fit(recipe: Recipe, W: Tensor) -> Recipe:
-    """The recipe with what the layer's shape decides: its rank, and a Hadamard block that divides its width."""
+    """The recipe for W (O, I): its rank, and a Hadamard block that divides I."""
     O, I = W.shape
     if recipe.low_rank == "none":
         rank = 0
@@ -94,136 +120,132 @@ def fit(recipe: Recipe, W: Tensor) -> Recipe:
     block = recipe.hadamard
     while block and I % block:
         block //= 2
-    return replace(recipe, rank=rank, hadamard=block if block > 1 else 0)
+    low_rank: LowRank = recipe.low_rank if rank else "none"
+    return replace(recipe, rank=rank, low_rank=low_rank, hadamard=block if block > 1 else 0)
 
 
-class Solver:
-    """Splits Ŵ (O, I) into factors and codes by one of the recipes' ways."""
+def without_inputs(recipe: Recipe) -> Recipe:
+    """The recipe for a layer whose inputs are constant: nothing can be weighted by them."""
+    low_rank: LowRank = "svd" if recipe.low_rank in ("correction", "alternated") else recipe.low_rank
+    return replace(recipe, low_rank=low_rank, smoothing=0, search_scales=False, rounding="nearest", whiten=False)
 
-    def __init__(self, W: Tensor, recipe: Recipe, transform: Transform, statistics: Statistics | None) -> None:
-        self.W, self.recipe, self.note = W, recipe, ""
-        self.R: Tensor | None = None
-        self.root: Tensor | None = None
-        self.inverse: Inverse | None = None
-        self.inputs: Tensor | None = None
-        if statistics is None or not recipe.needs_inputs:
-            return
-        self.R = transform.second_moment(statistics)
-        self.inputs = transform.inputs(statistics.choosing)
-        if recipe.rounding == "gptq":
-            self.inverse = Inverse(self.R)
-            if self.inverse.damping > DAMPING:
-                self.note = f"GPTQ needed damping {self.inverse.damping:g}"
 
-    def split(self) -> Split:
-        """By `recipe.low_rank`."""
-        recipe = self.recipe
-        if recipe.low_rank == "factors":
-            return Split(self.stored(self.weighted(self.W) if recipe.whiten else balanced(self.W, recipe.rank)))
-        if not recipe.rank:
-            return Split(None, *self.rounded(self.W))
-        if recipe.low_rank == "iterated":
-            return self.iterated()
-        if recipe.low_rank == "correction":
-            codes, scales = self.rounded(self.W)
-            return Split(self.refitted(self.W - self.decoded(codes, scales)), codes, scales)
-        return self.alternated(recipe.iterations if recipe.low_rank == "alternated" else 0)
+def pose(W: Tensor, recipe: Recipe, transform: Transform, statistics: Statistics | None) -> Problem:
+    """The problem of W (O, I) after the transform."""
+    if statistics is None or not recipe.needs_inputs:
+        return Problem(transform.weight(W), recipe)
+    moment, rows = transform.second_moment(statistics), transform.inputs(statistics.selection_rows)
+    return Problem(transform.weight(W), recipe, moment, rows)
 
-    def iterated(self) -> Split:
-        """SVDQuant as published: SVD of what rounding to nearest left, until the output error first grows."""
-        best, least, Q = None, torch.inf, torch.zeros_like(self.W)
-        for _ in range(self.recipe.iterations):
-            factors = self.stored(truncated_svd(self.W - Q, self.recipe.rank))
-            codes, scales = round_weight(self.W - factors[0] @ factors[1], self.form)
-            Q = self.decoded(codes, scales)
-            error = self.error(factors, Q)
-            if error > least:
-                break
-            best, least = Split(factors, codes, scales), error
-        assert best is not None and best.factors is not None
-        if self.inverse:
-            return Split(best.factors, *self.rounded(self.W - best.factors[0] @ best.factors[1]))
+
+def split_none(problem: Problem) -> Split:
+    """No low-rank branch: the rounded weight."""
+    return Split(None, *rounded(problem, problem.weight))
+
+
+def split_factors(problem: Problem) -> Split:
+    """The truncated SVD, plain or weighted by the inputs, without a residual."""
+    W, recipe = problem.weight, problem.recipe
+    return Split(stored(recipe, weighted(problem, W) if recipe.whiten else balanced_svd(W, recipe.rank)))
+
+
+def split_svd(problem: Problem) -> Split:
+    """The truncated SVD, and the rounded residual."""
+    factors = stored(problem.recipe, truncated_svd(problem.weight, problem.recipe.rank))
+    return Split(factors, *rounded(problem, residual(problem, factors)))
+
+
+def split_iterated(problem: Problem) -> Split:
+    """SVDQuant as published: SVD of what rounding to nearest left, until the output error first grows."""
+    best, Q = Split(None), torch.zeros_like(problem.weight)
+    for _ in range(problem.recipe.iterations):
+        factors = stored(problem.recipe, truncated_svd(problem.weight - Q, problem.recipe.rank))
+        codes, scales = round_weight(residual(problem, factors), problem.form)
+        Q = ref.dequantize(codes, scales, problem.form)
+        split = Split(factors, codes, scales, output_error(problem, factors, Q))
+        if split.error > best.error:
+            break
+        best = split
+    if problem.inverse is None:
         return best
-
-    def alternated(self, refits: int) -> Split:
-        """From the plain SVD: round the residual, refit the factors to what is left under R; keep the best."""
-        factors = self.stored(truncated_svd(self.W, self.recipe.rank))
-        best, least = None, torch.inf
-        for _ in range(max(1, refits)):
-            codes, scales = self.rounded(self.W - factors[0] @ factors[1])
-            Q = self.decoded(codes, scales)
-            if refits:
-                factors = self.refitted(self.W - Q)
-            error = self.error(factors, Q)
-            if error < least:
-                best, least = Split(factors, codes, scales), error
-        assert best is not None
-        return best
-
-    def refitted(self, A: Tensor) -> Factors:
-        """The best stored factors of A under the inputs' second moment; L2 makes up for the rounding of L1."""
-        l1, _ = self.stored(self.weighted(A))
-        thin = l1.double()  # nearly orthonormal, or zero: the normal equations are safe
-        l2 = (torch.linalg.pinv(thin.T @ thin, hermitian=True) @ (thin.T @ A.double())).float()
-        return l1, self.stored((l1, l2))[1]
-
-    def rounded(self, residual: Tensor) -> tuple[Tensor, ref.Scales]:
-        search = self.recipe.search_scales and self.R is not None
-        importance = self.R.diagonal().float() if search and self.R is not None else None
-        return round_weight(residual, self.form, importance, self.inverse)
-
-    def decoded(self, codes: Tensor, scales: ref.Scales) -> Tensor:
-        return ref.dequantize(codes, scales, self.form)
-
-    @property
-    def form(self) -> Format:
-        assert self.recipe.weight is not None, "a recipe with a residual has a weight format"
-        return self.recipe.weight
-
-    def weighted(self, A: Tensor) -> Factors:
-        """The best factors of A under the inputs' second moment."""
-        if self.R is None:
-            raise UserError("this recipe weighs by the layer's inputs; give a forward loop for calibration")
-        if self.root is None and A.shape[0] > A.shape[1]:
-            self.root = cholesky(self.R)
-        return weighted_svd(A, self.R, self.recipe.rank, self.root)
-
-    def stored(self, factors: Factors) -> Factors:
-        """Factors as they will be stored."""
-        form, dtype = self.recipe.factors, getattr(torch, self.recipe.factor_dtype)
-        l1, l2 = (ref.fake_quantize(f, form) if form else f.to(dtype).float() for f in factors)
-        return l1, l2
-
-    def error(self, factors: Factors, Q: Tensor) -> float:
-        """Squared output error on the sample, activations rounded; without a sample, squared weight error."""
-        l1, l2 = factors
-        if self.inputs is None:
-            return float((self.W - Q - l1 @ l2).square().sum())
-        rounded = ref.fake_quantize(self.inputs, self.recipe.act) if self.recipe.act else self.inputs
-        output = rounded @ Q.T + (self.inputs @ l2.T) @ l1.T
-        return float((output - self.inputs @ self.W.T).square().sum())
+    return Split(best.factors, *rounded(problem, residual(problem, best.factors)))
 
 
-def cholesky(R: Tensor) -> Tensor:
-    """A Cholesky factor of R, damped as little as it needs: few samples leave it singular."""
-    damping, step, failed = 1e-6, R.diagonal().mean(), True
-    while failed:
-        damped = R.clone()
-        damped.diagonal().add_(damping * step)
-        root, info = torch.linalg.cholesky_ex(damped)
-        damping, failed = 10 * damping, bool(info)
-    return root
+def split_correction(problem: Problem) -> Split:
+    """QERA: the best low-rank correction of the rounding error under the inputs' second moment."""
+    codes, scales = rounded(problem, problem.weight)
+    return Split(refit(problem, problem.weight - ref.dequantize(codes, scales, problem.form)), codes, scales)
 
 
-def balanced(W: Tensor, rank: int) -> Factors:
-    """The truncated SVD with √S on either side, so that both factors round equally well."""
-    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    root = S[:rank].sqrt()
-    return (U[:, :rank] * root).float(), (root[:, None] * Vh[:rank]).float()
+def split_alternated(problem: Problem) -> Split:
+    """From the plain SVD: round the residual, refit the factors to what is left, in turn; the best of all turns."""
+    factors = stored(problem.recipe, truncated_svd(problem.weight, problem.recipe.rank))
+    turns = []
+    for _ in range(problem.recipe.iterations):
+        codes, scales = rounded(problem, residual(problem, factors))
+        Q = ref.dequantize(codes, scales, problem.form)
+        factors = refit(problem, problem.weight - Q)
+        turns.append(Split(factors, codes, scales, output_error(problem, factors, Q)))
+    return min(turns, key=lambda split: split.error)
+
+
+SPLITS: dict[LowRank, Callable[[Problem], Split]] = {
+    "none": split_none,
+    "factors": split_factors,
+    "svd": split_svd,
+    "iterated": split_iterated,
+    "correction": split_correction,
+    "alternated": split_alternated,
+}
+
+
+def residual(problem: Problem, factors: Factors | None) -> Tensor:
+    """Ŵ − L1 L2, (O, I)"""
+    return problem.weight if factors is None else problem.weight - factors[0] @ factors[1]
+
+
+def rounded(problem: Problem, A: Tensor) -> tuple[Tensor, ref.Scales]:
+    """Codes (O, I) and scales of A (O, I), by the recipe's rounding."""
+    search = problem.recipe.search_scales and problem.moment is not None
+    importance = problem.moment.diagonal().float() if search and problem.moment is not None else None
+    return round_weight(A, problem.form, importance, problem.inverse)
+
+
+def stored(recipe: Recipe, factors: Factors) -> Factors:
+    """Factors as they will be stored."""
+    form, dtype = recipe.factors, getattr(torch, recipe.factor_dtype)
+    l1, l2 = (ref.fake_quantize(f, form) if form else f.to(dtype).float() for f in factors)
+    return l1, l2
+
+
+def weighted(problem: Problem, A: Tensor) -> Factors:
+    """The best factors of A (O, I) under the inputs' second moment. Raises UserError without one."""
+    if problem.moment is None:
+        raise UserError("this recipe weights by the layer's inputs; pass a forward loop for calibration")
+    root = problem.root if A.shape[0] > A.shape[1] else None
+    return weighted_svd(A, problem.moment, problem.recipe.rank, root)
+
+
+def refit(problem: Problem, A: Tensor) -> Factors:
+    """The best stored factors of A (O, I) under the inputs' second moment; L2 compensates the rounding of L1."""
+    l1, _ = stored(problem.recipe, weighted(problem, A))
+    thin = l1.double()  # nearly orthonormal, or zero: the normal equations are safe
+    l2 = (torch.linalg.pinv(thin.T @ thin, hermitian=True) @ (thin.T @ A.double())).float()
+    return l1, stored(problem.recipe, (l1, l2))[1]
+
+
+def output_error(problem: Problem, factors: Factors, Q: Tensor) -> float:
+    """Squared output error with residual Q (O, I) on rounded sample inputs; squared weight error without a sample."""
+    l1, l2 = factors
+    x, act = problem.rows, problem.recipe.act
+    if x is None:
+        return float((problem.weight - Q - l1 @ l2).square().sum())
+    output = (ref.fake_quantize(x, act) if act else x) @ Q.T + (x @ l2.T) @ l1.T
+    return float((output - x @ problem.weight.T).square().sum())
 
 
 def assemble(linear: nn.Linear, recipe: Recipe, transform: Transform, split: Split) -> SVDLinear:
-    """The layer that holds it all; its bias takes up W μ."""
+    """The layer of these tensors; W μ is added to its bias."""
     spec = LinearSpec(
         rank=recipe.rank,
         factors=recipe.factors,
@@ -249,14 +271,20 @@ def assemble(linear: nn.Linear, recipe: Recipe, transform: Transform, split: Spl
     return layer
 
 
-def layer_sqnr(linear: nn.Linear, layer: SVDLinear, x: Tensor) -> float:
-    """10 log10 of signal to noise in the layer's output (its bias aside) for inputs x (M, I)."""
+def layer_sqnr(linear: nn.Linear, layer: SVDLinear, x: Tensor) -> float | None:
+    """10 log10 of signal to noise in the layer's output without bias, for inputs x (M, I); None where one is zero."""
     y, bias = linear(x.to(linear.weight.dtype)).float(), bias_of(linear)
     signal = y if bias is None else y - bias
-    return float(10 * torch.log10(signal.square().sum() / (layer(x).float() - y).square().sum()))
+    sqnr = float(10 * torch.log10(signal.square().sum() / (layer(x).float() - y).square().sum()))
+    return sqnr if math.isfinite(sqnr) else None
+
+
+def relative_error(A: Tensor, B: Tensor) -> float:
+    """‖A − B‖ / ‖B‖ for A, B (O, I); 0 where both are zero."""
+    return float((A - B).norm() / B.norm().clamp(min=torch.finfo(B.dtype).tiny))
 
 
 def bias_of(linear: nn.Linear) -> Tensor | None:
-    """A float32 copy of the bias, if there is one."""
+    """A float32 copy of the bias (O,), if there is one."""
     bias: Tensor | None = linear.bias
     return None if bias is None else bias.detach().float().clone()

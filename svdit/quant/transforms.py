@@ -1,7 +1,7 @@
-"""Exact changes of a layer's input that make it easier to round: x̂ = ((x − μ)/λ) H, Ŵ = (W Λ) H, b̂ = b + W μ.
+"""Exact transforms of a layer's input that make it easier to quantize: x̂ = ((x − μ)/λ) H, Ŵ = (W Λ) H, b̂ = b + W μ.
 
-Centring takes the mean out, smoothing moves outlier channels into the weight (SmoothQuant's λ, searched on a grid
-as in SVDQuant), the block Hadamard matrix spreads what remains.
+Centring subtracts the mean, smoothing moves outlier channels into the weight (SmoothQuant's λ, searched on a grid as
+in SVDQuant), and the block Hadamard matrix spreads the remaining outliers.
 """
 
 from dataclasses import dataclass
@@ -15,23 +15,25 @@ from svdit.quant.lowrank import truncated_svd
 from svdit.quant.observe import Statistics
 
 LIMITS = (1e-4, 1e4)  # of λ
-TRIED = 512  # rows of the sample that a candidate is tried on
+TRIED = 512  # rows of the sample that candidates are evaluated on
 
 
-@dataclass
+@dataclass(frozen=True)
 class Transform:
-    """Shift (I,) or None, scale λ (I,) or None, and the size of the Hadamard blocks (0: none)."""
+    """What is done to a layer's input; the weight changes so that the output does not."""
 
-    shift: Tensor | None = None
-    scale: Tensor | None = None
-    hadamard: int = 0
+    shift: Tensor | None = None  # μ (I,)
+    scale: Tensor | None = None  # λ (I,)
+    hadamard: int = 0  # size of the Hadamard blocks; 0: none
 
     def inputs(self, x: Tensor) -> Tensor:
+        """x̂ (M, I) for x (M, I)"""
         x = x if self.shift is None else x - self.shift
         x = x if self.scale is None else x / self.scale
         return mix(x, self.hadamard)
 
     def weight(self, W: Tensor) -> Tensor:
+        """Ŵ (O, I) for W (O, I)"""
         return mix(W if self.scale is None else W * self.scale, self.hadamard)
 
     def second_moment(self, statistics: Statistics) -> Tensor:
@@ -43,7 +45,7 @@ class Transform:
 
 
 def mix(x: Tensor, block: int) -> Tensor:
-    """`ref.rotate` as one product: quicker, and equal but for the last bits, which matter to codes only."""
+    """`ref.rotate` of x (M, K) as one product: faster, and equal up to rounding, which matters at run time only."""
     if not block:
         return x
     H = ref.hadamard_matrix(block, x.device, x.dtype)
@@ -51,7 +53,7 @@ def mix(x: Tensor, block: int) -> Tensor:
 
 
 def candidates(count: int) -> list[tuple[float, float]]:
-    """(α, β) of λ = max|x|^α / max|W|^β: (0, 0), (α, 0), (α, 1 − α); 39, 19, 7 are steps of 1/20, 1/10, 1/4 in α."""
+    """(α, β) of λ = absmax(x)^α / absmax(W)^β: (0, 0), (α, 0), (α, 1 − α), with α in steps of 2/(count + 1)."""
     if not count:
         return [(0.0, 0.0)]
     parts = (count + 1) // 2
@@ -59,30 +61,28 @@ def candidates(count: int) -> list[tuple[float, float]]:
     return [(0.0, 0.0), *((a, 0.0) for a in alphas), *((a, 1 - a) for a in alphas)]
 
 
-def smoothing_scale(largest: Tensor, W: Tensor, alpha: float, beta: float) -> Tensor:
-    """λ (I,) within LIMITS; 1 where it is not a positive number, as for dead channels."""
-    scale = largest**alpha / W.abs().amax(0) ** beta
+def smoothing_scale(absmax: Tensor, W: Tensor, alpha: float, beta: float) -> Tensor:
+    """λ (I,) for inputs with absmax (I,), within LIMITS; 1 where it is not a positive number (dead channels)."""
+    scale = absmax**alpha / W.abs().amax(0) ** beta
     scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
     return scale.clamp(*LIMITS)
 
 
 def choose_transform(W: Tensor, statistics: Statistics, recipe: Recipe) -> tuple[Transform, tuple[float, float]]:
-    """The transform of W (O, I) that leaves the least output error on the sample, and its (α, β).
+    """The transform of W (O, I) with the least output error on the sample, and its (α, β).
 
-    As published, a candidate is tried with rounded inputs, a one-shot low-rank branch and weights to nearest.
+    As published, a candidate is evaluated with rounded inputs, a one-shot low-rank branch and weights to nearest.
     """
     shift = statistics.mean if recipe.centre else None
     if recipe.shift:
         shift = torch.full_like(statistics.mean, recipe.shift)
-    largest = statistics.largest(shift)
-    best, least, chosen = Transform(shift, None, recipe.hadamard), torch.inf, (0.0, 0.0)
-    grid = candidates(recipe.smoothing)
-    if len(grid) == 1:
-        return best, chosen
-    x = statistics.choosing[:TRIED]
+    if not recipe.smoothing:
+        return Transform(shift, None, recipe.hadamard), (0.0, 0.0)
+    absmax, x = statistics.absmax(shift), statistics.selection_rows[:TRIED]
     Y = (x if shift is None else x - shift) @ W.T
-    for alpha, beta in grid:
-        transform = Transform(shift, smoothing_scale(largest, W, alpha, beta), recipe.hadamard)
+    best, least, chosen = Transform(shift, None, recipe.hadamard), torch.inf, (0.0, 0.0)
+    for alpha, beta in candidates(recipe.smoothing):
+        transform = Transform(shift, smoothing_scale(absmax, W, alpha, beta), recipe.hadamard)
         error = float((rough_output(transform.inputs(x), transform.weight(W), recipe) - Y).square().sum())
         if error <= least:
             best, least, chosen = transform, error, (alpha, beta)
@@ -90,8 +90,8 @@ def choose_transform(W: Tensor, statistics: Statistics, recipe: Recipe) -> tuple
 
 
 def rough_output(hat: Tensor, What: Tensor, recipe: Recipe) -> Tensor:
-    """The output (M, O), without a bias, of a transformed weight and inputs under the quickest form of the recipe."""
-    assert recipe.weight is not None
+    """The output (M, O), without bias, for x̂ (M, I) and Ŵ (O, I), by the fastest variant of the recipe."""
+    assert recipe.weight is not None, "smoothing is of no use without a residual"
     rounded = ref.fake_quantize(hat, recipe.act) if recipe.act else hat
     rank = 0 if recipe.low_rank == "none" else min(recipe.rank, *What.shape)
     if not rank:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from svdit.model.dit import DiT
-    from svdit.quant.solve import LayerReport
+    from svdit.quant.report import LayerReport
 
 STEPS, IMAGES = (4, 10), (1, 8)  # least and most; what WORK allows decides
 WORK = 1.5e12  # multiplications and additions in the blocks' linears

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    from svdit.quant.solve import LayerReport
+    from svdit.quant.report import LayerReport
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255")
 MARKERS = "os^Dvxp*P"  # the first seven colours are Okabe and Ito's

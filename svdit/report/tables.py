@@ -10,7 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from svdit.quant.linear import LinearSpec
-    from svdit.quant.solve import LayerReport
+    from svdit.quant.report import LayerReport
 
 Named = TypeVar("Named", str, "LayerReport")
 MANY = 40  # layers, above which a table shows kinds of layers

@@ -1,6 +1,7 @@
 """One layer by every preset, and the order that the methods must keep."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,12 +13,12 @@ from svdit.checkpoints.store import load_model
 from svdit.errors import UserError
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
-from svdit.quant.config import RECIPES, Recipe, dit_config, rank_ratio_config, recipe_for
+from svdit.quant.config import CLOSED_SETS, RECIPES, Recipe, rank_ratio_config
 from svdit.quant.linear import linears
 from svdit.quant.lowrank import output_error, weighted_svd
 from svdit.quant.observe import Statistics
-from svdit.quant.solve import Solver, cholesky, quantize_linear
-from svdit.quant.transforms import Transform
+from svdit.quant.solve import SPLITS, Problem, pose, quantize_linear, refit, rounded
+from svdit.quant.transforms import Transform, candidates
 
 
 def run(linear: nn.Linear, recipe: Recipe, statistics: Statistics) -> tuple[nn.Module, float]:
@@ -61,15 +62,15 @@ def test_full_precision_factors_of_full_rank_lose_nothing(linear: nn.Linear, sta
 def test_int8_factors_add_only_their_rounding_noise(linear: nn.Linear, statistics: Statistics) -> None:
     recipe = replace(RECIPES["w4a4"], rank=8, factors=Format(8))
     transform = Transform(statistics.mean, None, recipe.hadamard)
-    solver = Solver(transform.weight(linear.weight.detach()), recipe, transform, statistics)
-    error = solver.W - solver.decoded(*solver.rounded(solver.W))
-    (U, V), (l1, l2) = weighted_svd(error, solver.R, 8), solver.refitted(error)
+    problem = pose(linear.weight.detach(), recipe, transform, statistics)
+    error = problem.weight - ref.dequantize(*rounded(problem, problem.weight), problem.form)
+    (U, V), (l1, l2) = weighted_svd(error, problem.moment, 8), refit(problem, error)
     # Rounding to n steps adds noise of variance step²/12 per element, step = absmax/127 of a row of U or V.
     steps = [factor.abs().amax(1) / 127 for factor in (U, V)]
-    noise = float(steps[0].square().sum()) / 12 * output_error(V, solver.R)
-    noise += float(steps[1].square().sum()) / 12 * float(solver.R.trace())  # L1 is orthonormal
-    best = output_error(error - U @ V, solver.R)  # no factors of this rank have less
-    assert best < output_error(error - l1 @ l2, solver.R) < best + 2 * noise
+    noise = float(steps[0].square().sum()) / 12 * output_error(V, problem.moment)
+    noise += float(steps[1].square().sum()) / 12 * float(problem.moment.trace())  # L1 is orthonormal
+    best = output_error(error - U @ V, problem.moment)  # no factors of this rank have less
+    assert best < output_error(error - l1 @ l2, problem.moment) < best + 2 * noise
     assert noise < 0.01 * best
 
 
@@ -96,39 +97,67 @@ def test_a_zero_point_suits_the_weights_of_adaln() -> None:
             assert 0.88 * signed < zero < 0.96 * signed
 
 
-def test_shifted_inputs_of_fc2_use_unsigned_codes() -> None:
-    config = dit_config(RECIPES["svdquant-w4a4"])
-    assert config.recipe("blocks.3.mlp.fc2").act.span == "unsigned"
-    assert config.recipe("blocks.3.mlp.fc1").act.span == "symmetric"
-    assert config.recipe("blocks.3.adaLN_modulation.1").act is None
-    assert config.recipe("x_embedder.proj") is None
-    assert dit_config(RECIPES["w4a4"]).recipe("blocks.3.mlp.fc2") == RECIPES["w4a4"]
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"low_rank": "factors"},
-        {"weight": None},
-        {"shift": -0.1},
-        {"hadamard": 48},
-        {"rank": -1},
-    ],
-)
-def test_impossible_recipes_are_sentences(bad: dict[str, object]) -> None:
-    with pytest.raises(UserError):
-        Recipe(**bad)
-
-
-def test_unknown_presets_name_the_known() -> None:
-    with pytest.raises(UserError, match="'w2a2'; choose one of w8a8"):
-        recipe_for("w2a2")
-    assert recipe_for("w4a8", rank=4).rank == 4
-    assert recipe_for("w4a8").weight == WEIGHT_FORMATS["int4"]
-
-
 def test_moments_of_few_samples_still_have_a_factor() -> None:
     R = torch.eye(8, dtype=torch.float64)
     R[0, 1] = R[1, 0] = 1.0 + 1e-5  # indefinite until damped by more than 1e-5
-    root = cholesky(R)
+    root = Problem(torch.zeros(9, 8), Recipe(), R).root
     assert 0 < float((root @ root.T - R).abs().max()) < 2e-4
+
+
+@pytest.mark.parametrize("low_rank", SPLITS)
+@pytest.mark.parametrize("rounding", CLOSED_SETS["rounding"])
+def test_every_split_reports_the_error_of_what_it_stores(
+    low_rank: str, rounding: str, linear: nn.Linear, statistics: Statistics
+) -> None:
+    changes = {"weight": None, "act": None} if low_rank == "factors" else {"act": None}
+    recipe = replace(
+        RECIPES["rtn"], low_rank=low_rank, rank=12, rounding=rounding, whiten=low_rank == "factors", **changes
+    )
+    layer, report = quantize_linear("layer", linear, recipe, statistics)
+    x, W = statistics.holdout_rows, linear.weight.detach()
+    power = (x @ W.T).square().sum() / (x @ (layer.effective_weight().detach() - W).T).square().sum()
+    assert report.sqnr == pytest.approx(10 * float(power.log10()), abs=1e-2)  # bf16 factors of fp32 sums
+    assert report.rank == layer.spec.rank == (0 if low_rank == "none" else 12)
+
+
+def test_every_low_rank_is_solved_and_every_smoothing_has_its_grid() -> None:
+    assert tuple(SPLITS) == CLOSED_SETS["low_rank"]
+    assert [len(candidates(count)) for count in CLOSED_SETS["smoothing"]] == [1, 7, 19, 39]
+    assert all(hasattr(torch, name) for name in CLOSED_SETS["factor_dtype"])
+
+
+@pytest.mark.parametrize("factor_dtype", CLOSED_SETS["factor_dtype"])
+def test_factors_are_stored_in_their_type(factor_dtype: str, linear: nn.Linear) -> None:
+    recipe = replace(RECIPES["rtn"], low_rank="svd", rank=4, factor_dtype=factor_dtype)
+    layer, _ = quantize_linear("layer", linear, recipe, None)
+    assert layer.l1.dtype == layer.l2.dtype == getattr(torch, factor_dtype)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("constant", [0.0, 3.0])
+def test_constant_inputs_are_rounded_to_nearest(name: str, constant: float, linear: nn.Linear) -> None:
+    """Nothing can be weighted by such inputs; the Cholesky factorization of zeros has no end."""
+    still = Statistics.empty(128, torch.device("cpu"))
+    still.add(torch.full((600, 128), constant), torch.Generator())
+    recipe = replace(RECIPES[name], rank=8)
+    _, report = quantize_linear("layer", linear, recipe, still)
+    assert ("constant" in report.note) == (recipe.needs_inputs and (recipe.centre or not constant))
+    assert 0 < report.weight_error < 0.3  # half a step of INT4 is 1/14 of absmax, which is below 4 RMS here
+    json.dumps(asdict(report), allow_nan=False)
+
+
+def test_zero_weights_have_no_error(statistics: Statistics) -> None:
+    still = nn.Linear(128, 96)
+    nn.init.zeros_(still.weight)
+    layer, report = quantize_linear("layer", still, replace(RECIPES["w4a4"], rank=8), statistics)
+    assert (report.weight_error, report.sqnr) == (0.0, None)
+    assert torch.equal(layer(torch.randn(3, 128)), still.bias.detach().expand(3, -1))
+    json.dumps(asdict(report), allow_nan=False)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_weights_that_are_no_numbers_name_the_layer(bad: float, part: str, linear: nn.Linear) -> None:
+    getattr(linear, part).data.view(-1)[7] = bad
+    with pytest.raises(UserError, match=f"the {part} of blocks.3 contains NaN or Inf"):
+        quantize_linear("blocks.3", linear, RECIPES["rtn"], None)

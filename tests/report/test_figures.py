@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from svdit.quant.solve import LayerReport
+from svdit.quant.report import LayerReport
 from svdit.report import figures
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")

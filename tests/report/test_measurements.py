@@ -65,7 +65,7 @@ def test_hooks_are_gone_afterwards(run: Callable[[nn.Module], None]) -> None:
 
 def test_errors_are_those_of_the_definition(linear: nn.Linear, statistics: Statistics) -> None:
     layer, report = quantize_linear("x", linear, recipe_for("w4a4", rank=4), statistics)
-    rows = statistics.reporting
+    rows = statistics.holdout_rows
     errors = relative_errors(linear, layer, {5: rows[:300], 3: rows[300:]})
     assert list(errors) == [5, 3]
     with torch.no_grad():

@@ -3,7 +3,7 @@
 import pytest
 from rich.console import Console
 
-from svdit.quant.solve import LayerReport
+from svdit.quant.report import LayerReport
 from svdit.report.tables import MANY, layer_table, place
 
 
