@@ -2,9 +2,11 @@
 
 import argparse
 
+from svdit.cli.arguments import Parser
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("svdit compare", description=__doc__)
+
+def parser() -> Parser:
+    p = Parser("svdit compare", description=__doc__)
     p.add_argument(
         "reports", nargs="+", metavar="REPORT", help="metrics.json, or its folder; the first is the baseline"
     )

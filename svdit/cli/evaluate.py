@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from svdit.cli.arguments import Parser
 from svdit.errors import UserError
 
 DESCRIPTION = """\
@@ -15,8 +16,8 @@ torchrun to share the images among processes."""
 EXTRACTORS = ("inception", "random")
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("svdit evaluate", description=DESCRIPTION)
+def parser() -> Parser:
+    p = Parser("svdit evaluate", description=DESCRIPTION)
     add = p.add_argument
     add("--real_dir", "--real-dir", metavar="PATH", help="real images: folder, .npz of images, or .npz of statistics")
     add("--fake_dir", "--fake-dir", metavar="PATH", required=True, help="generated images: folder or .npz")

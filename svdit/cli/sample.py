@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from svdit import images
     from svdit.diffusion.noise import batch_noise
     from svdit.diffusion.schedule import make_schedule
+    from svdit.progress import progress
     from svdit.sampling.batch import pictures
 
     config = setup.sampling_config(args)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     side = model.config.input_size
     noise = batch_noise(args.seed, (len(labels), model.config.in_channels, side, side), device, doubled=True)
     steps = len(make_schedule(config.steps))
-    with setup.progress("sampling") as tick:
+    with progress("sampling") as tick:
         samples = pictures(model, autoencoder, labels, noise, config, callback=lambda done, x: tick(done, steps))
     scale = max(1, MIN_SIDE // samples.shape[1])
     images.write_png(args.output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))

@@ -63,6 +63,7 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Load the model and generate this process's share; rank 0 writes the .npz and prints the paths."""
     from svdit.distributed import rank, session
+    from svdit.progress import progress
     from svdit.sampling.dataset import generate_dataset
 
     config = setup.sampling_config(args)
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         model = setup.accelerated(checkpoint.model, args)
         autoencoder = setup.load_vae(args.vae, model, device, VAE)
         first = rank() == 0
-        with setup.progress("generating", shown=first) as tick:
+        with progress("generating", shown=first) as tick:
             npz = generate_dataset(
                 model,
                 autoencoder,

@@ -4,14 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from svdit.cli.arguments import Parser
+
 DESCRIPTION = """\
 Every metric on data whose answer is known on paper. With the Inception weights, ADM's published samples
 (admnet_guided_upsampled_imagenet256.npz or admnet_guided_imagenet128.npz) and its reference batch, also the numbers
 that ADM's own evaluator prints."""
 
 
-def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("svdit selftest", description=DESCRIPTION)
+def parser() -> Parser:
+    p = Parser("svdit selftest", description=DESCRIPTION)
     p.add_argument("--adm-samples", metavar="NPZ", type=Path)
     p.add_argument("--adm-reference", metavar="NPZ", type=Path)
     p.add_argument("--feature-extractor-weights", metavar="FILE", help="2015 Inception weights")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -209,15 +207,3 @@ def output_file(path: Path, *suffixes: str) -> None:
     if path.is_dir():
         raise UserError(f"--output is {path}, which is a folder; choose the name of a file")
     writable_folder(path.parent)
-
-
-@contextmanager
-def progress(description: str, shown: bool = True) -> Iterator[Callable[[float, int], None]]:
-    """A progress bar on stderr if that is a terminal; call it with (done, total)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

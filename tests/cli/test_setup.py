@@ -118,12 +118,6 @@ def test_cfg_interval() -> None:
     assert setup.sampling_config(arguments("--cfg-interval", "100", "700")).cfg_interval == (100, 700)
 
 
-def test_progress_is_silent_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with setup.progress("sampling") as tick:
-        tick(1, 2)
-    assert capsys.readouterr() == ("", "")
-
-
 def test_quantized_models_are_accelerated_or_a_note_says_why_not(
     tiny: DiT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
