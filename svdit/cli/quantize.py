@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> None:
     from svdit import __version__, distributed
     from svdit.checkpoints.store import save_model
     from svdit.files import sha256
+    from svdit.progress import progress
     from svdit.quant.quantize import quantize_
 
     settings = QuantizeSettings.of(args)
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         plan = planned(settings, source.model, loop, record) if loop else None
         digest = sha256(source.path)
         work = args.output.with_name(f"{args.output.name}.partial")
-        with setup.progress("calibrating and quantizing") as tick:
+        with progress("calibrating and quantizing") as tick:
             report = quantize_(
                 source.model,
                 plan.config if plan else settings.config,
@@ -179,6 +180,7 @@ def write_report(
     output: Path, report: "QuantReport", record: dict[str, Any], measured: dict[str, Any] | None
 ) -> list[Path]:
     """Write the report as JSON and the figures as PNG beside the checkpoint; returns their paths."""
+    from svdit.extras import require
     from svdit.files import atomic_path
     from svdit.report.figures import draw
 
@@ -186,10 +188,14 @@ def write_report(
     with atomic_path(path) as temporary:
         content = {"settings": record, **report.to_dict(), "measured": measured}
         temporary.write_text(json.dumps(content, indent=1))
-    if not measured:
-        return [path]
-    draw(output.with_suffix(".report"), report.layers, measured)
-    return [path, output.with_suffix(".report") / "*.png"]
+    if measured:
+        try:
+            require("matplotlib")
+            draw(output.with_suffix(".report"), report.layers, measured)
+            return [path, output.with_suffix(".report") / "*.png"]
+        except UserError as error:
+            setup.note(f"no figures: {error}")
+    return [path]
 
 
 def remove(folder: Path) -> None:

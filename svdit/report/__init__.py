@@ -1,0 +1,1 @@
+"""The report of a quantized model: measurements of its layers, tables, figures."""

@@ -1,7 +1,7 @@
-"""The numbers behind the pictures of `svdit quantize`'s report.
+"""The numbers behind the figures of `svdit quantize`'s report.
 
-A few sampling steps of the original model, on images that calibration never saw, show every layer the inputs that
-its quantized counterpart is judged on. The work is bounded, on DiT-XL/2 to about half a minute on two cores.
+Each quantized layer is compared with its original on held-out inputs: those of a few sampling steps of the original
+model, on images outside the calibration set. The work is bounded: half a minute for DiT-XL/2 on two cores.
 """
 
 from __future__ import annotations
@@ -19,48 +19,48 @@ if TYPE_CHECKING:
     from svdit.model.dit import DiT
     from svdit.quant.report import LayerReport
 
-STEPS, IMAGES = (4, 10), (1, 8)  # least and most; what WORK allows decides
-WORK = 1.5e12  # multiplications and additions in the blocks' linears
-FIRST = 2**32  # the first image's number; calibration counts from 0
-ROWS = 16  # tokens of an image, at each step
-FEW = 4  # layers whose spectra and histograms are shown
+STEPS, IMAGES = (4, 10), (1, 8)  # least and most sampling steps and images
+WORK = 1.5e12  # FLOPs in the linear layers of the blocks
+FIRST = 2**32  # index of the first image; the calibration set starts at 0
+ROWS = 16  # tokens per image and step
+FEW = 4  # layers with spectra and histograms
 HALVES = ("conditional", "unconditional")
 
 
 def measure(model: DiT, original: DiT, lines: Sequence[LayerReport], cfg_scale: float, seed: int) -> dict[str, Any]:
-    """Errors by layer, timestep and guidance half; spectra, smoothing and input histograms. All of it JSON."""
+    """Errors by layer, timestep and guidance half, spectra, smoothing scales and input histograms, as JSON."""
     import torch
 
     from svdit.quant.linear import quantized_layers
     from svdit.quant.quantize import linear_of
-    from svdit.report import measurements as d
+    from svdit.report import measurements as m
 
     layers, linears = quantized_layers(model), {line.name: linear_of(original, line.name) for line in lines}
     images, steps = affordable(original)
-    loop = walk(images, steps, cfg_scale, seed)
-    inputs = d.layer_inputs(original, layers, loop, timestep_and_half(original), rows=ROWS * images)
-    errors = {name: d.relative_errors(linears[name], layer, inputs[name]) for name, layer in layers.items()}
-    power = {name: sum(error**2 for error in each.values()) / len(each) for name, each in errors.items()}
+    loop = held_out_loop(images, steps, cfg_scale, seed)
+    inputs = m.layer_inputs(original, layers, loop, timestep_and_half(original), rows=ROWS * images)
+    errors = {name: m.relative_errors(linears[name], layer, inputs[name]) for name, layer in layers.items()}
+    power = {name: sum(error**2 for error in groups.values()) / len(groups) for name, groups in errors.items()}
     worst = sorted(layers, key=lambda name: -power[name])
     branched = one_of_each_kind(name for name in worst if layers[name].spec.rank)[:FEW]
     rounded = [name for name in worst if layers[name].spec.act][:FEW]
-    pairs = {name: d.histograms(layers[name], torch.cat(list(inputs[name].values()))) for name in rounded}
+    pairs = {name: m.histograms(layers[name], torch.cat(list(inputs[name].values()))) for name in rounded}
     return {
         "measured_on": {"images": images, "steps": steps, "cfg_scale": cfg_scale, "seed": seed},
         "sqnr": {name: -10 * math.log10(noise) if noise else None for name, noise in power.items()},
         **by_timestep(errors),
-        "spectra": {name: asdict(d.spectrum(linears[name], layers[name])) for name in branched},
+        "spectra": {name: asdict(m.spectrum(linears[name], layers[name])) for name in branched},
         "smoothing": {
             line.name: {"alpha": line.alpha, "beta": line.beta, "scale_quantiles": quantiles}
             for line in lines
-            if (quantiles := d.scale_quantiles(layers[line.name]))
+            if (quantiles := m.scale_quantiles(layers[line.name]))
         },
         "activations": {name: {"before": asdict(a), "after": asdict(b)} for name, (a, b) in pairs.items()},
     }
 
 
 def affordable(model: DiT) -> tuple[int, int]:
-    """Images and steps within WORK, both guidance halves counted."""
+    """Images and sampling steps within WORK, with both guidance halves."""
     from torch import nn
 
     tokens = (model.config.input_size // model.config.patch_size) ** 2
@@ -72,8 +72,8 @@ def affordable(model: DiT) -> tuple[int, int]:
     return min(max(pairs // steps, IMAGES[0]), IMAGES[1]), steps
 
 
-def walk(images: int, steps: int, cfg_scale: float, seed: int) -> Callable[[nn.Module], None]:
-    """A forward loop: DDIM from fresh noise, random classes."""
+def held_out_loop(images: int, steps: int, cfg_scale: float, seed: int) -> Callable[[nn.Module], None]:
+    """A forward loop: DDIM from held-out noise, random classes."""
     import torch
 
     from svdit.diffusion.noise import image_labels, image_noise
@@ -92,15 +92,15 @@ def walk(images: int, steps: int, cfg_scale: float, seed: int) -> Callable[[nn.M
 
 
 def timestep_and_half(model: DiT) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """2 t for rows with a class, 2 t + 1 for those without."""
+    """A group (N,) for each row of a batch: 2 t with a class, 2 t + 1 without."""
     return lambda x, t, y: 2 * t.long() + (y == model.null_class)
 
 
 def by_timestep(errors: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """Timesteps as they are walked, and for each half with rows every layer's errors at them."""
-    keys = sorted({key for each in errors.values() for key in each})
+    """Timesteps in descending order, and for each guidance half the errors of every layer at them."""
+    keys = sorted({key for groups in errors.values() for key in groups})
     table = {
-        half: {name: [each[key] for key in reversed(keys) if key % 2 == odd] for name, each in errors.items()}
+        half: {name: [groups[key] for key in reversed(keys) if key % 2 == odd] for name, groups in errors.items()}
         for odd, half in enumerate(HALVES)
         if any(key % 2 == odd for key in keys)
     }
@@ -116,6 +116,6 @@ def one_of_each_kind(names: Iterable[str]) -> list[str]:
 
 
 def thinned(curve: Sequence[tuple[int, float]], most: int = 200) -> list[tuple[int, float]]:
-    """At most `most` points of a curve, its ends among them."""
+    """At most `most` points of a curve, including both ends."""
     step = max(1, -(-len(curve) // (most - 1)))
     return [*curve[:-1:step], *curve[-1:]]

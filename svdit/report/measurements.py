@@ -1,9 +1,8 @@
-"""What a report shows of a quantized model's layers, measured on inputs that the original layers see.
+"""Measurements of quantized layers on inputs of the original layers.
 
     error of a group = ‖y' − y‖ / ‖y‖ over its rows,   y = x Wᵀ,   y' the quantized layer's output without its bias
 
-A group is a whole number that the caller gives each row of the model's batch, its noise level for example; nothing
-is known of it here.
+The caller assigns each row of the model's batch to a group, an integer: its timestep for example.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,8 +16,8 @@ from svdit.quant.linear import SVDLinear
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.transforms import Transform
 
-Group = Callable[..., Tensor]  # the arguments of a call of the model to (N,) whole numbers, one a row of its batch
-Inputs = dict[int, Tensor]  # for each group rows (M, I), float32
+Group = Callable[..., Tensor]  # arguments of a forward call to the groups of its batch, (N,) integers
+Inputs = dict[int, Tensor]  # per group, rows (M, I) in fp32
 BINS = 101
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
@@ -27,46 +26,46 @@ QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 def layer_inputs(
     model: nn.Module, names: Iterable[str], loop: ForwardLoop, group: Group, rows: int, seed: int = 0
 ) -> dict[str, Inputs]:
-    """At most `rows` random rows a group of what enters the named layers of `model` while the loop calls it.
+    """Up to `rows` random input rows (M, I) per group for each named layer of `model`, recorded while `loop` runs.
 
-    No hook outlives the call.
+    Hooks are removed in any case.
     """
     kept: dict[str, Inputs] = {name: {} for name in names}
-    now: list[Tensor] = []  # the groups of the call under way; layers that are called outside of one are not looked at
+    current: list[Tensor] = []  # groups of the running forward call; layer calls outside of one are not recorded
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        now[:] = [group(*inputs)]
+        current[:] = [group(*inputs)]
 
     def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        now.clear()
+        current.clear()
 
-    def taker(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         generator = torch.Generator().manual_seed(seed)
 
-        def take(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().flatten(0, -2)  # (N·T, I)
-            for keys in now:
+            for keys in current:
                 of_rows = keys.cpu().repeat_interleave(len(x) // len(keys))
                 for key in sorted(set(keys.tolist())):
-                    have = kept[name].get(key, x[:0].float())
+                    previous = kept[name].get(key, x[:0].float())
                     places = (of_rows == key).nonzero()[:, 0]
-                    places = places[torch.randperm(len(places), generator=generator)[: rows - len(have)]]
-                    kept[name][key] = torch.cat([have, x[places.to(x.device)].float()])
+                    places = places[torch.randperm(len(places), generator=generator)[: rows - len(previous)]]
+                    kept[name][key] = torch.cat([previous, x[places.to(x.device)].float()])
 
-        return take
+        return record
 
     with ExitStack() as hooks:
         hooks.enter_context(model.register_forward_pre_hook(enter))
         hooks.enter_context(model.register_forward_hook(leave))
         for name in kept:
-            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(taker(name)))
+            hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(recorder(name)))
         loop(model)
     return kept
 
 
 @torch.no_grad()
 def relative_errors(linear: nn.Linear, layer: SVDLinear, inputs: Inputs) -> dict[int, float]:
-    """The error of each group; 0 where the original layer gives zeros and so does the quantized one."""
+    """The error of each group of rows (M, I); 0 if both layers output zeros."""
     sizes = [len(x) for x in inputs.values()]
     x = torch.cat(list(inputs.values()))
     y = linear(x.to(linear.weight.dtype)).float()
@@ -78,17 +77,17 @@ def relative_errors(linear: nn.Linear, layer: SVDLinear, inputs: Inputs) -> dict
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values, largest first, over the Frobenius norm of W and of Ŵ (for the latter two)."""
+    """Singular values in descending order, over the Frobenius norm of W, or of Ŵ for the latter two."""
 
     rank: int
     original: list[float]  # of W
     transformed: list[float]  # of Ŵ = (W Λ) H
-    remaining: list[float]  # of Ŵ − L1 L2, what is left for the residual
+    remaining: list[float]  # of the residual Ŵ − L1 L2
 
 
 @torch.no_grad()
 def spectrum(linear: nn.Linear, layer: SVDLinear) -> Spectrum:
-    """What the transform and the low-rank branch do to the spectrum of a weight."""
+    """Singular values of a weight, after the transform, and without the low-rank branch."""
     W = linear.weight.float()
     What = transform_of(layer).weight(W)
     l1, l2 = layer.low_rank()
@@ -103,18 +102,19 @@ def spectrum(linear: nn.Linear, layer: SVDLinear) -> Spectrum:
 
 
 def singular_values(W: Tensor) -> Tensor:
-    """(min(O, I),) float64, largest first, by the smaller Gram matrix; exact to 1e-8 of the largest."""
+    """Singular values (min(O, I),) in float64, descending, from the smaller Gram matrix: exact to 1e-8 σ₁."""
     W = W.double()
     gram = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
 
 
 def transform_of(layer: SVDLinear) -> Transform:
+    """The transform of a layer's input."""
     return Transform(layer.in_shift, layer.in_scale, layer.spec.hadamard)
 
 
 def scale_quantiles(layer: SVDLinear) -> list[float] | None:
-    """The least, 10 %, 50 %, 90 % and largest of λ; None for a layer that is not smoothed."""
+    """Minimum, 10 %, 50 %, 90 % quantiles and maximum of λ; None for a layer without smoothing."""
     if layer.in_scale is None:
         return None
     return torch.quantile(layer.in_scale.float(), torch.tensor(QUANTILES, device=layer.in_scale.device)).tolist()
@@ -122,9 +122,9 @@ def scale_quantiles(layer: SVDLinear) -> list[float] | None:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Of numbers over their root mean square: shares of BINS equal bins from −limit to limit.
+    """Fractions of values, over their RMS, in BINS equal bins from −limit to limit.
 
-    `peak` is the mean over rows of the largest magnitude over the row's root mean square, what a scale a row meets.
+    `peak` is the mean over rows of absmax / RMS: the dynamic range that a scale per row must cover.
     """
 
     limit: float
@@ -134,7 +134,7 @@ class Histogram:
 
 @torch.no_grad()
 def histograms(layer: SVDLinear, x: Tensor) -> tuple[Histogram, Histogram]:
-    """Of inputs x (M, I) before and after the layer's transform, on the same bins."""
+    """Histograms of inputs x (M, I) before and after the layer's transform, on the same bins."""
     both = [rows / rows.square().mean().sqrt() for rows in (x.float(), transform_of(layer).inputs(x.float()))]
     limit = max(float(rows.abs().max()) for rows in both)
     before, after = (histogram(rows, limit) for rows in both)
@@ -142,7 +142,7 @@ def histograms(layer: SVDLinear, x: Tensor) -> tuple[Histogram, Histogram]:
 
 
 def histogram(x: Tensor, limit: float) -> Histogram:
-    """Of rows x (M, I) of root mean square one."""
+    """The histogram of rows x (M, I) of RMS 1."""
     shares = torch.histc(x, BINS, -limit, limit) / x.numel()
     peak = (x.abs().amax(1) / x.square().mean(1).sqrt().clamp(min=1e-30)).mean()
     return Histogram(limit, shares.tolist(), float(peak))

@@ -1,4 +1,4 @@
-"""Tables for the terminal."""
+"""Tables of layers for the terminal."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from svdit.quant.report import LayerReport
 
 Named = TypeVar("Named", str, "LayerReport")
-MANY = 40  # layers, above which a table shows kinds of layers
-WIDE = 120
+MANY = 40  # layers; longer tables have one row per kind of layer
+WIDE = 120  # columns where stdout is not a terminal
 
 
 def console() -> Console:
-    """The terminal, or a file of WIDE columns."""
-    found = Console()
-    return found if found.is_terminal else Console(width=max(found.width, WIDE))
+    """A console on stdout, at least WIDE where that is not a terminal."""
+    terminal = Console()
+    return terminal if terminal.is_terminal else Console(width=max(terminal.width, WIDE))
 
 
 def place(name: str) -> tuple[str, int | None]:
-    """A layer's kind and the number of its block, ("fc1", 3); None for one outside of numbered blocks."""
+    """A layer's kind and block number, ("fc1", 3); the number is None outside the blocks."""
     name = name.replace("adaLN_modulation.1", "adaLN")
-    found = re.search(r"\.(\d+)\.(?:.+\.)?(.+)", name)
-    return (found[2], int(found[1])) if found else (name, None)
+    match = re.search(r"\.(\d+)\.(?:.+\.)?(.+)", name)
+    return (match[2], int(match[1])) if match else (name, None)
 
 
 def by_kind(layers: Iterable[Named]) -> dict[str, list[Named]]:
-    """Layers, or their names, by kind, in order."""
+    """Group layers, or their names, by kind; keeps the order."""
     kinds: dict[str, list[Named]] = {}
     for layer in layers:
         kinds.setdefault(place(layer if isinstance(layer, str) else layer.name)[0], []).append(layer)
@@ -39,22 +39,22 @@ def by_kind(layers: Iterable[Named]) -> dict[str, list[Named]]:
 
 
 def layer_table(layers: Sequence["LayerReport"]) -> Table:
-    """One row a quantized layer, or where there are many, a kind of layer."""
+    """One row per quantized layer; of more than MANY layers, one row per kind."""
     return kind_table(layers) if len(layers) > MANY else single_table(layers)
 
 
 def kind_table(layers: Sequence["LayerReport"]) -> Table:
-    """One row a kind of layer: how many, their weight together, the median and the worst, and in which block it is."""
+    """One row per kind of layer: count, total size, median SQNR, worst SQNR and its block."""
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("layers", no_wrap=True)
-    for column in ("weights", "inputs", "rank"):
+    for column in ("weights", "activations", "rank"):
         table.add_column(column)
     for column in ("MB", "SQNR, dB", "worst"):
         table.add_column(column, justify="right", no_wrap=True)
     for kind, lines in by_kind(layers).items():
         known = sorted((line.sqnr, line.name) for line in lines if line.sqnr is not None)
         before, after = sum(line.bytes_before for line in lines), sum(line.bytes_after for line in lines)
-        where = [f"in {block}" for _, name in known[:1] if (block := place(name)[1]) is not None]
+        block = [f"in {number}" for _, name in known[:1] if (number := place(name)[1]) is not None]
         table.add_row(
             f"{len(lines)} {kind}",
             ", ".join(sorted({line.weight for line in lines})),
@@ -62,16 +62,16 @@ def kind_table(layers: Sequence["LayerReport"]) -> Table:
             ", ".join(map(str, sorted({line.rank for line in lines}))),
             f"{before / 1e6:.1f} → {after / 1e6:.1f}",
             f"{median(sqnr for sqnr, _ in known):.1f}" if known else "–",
-            " ".join([f"{known[0][0]:.1f}", *where]) if known else "–",
+            " ".join([f"{known[0][0]:.1f}", *block]) if known else "–",
         )
     return table
 
 
 def single_table(layers: Sequence["LayerReport"]) -> Table:
-    """One row a quantized layer."""
+    """One row per quantized layer."""
     table = Table(box=None, header_style="bold")
     table.add_column("layer", no_wrap=True)
-    for column in ("weights", "inputs"):
+    for column in ("weights", "activations"):
         table.add_column(column)
     for column in ("rank", "KB", "weight error", "SQNR, dB"):
         table.add_column(column, justify="right")

@@ -1,6 +1,7 @@
 """`svdit quantize`: files of the size their formats imply, reports written before they are printed, errors."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,14 @@ def test_a_closed_pipe_loses_nothing(checkpoint: Path) -> None:
     assert len(json.loads(output.with_suffix(".report.json").read_text())["layers"]) == 14
     assert len(list(output.with_suffix(".report").glob("*.png"))) >= 2
     assert not list(checkpoint.parent.glob("*.partial"))
+
+
+def test_without_matplotlib_there_is_a_note_and_no_figures(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    output = checkpoint.with_name("q.safetensors")
+    command("quantize", ["--ckpt", str(checkpoint), "--output", str(output), "--rank-ratio", "0.5"])
+    assert "note: no figures: cannot import matplotlib" in capsys.readouterr().err
+    assert json.loads(output.with_suffix(".report.json").read_text())["measured"]["sqnr"]
+    assert not output.with_suffix(".report").exists()

@@ -1,4 +1,4 @@
-"""What `svdit quantize` measures for its report, and that it stays cheap."""
+"""Measurements of `svdit quantize`'s report, and their bounded cost."""
 
 import copy
 import json
@@ -17,36 +17,36 @@ from svdit.quant.quantize import quantize_
 from svdit.report import diagnose
 
 
-def test_the_report_has_the_numbers_of_its_pictures(tiny: DiT, tmp_path: Path) -> None:
+def test_the_report_has_the_numbers_of_its_figures(tiny: DiT, tmp_path: Path) -> None:
     save_model(tiny, tmp_path / "tiny.safetensors")
     flags = "--preset w4a4 --calib-images 2 --calib-steps 2 --target-size 0.46 --skip blocks.1.*"
     output = tmp_path / "q.safetensors"
     command("quantize", ["--ckpt", str(tmp_path / "tiny.safetensors"), "--output", str(output), *flags.split()])
     assert output.stat().st_size <= 460_000
-    drawn = {path.stem for path in (tmp_path / "q.report").iterdir()}
-    assert drawn | {"spectra"} == {"layers", "timesteps", "spectra", "smoothing", "activations", "pareto"}
+    figures = {path.stem for path in (tmp_path / "q.report").iterdir()}
+    assert figures | {"spectra"} == {"layers", "timesteps", "spectra", "smoothing", "activations", "pareto"}
     report = json.loads((tmp_path / "q.report.json").read_text())
-    found, names = report["measured"], {layer["name"] for layer in report["layers"]}
-    assert list(found["errors"]) == ["conditional", "unconditional"]
-    assert found["timesteps"] == sorted(found["timesteps"], reverse=True)
-    for half in found["errors"].values():
+    measured, names = report["measured"], {layer["name"] for layer in report["layers"]}
+    assert list(measured["errors"]) == ["conditional", "unconditional"]
+    assert measured["timesteps"] == sorted(measured["timesteps"], reverse=True)
+    for half in measured["errors"].values():
         assert set(half) == names
         assert all(len(row) == 10 and all(0 < error < 1 for error in row) for row in half.values())
-    assert all(found["sqnr"][layer["name"]] < layer["sqnr"] + 3 for layer in report["layers"] if layer["sqnr"])
-    assert set(found["smoothing"]) == {name for name in names if "adaLN" not in name}
-    assert len(found["activations"]) == 4
-    sizes = [size for size, _ in found["curve"]]
-    assert sizes[0] <= found["chosen"][0] <= 460_000 < sizes[-1]
+    assert all(measured["sqnr"][layer["name"]] < layer["sqnr"] + 3 for layer in report["layers"] if layer["sqnr"])
+    assert set(measured["smoothing"]) == {name for name in names if "adaLN" not in name}
+    assert len(measured["activations"]) == 4
+    sizes = [size for size, _ in measured["curve"]]
+    assert sizes[0] <= measured["chosen"][0] <= 460_000 < sizes[-1]
 
 
 def test_without_guidance_there_are_no_unconditional_rows(tiny: DiT) -> None:
     original = copy.deepcopy(tiny)
     report = quantize_(tiny, QuantConfig((Rule("blocks.*", recipe_for("rtn")),)))
-    found = diagnose.measure(tiny, original, report.layers, 1.0, 0)
-    assert list(found["errors"]) == ["conditional"]
-    errors = found["errors"]["conditional"]["blocks.0.mlp.fc1"]
-    assert found["sqnr"]["blocks.0.mlp.fc1"] == pytest.approx(-10 * math.log10(sum(e**2 for e in errors) / 10))
-    assert (found["smoothing"], found["spectra"]) == ({}, {})
+    measured = diagnose.measure(tiny, original, report.layers, 1.0, 0)
+    assert list(measured["errors"]) == ["conditional"]
+    errors = measured["errors"]["conditional"]["blocks.0.mlp.fc1"]
+    assert measured["sqnr"]["blocks.0.mlp.fc1"] == pytest.approx(-10 * math.log10(sum(e**2 for e in errors) / 10))
+    assert (measured["smoothing"], measured["spectra"]) == ({}, {})
 
 
 def test_no_figures_leaves_no_trace(tiny: DiT, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_the_work_is_bounded(name: str, size: int, expected: tuple[int, int]) ->
     assert diagnose.affordable(model) == expected
 
 
-def test_rows_are_told_apart_by_timestep_and_half(tiny: DiT) -> None:
+def test_rows_are_grouped_by_timestep_and_half(tiny: DiT) -> None:
     keys = diagnose.timestep_and_half(tiny)(torch.empty(3), torch.tensor([0, 999, 999]), torch.tensor([4, 4, 5]))
     assert keys.tolist() == [0, 1998, 1999]
     table = diagnose.by_timestep({"a": {0: 0.1, 1998: 0.2, 1999: 0.3, 1: 0.4}})

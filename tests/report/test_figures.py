@@ -1,4 +1,4 @@
-"""The report's pictures show the report's numbers, at the sizes that matter: 28 blocks, one block, odd layers."""
+"""The report's figures show the report's numbers, for 28 blocks, one block, and layers outside the blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -44,13 +44,13 @@ def numbers(blocks: int, halves: tuple[str, ...] = ("conditional", "unconditiona
 ALL = ("layers", "timesteps", "spectra", "smoothing", "activations", "pareto")
 
 
-@pytest.mark.parametrize(("blocks", "pictures"), [(28, ALL), (1, ALL[:2])])
-def test_every_picture_is_drawn_and_not_empty(blocks: int, pictures: tuple[str, ...], tmp_path: Path) -> None:
-    found = numbers(blocks)
-    if pictures != ALL:
-        found |= {"smoothing": {}, "activations": {}, "spectra": {}, "curve": None}
-    paths = figures.draw(tmp_path / "r", [line(name) for name in names(blocks)], found)
-    assert tuple(path.stem for path in paths) == pictures
+@pytest.mark.parametrize(("blocks", "expected"), [(28, ALL), (1, ALL[:2])])
+def test_every_figure_is_drawn_and_not_empty(blocks: int, expected: tuple[str, ...], tmp_path: Path) -> None:
+    measured = numbers(blocks)
+    if expected != ALL:
+        measured |= {"smoothing": {}, "activations": {}, "spectra": {}, "curve": None}
+    paths = figures.draw(tmp_path / "r", [line(name) for name in names(blocks)], measured)
+    assert tuple(path.stem for path in paths) == expected
     assert sorted((tmp_path / "r").iterdir()) == sorted(paths)
     for path in paths:
         pixels = imread(path)[..., :3]
@@ -59,29 +59,29 @@ def test_every_picture_is_drawn_and_not_empty(blocks: int, pictures: tuple[str, 
         assert (edge == 1).all(), f"{path} is cut off"
 
 
-def test_layers_stand_at_their_blocks_with_their_sqnr_and_size() -> None:
-    found = numbers(3)
-    figure = figures.layers([line(name, size=i + 1) for i, name in enumerate(names(3))], found["sqnr"])
+def test_layers_are_at_their_blocks_with_their_sqnr_and_size() -> None:
+    measured = numbers(3)
+    figure = figures.layers([line(name, size=i + 1) for i, name in enumerate(names(3))], measured["sqnr"])
     top, bottom = figure.axes
     for drawn, kind in zip(top.get_lines(), KINDS, strict=False):
         assert list(drawn.get_xdata()) == [0, 1, 2]
-        assert list(drawn.get_ydata()) == [found["sqnr"][f"blocks.{i}.{kind}"] for i in range(3)]
+        assert list(drawn.get_ydata()) == [measured["sqnr"][f"blocks.{i}.{kind}"] for i in range(3)]
     assert [text.get_text() for text in top.get_legend().get_texts()][0::5] == ["qkv", "final_layer.adaLN"]
     tops = {}
-    for bar in bottom.patches[4:]:  # the first four are what was there before
+    for bar in bottom.patches[4:]:  # the first four: full precision
         middle = bar.get_x() + bar.get_width() / 2
         tops[middle] = max(tops.get(middle, 0), bar.get_y() + bar.get_height())
     assert tops == pytest.approx({0: 15e-6, 1: 40e-6, 2: 65e-6, 3.5: 16e-6})
 
 
 def test_the_heat_map_is_the_errors_by_kind_and_block() -> None:
-    found = numbers(3)
-    figure = figures.timesteps(STEPS, found["errors"])
+    measured = numbers(3)
+    figure = figures.timesteps(STEPS, measured["errors"])
     left, right, bar = figure.axes
     order = [f"blocks.{i}.{kind}" for kind in KINDS for i in range(3)] + ["final_layer.adaLN_modulation.1"]
     for axis, half in ((left, "conditional"), (right, "unconditional")):
-        wanted = 100 * np.array([found["errors"][half][name] for name in order])
-        np.testing.assert_allclose(axis.images[0].get_array(), wanted)
+        expected = 100 * np.array([measured["errors"][half][name] for name in order])
+        np.testing.assert_allclose(axis.images[0].get_array(), expected)
         assert axis.get_title() == half
     assert left.images[0].norm.vmax == right.images[0].norm.vmax
     assert [tick.get_text() for tick in left.get_yticklabels()] == [
@@ -91,7 +91,7 @@ def test_the_heat_map_is_the_errors_by_kind_and_block() -> None:
     assert bar.get_ylabel().endswith("%")
 
 
-def test_without_guidance_there_is_one_panel_and_exact_layers_are_no_trouble() -> None:
+def test_without_guidance_there_is_one_panel_and_errors_may_be_zero() -> None:
     errors = numbers(1, ("conditional",))["errors"]
     errors["conditional"]["blocks.0.attn.qkv"] = [0.0, 0.0, 0.0]
     figure = figures.timesteps(STEPS, errors)
@@ -99,9 +99,9 @@ def test_without_guidance_there_is_one_panel_and_exact_layers_are_no_trouble() -
     assert figure.axes[0].images[0].norm.vmin > 0
 
 
-def test_the_pareto_curve_ends_a_step_at_what_was_chosen() -> None:
-    found = numbers(1)
-    curve, star = figures.pareto(found["curve"], found["chosen"]).axes[0].get_lines()
+def test_the_pareto_curve_marks_the_choice() -> None:
+    measured = numbers(1)
+    curve, star = figures.pareto(measured["curve"], measured["chosen"]).axes[0].get_lines()
     assert list(curve.get_xdata()) == [1, 2, 3]
     assert list(curve.get_ydata()) == [10, 20, 30]
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (2, 20)

@@ -1,4 +1,4 @@
-"""Measures of a report: rows by group, errors, spectra, smoothing, histograms."""
+"""Measurements of layers: rows by group, errors, spectra, smoothing scales, histograms."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from svdit.report.measurements import histograms, layer_inputs, relative_errors,
 
 
 class Toy(nn.Module):
-    """A linear on (N, T, 4) and one on (N, 4); the second is also called by hand."""
+    """A linear on (N, T, 4) and one on (N, 4); the loop also calls the second one directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ def test_rows_are_kept_by_group_up_to_a_bound() -> None:
     kept = layer_inputs(Toy(), ["tokens", "rows"], loop, level, rows=8)
     assert {key: len(x) for key, x in kept["tokens"].items()} == {1: 8, 2: 8, 7: 5}
     assert {key: len(x) for key, x in kept["rows"].items()} == {1: 2, 2: 3, 7: 1}
-    for each in kept.values():
-        for key, x in each.items():
+    for groups in kept.values():
+        for key, x in groups.items():
             assert torch.equal(x, torch.full((len(x), 4), float(key)))
 
 
@@ -84,25 +84,25 @@ def test_a_layer_of_zeros_has_no_error() -> None:
     assert relative_errors(linear, layer, {0: torch.randn(5, 64)}) == {0: 0.0}
 
 
-def test_spectra_are_singular_values_and_the_branch_takes_the_first(linear: nn.Linear) -> None:
+def test_spectra_are_singular_values_and_the_branch_removes_the_first(linear: nn.Linear) -> None:
     recipe = recipe_for("svdquant", rank=6, low_rank="svd", smoothing=0, factor_dtype="float32")
     layer, _ = quantize_linear("x", linear, recipe, None)
-    found, S = spectrum(linear, layer), torch.linalg.svdvals(linear.weight.detach().double())
-    assert found.rank == 6
-    assert found.original == pytest.approx((S / S.norm()).tolist(), rel=1e-6)
-    assert found.transformed == pytest.approx(found.original, rel=1e-6)
-    assert found.remaining[:90] == pytest.approx(found.original[6:], rel=1e-4)
-    assert max(found.remaining[90:]) < 1e-6
+    measured, S = spectrum(linear, layer), torch.linalg.svdvals(linear.weight.detach().double())
+    assert measured.rank == 6
+    assert measured.original == pytest.approx((S / S.norm()).tolist(), rel=1e-6)
+    assert measured.transformed == pytest.approx(measured.original, rel=1e-6)
+    assert measured.remaining[:90] == pytest.approx(measured.original[6:], rel=1e-4)
+    assert max(measured.remaining[90:]) < 1e-6
 
 
 def test_the_transforms_spectrum_is_that_of_the_changed_weight(linear: nn.Linear, statistics: Statistics) -> None:
     layer, _ = quantize_linear("x", linear, recipe_for("w4a4", rank=6), statistics)
-    found = spectrum(linear, layer)
+    measured = spectrum(linear, layer)
     assert layer.in_scale is not None
     S = torch.linalg.svdvals((linear.weight.detach() * layer.in_scale).double())  # a rotation changes none
-    assert found.transformed == pytest.approx((S / S.norm()).tolist(), rel=1e-4)
-    assert relative(torch.tensor(found.transformed), torch.tensor(found.original)) > 0.01
-    assert sum(v**2 for v in found.remaining) < sum(v**2 for v in found.transformed)
+    assert measured.transformed == pytest.approx((S / S.norm()).tolist(), rel=1e-4)
+    assert relative(torch.tensor(measured.transformed), torch.tensor(measured.original)) > 0.01
+    assert sum(v**2 for v in measured.remaining) < sum(v**2 for v in measured.transformed)
 
 
 def test_quantiles_of_the_smoothing_scale() -> None:
@@ -113,7 +113,7 @@ def test_quantiles_of_the_smoothing_scale() -> None:
     assert scale_quantiles(SVDLinear(64, 8, spec=LinearSpec(weight=WEIGHT_FORMATS["int8"]))) is None
 
 
-def test_histograms_show_that_the_transform_takes_outliers_away(linear: nn.Linear, statistics: Statistics) -> None:
+def test_histograms_show_that_the_transform_removes_outliers(linear: nn.Linear, statistics: Statistics) -> None:
     layer, _ = quantize_linear("x", linear, recipe_for("w4a4", rank=4), statistics)
     before, after = histograms(layer, statistics.sample)
     assert before.limit == after.limit

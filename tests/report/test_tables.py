@@ -1,4 +1,4 @@
-"""Tables: where a layer stands, and what is said of many."""
+"""Tables of layers: one row per layer, or per kind of layer."""
 
 import pytest
 from rich.console import Console
@@ -36,9 +36,9 @@ def test_few_layers_have_a_row_each() -> None:
     assert len(printed([line(f"blocks.{i}.mlp.fc1", 20.0 + i) for i in range(MANY)]).splitlines()) > MANY
 
 
-def test_many_layers_are_told_by_kind_with_median_and_worst() -> None:
+def test_many_layers_are_grouped_by_kind_with_median_and_worst() -> None:
     lines = [line(f"blocks.{i}.mlp.fc1", 60.0 - i) for i in range(MANY)]
-    said = printed([*lines, line("final_layer.linear", None)]).splitlines()
-    assert len(said) == 3
-    assert " ".join(said[1].split()) == "40 fc1 INT4 g64 INT8 4 320.0 → 40.0 40.5 21.0 in 39"
-    assert " ".join(said[2].split()) == "1 final_layer.linear INT4 g64 INT8 4 8.0 → 1.0 – –"
+    rows = printed([*lines, line("final_layer.linear", None)]).splitlines()
+    assert len(rows) == 3
+    assert " ".join(rows[1].split()) == "40 fc1 INT4 g64 INT8 4 320.0 → 40.0 40.5 21.0 in 39"
+    assert " ".join(rows[2].split()) == "1 final_layer.linear INT4 g64 INT8 4 8.0 → 1.0 – –"
