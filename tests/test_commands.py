@@ -1,4 +1,4 @@
-"""The documented commands, read out of the README and run as a user would: in a shell, from the repository's root."""
+"""The documented commands, parsed from the README and run from the repository's root as a user would."""
 
 import os
 import re
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 DOCUMENTED = [line for line in BLOCKS[1][1].splitlines() if line]
-SMALL = [  # what stands in for weights that are not here: the embedded model, a few pictures, a few steps
+SMALL = [  # replaces the published weights by the embedded model, and large numbers by small ones
     ("pretrained_models/DiT-XL-2-256x256.pt", "digits"),
     ("DiT-XL/2", "DiT-digits"),
     ("--image-size 256", "--image-size 8"),
@@ -37,7 +37,7 @@ def small(line: str, folder: Path) -> str:
 
 
 def run(line: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """The command with this Python and one thread."""
+    """Run a command line with this Python and one thread."""
     words = shlex.split(line)
     start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -47,14 +47,14 @@ def run(line: str, *more: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands leave their files; the quantized model is made first, as the README has it."""
+    """The folder of all outputs, with the quantized model, which the README makes first."""
     folder = tmp_path_factory.mktemp("documented")
     done = run(small(DOCUMENTED[2], folder))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def test_the_readme_holds_the_documented_commands_verbatim() -> None:
+def test_the_readme_contains_the_documented_commands_verbatim() -> None:
     assert DOCUMENTED == [
         "python sample.py --image-size 256 --seed 1",
         "python sample.py --model DiT-XL/2 --image-size 256 --ckpt pretrained_models/DiT-XL-2-256x256.pt",
@@ -102,7 +102,7 @@ def test_generate_then_evaluate(folder: Path) -> None:
     assert "NOT comparable" in done.stdout
 
 
-def test_a_rank_ratio_that_is_not_the_files_is_an_error(folder: Path) -> None:
+def test_a_rank_ratio_other_than_the_checkpoints_is_an_error(folder: Path) -> None:
     line = small(DOCUMENTED[3], folder).replace("--rank-ratio 0.95", "--rank-ratio 0.5")
     done = run("python " + line[line.index("sample_ddp.py") :])
     assert done.returncode == 2

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def size(name: str, spec: "LinearSpec", tensors: Mapping[str, "Tensor"]) -> tuple[int, int, int]:
-    """Output and input features and bytes of a quantized layer; widths are multiples of 8, so that codes fill bytes."""
+    """(O, I, bytes) of a quantized layer; widths are multiples of 8, so codes fill whole bytes."""
     stored = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
     kind, form = ("residual", spec.weight) if spec.weight else ("l2", spec.factors)
     codes = stored.get(f"{kind}_codes", stored.get("l2"))

@@ -5,7 +5,7 @@ torchrun --nproc-per-node 8 train.py --model DiT-XL/2 --data imagenet/train --bf
 
 import argparse
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +72,10 @@ def add_machine(parser: Parser) -> None:
         "default: %(default)s",
     )
     add("--log-every", type=positive, default=100, metavar="STEPS", help="default: %(default)s")
-    add("--ckpt-every", type=positive, default=10_000, metavar="STEPS", help="also samples; default: %(default)s")
-    add("--num-workers", type=natural, default=4, metavar="N", help="data loading processes; default: %(default)s")
+    options: dict[str, Any] = {"dest": "checkpoint_every", "metavar": "STEPS", "type": positive, "default": 10_000}
+    add("--ckpt-every", help="checkpoint and samples; default: %(default)s", **options)
+    options = {"dest": "workers", "metavar": "N", "type": natural, "default": 4}
+    add("--num-workers", help="data loading processes; default: %(default)s", **options)
     setup.add_device(group)
 
 
@@ -163,16 +165,5 @@ def train_options(args: argparse.Namespace, size: int) -> "TrainOptions":
     """The options of the training loop, for a data set of `size` images."""
     from svdit.training.loop import TrainOptions
 
-    return TrainOptions(
-        seed=args.seed,
-        global_batch_size=args.global_batch_size,
-        lr=args.lr,
-        ema_decay=args.ema_decay,
-        label_dropout=args.label_dropout,
-        augment=args.augment,
-        bf16=args.bf16,
-        steps=args.steps or -(-args.epochs * size // args.global_batch_size),
-        log_every=args.log_every,
-        checkpoint_every=args.ckpt_every,
-        workers=args.num_workers,
-    )
+    steps = args.steps or -(-args.epochs * size // args.global_batch_size)
+    return TrainOptions(**{field.name: getattr(args, field.name) for field in fields(TrainOptions)} | {"steps": steps})

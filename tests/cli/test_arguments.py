@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from closed_pipe import into_closed_pipe
 from pixels import ROOT
 
 from svdit.cli import COMMANDS, MODULES, command
@@ -119,16 +118,3 @@ def test_help_of_no_command_imports_torch() -> None:
 def test_every_preset_and_adaln_format_is_in_the_help() -> None:
     text = " ".join(parser_of("quantize").format_help().split())
     assert all(name in text for name in (*RECIPES, *ADALN))
-
-
-CLOSED_PIPE = [  # commands that only print; for those that write files, see their tests
-    ["--version"],
-    ["--help"],
-    ["quantize", "--help"],
-    ["inspect", "digits"],
-]
-
-
-@pytest.mark.parametrize("argv", CLOSED_PIPE, ids=" ".join)
-def test_a_closed_pipe_is_no_traceback(argv: list[str]) -> None:
-    assert into_closed_pipe(*argv) == (1, "")

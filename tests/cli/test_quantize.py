@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from closed_pipe import into_closed_pipe
 
 from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.cli import command
@@ -102,16 +101,6 @@ def test_quantizing_a_quantized_file_is_an_error(checkpoint: Path, capsys: pytes
     with pytest.raises(SystemExit):
         quantize(output, "--rank-ratio", "0.5", name="twice.safetensors")
     assert "quantized already" in capsys.readouterr().err
-
-
-def test_a_closed_pipe_loses_nothing(checkpoint: Path) -> None:
-    """`svdit quantize … | head -1`: checkpoint, report and figures are written before anything is printed."""
-    output = checkpoint.with_name("q.safetensors")
-    argv = ["quantize", "--ckpt", str(checkpoint), "--output", str(output), "--rank-ratio", "0.5"]
-    assert into_closed_pipe(*argv) == (1, "")
-    assert len(json.loads(output.with_suffix(".report.json").read_text())["layers"]) == 14
-    assert len(list(output.with_suffix(".report").glob("*.png"))) >= 2
-    assert not list(checkpoint.parent.glob("*.partial"))
 
 
 def test_without_matplotlib_there_is_a_note_and_no_figures(
