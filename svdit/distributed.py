@@ -19,11 +19,14 @@ from torch import Tensor
 
 @contextmanager
 def session(device: torch.device | None = None) -> Iterator[None]:
-    """Join torchrun's process group (nccl on CUDA, gloo otherwise) and leave it at the end."""
+    """Join torchrun's process group (nccl on CUDA, gloo otherwise) and leave it at the end.
+
+    On "cuda" without an index every process uses its own GPU.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    device = device or default_device()
+    device = default_device() if device in (None, torch.device("cuda")) else device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
