@@ -12,8 +12,8 @@ class LayerReport:
     weight: str
     act: str
     rank: int
-    numbers_before: int  # in the weight
-    numbers_after: int  # in the residual and the factors
+    numbers_before: int  # elements of the weight
+    numbers_after: int  # of the residual and the factors
     residual: bool
     bytes_before: int
     bytes_after: int
@@ -26,28 +26,36 @@ class LayerReport:
 
 @dataclass
 class QuantReport:
-    """`bytes_*` count the whole model, layers that were left alone included."""
+    """`bytes_*` count the whole model, with the layers that are not quantized."""
 
     layers: list[LayerReport] = field(default_factory=list)
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    skipped: dict[str, str] = field(default_factory=dict)  # layer: why it is not quantized although a rule asked for it
+
+    def add_seconds(self, **seconds: float) -> None:
+        """Add to the time of each phase."""
+        for phase, time in seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about what a user would want to know before using the result."""
-        sentences = [f"{line.name}: {line.note}" for line in self.layers if line.note]
+        """What a user should know before using the result, as sentences."""
+        sentences = [f"{name} was not quantized: {reason}" for name, reason in self.skipped.items()]
+        sentences += [f"{line.name}: {line.note}" for line in self.layers if line.note]
         grown = [line for line in self.layers if not line.residual and line.numbers_after > line.numbers_before]
         if grown:
             ratio = sum(line.numbers_after for line in grown) / sum(line.numbers_before for line in grown)
             sentences.append(
-                f"in {len(grown)} of {len(self.layers)} layers the two factors hold more numbers than the weight they "
-                f"replace ({ratio:.2f} times as many); a dense weight of as many bits would be smaller and more exact"
+                f"in {len(grown)} of {len(self.layers)} layers the two factors have more elements than the weight they "
+                f"replace ({ratio:.2f}×); a dense weight with the same number of bits is smaller and more accurate"
             )
         for weight in sorted({line.weight for line in self.layers if line.weight.startswith("FP")}):
-            where = " but on GPUs of capability 9.0" if weight.startswith("FP8") else ""
-            sentences.append(f"{weight} is emulated everywhere{where}: the file is small, products are made in floats")
+            where = " except on GPUs of capability 9.0" if weight.startswith("FP8") else ""
+            sentences.append(f"{weight} is emulated everywhere{where}: it saves memory, but the products are in floats")
         return sentences
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Solved layers, kept on disk as they come, so that a killed run can go on and processes can share the work."""
+"""Finished layers, saved one by one, so that an interrupted run resumes and processes can share the work."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from svdit import distributed
+from svdit import __version__, distributed
 from svdit.errors import UserError
 from svdit.files import atomic_path
 from svdit.quant.config import Recipe
@@ -20,13 +20,14 @@ Result = tuple[SVDLinear, LayerReport]
 
 
 class Results:
-    """A mapping from layer name to its quantized layer and report; with a folder, also after a restart."""
+    """A mapping from layer name to its quantized layer and report; with a folder, it survives a restart."""
 
     def __init__(self, folder: Path | None, plan: dict[str, Recipe], run_id: str) -> None:
         self.folder, self.memory = folder, dict[str, Result]()
         if folder is None:
             return
-        text = json.dumps([run_id, {name: asdict(recipe) for name, recipe in plan.items()}], sort_keys=True)
+        recipes = {name: asdict(recipe) for name, recipe in plan.items()}
+        text = json.dumps([__version__, run_id, recipes], sort_keys=True)
         self.plan = hashlib.sha256(text.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -49,7 +50,10 @@ class Results:
             save_file(state, temporary, {"result": json.dumps(header)})
 
     def collect(self, names: list[str]) -> dict[str, Result]:
-        """All results in the order of `names`, those of other processes too."""
+        """All results in the order of `names`, with those of other processes."""
+        if distributed.world_size() > 1:  # tensors on a GPU would be received on the sender's
+            for layer, _ in self.memory.values():
+                layer.cpu()
         everyone: dict[str, Result] = {}
         for part in distributed.gather(self.memory):
             everyone.update(part)
@@ -65,7 +69,7 @@ class Results:
             header: dict[str, Any] = json.loads(file.metadata()["result"])
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         if header["plan"] != self.plan:
-            raise UserError(f"{path} is of a run with other settings; delete {self.folder} to begin anew")
+            raise UserError(f"{path} is from a run with other settings or another version; delete {self.folder}")
         O, I, bias = header["shape"]
         layer = SVDLinear(I, O, bias, spec=LinearSpec.from_dict(header["spec"]))
         layer.load_state_dict(state, assign=True)

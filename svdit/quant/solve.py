@@ -67,9 +67,8 @@ class Split(NamedTuple):
 def quantize_linear(
     name: str, linear: nn.Linear, recipe: Recipe, statistics: Statistics | None
 ) -> tuple[SVDLinear, LayerReport]:
-    """The quantized layer and its report. Raises UserError for NaN or Inf in the weight."""
+    """The quantized layer and its report."""
     W = linear.weight.detach().float()
-    check_finite(name, linear)
     recipe, note = fit(recipe, W), ""
     if statistics and recipe.needs_inputs and not statistics.vary(recipe.centre):
         recipe, note = without_inputs(recipe), "its inputs are constant: plain SVD and rounding to nearest"
@@ -97,15 +96,6 @@ def quantize_linear(
         note=note,
     )
     return layer, report
-
-
-def check_finite(name: str, linear: nn.Linear) -> None:
-    """Raises UserError for NaN or Inf in the layer's parameters, and for weights without values."""
-    for part, tensor in linear.named_parameters():
-        if tensor.is_meta:
-            raise UserError(f"the {part} of {name} is on the meta device; load the checkpoint before quantizing")
-        if not tensor.isfinite().all():
-            raise UserError(f"the {part} of {name} contains NaN or Inf; check the checkpoint and its dtype")
 
 
 def fit(recipe: Recipe, W: Tensor) -> Recipe:

@@ -36,7 +36,7 @@ def test_the_documented_mode(checkpoint: Path, capsys: pytest.CaptureFixture[str
     assert header["provenance"]["quantization"].items() >= mode.items()
     assert {layer.spec.rank_ratio for layer in quantized_layers(load_model(output)).values()} == {0.95}
     printed = capsys.readouterr().out
-    assert "more numbers than the weight" in " ".join(printed.split())
+    assert "more elements than the weight" in " ".join(printed.split())
     assert "MB before" in printed
     report = json.loads(output.with_suffix(".report.json").read_text())
     assert len(report["layers"]) == 14
@@ -73,7 +73,7 @@ def test_the_same_command_writes_the_same_file(checkpoint: Path) -> None:
     [
         (["--rank-ratio", "0.5", "--target-size", "0.4"], "--target-size excludes --rank-ratio"),
         (["--preset", "w4a8", "--group-size", "48"], "cannot be cut into groups of 48"),
-        (["--skip", "*"], "no rule of the configuration matches"),
+        (["--skip", "*"], "no rule of the configuration selects"),
         (["--skip", "blocks.*", "--skip", "block.*"], "--skip block.* matches no linear layer"),
         (["--output", "{folder}/q.bin"], "q.bin; choose a name that ends in .safetensors or .pt"),
         (["--output", "{folder}/folder.pt"], "folder.pt, which is a folder"),
@@ -100,7 +100,7 @@ def test_quantizing_a_quantized_file_is_an_error(checkpoint: Path, capsys: pytes
     output = quantize(checkpoint, "--rank-ratio", "0.5")
     with pytest.raises(SystemExit):
         quantize(output, "--rank-ratio", "0.5", name="twice.safetensors")
-    assert "quantized already" in capsys.readouterr().err
+    assert "already quantized" in capsys.readouterr().err
 
 
 def test_without_matplotlib_there_is_a_note_and_no_figures(

@@ -12,6 +12,7 @@ from svdit.errors import UserError
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
 from svdit.quant import quantize as module
+from svdit.quant import resume
 from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, rank_ratio_config
 from svdit.quant.linear import linears, quantized_layers
 from svdit.quant.observe import Statistics
@@ -69,7 +70,7 @@ def test_the_documented_mode_needs_no_calibration(tiny: DiT) -> None:
 
 def test_quantizing_twice_is_an_error(tiny: DiT) -> None:
     quantize_(tiny, rank_ratio_config(0.5, 8))
-    with pytest.raises(UserError, match="quantized already"):
+    with pytest.raises(UserError, match="already quantized"):
         quantize_(tiny, rank_ratio_config(0.5, 8))
 
 
@@ -77,7 +78,7 @@ def test_a_missing_loop_and_an_empty_plan_are_sentences(tiny: DiT) -> None:
     with pytest.raises(UserError, match="needs calibration"):
         quantize_(tiny, CONFIG)
     with pytest.raises(UserError, match="no rule"):
-        quantize_(tiny, QuantConfig((Rule("nothing", Recipe()),)), LOOP)
+        quantize_(tiny, QuantConfig((Rule("nothing", Recipe(), optional=True),)), LOOP)
 
 
 def test_memory_only_decides_how_often_the_loop_runs(tiny: DiT) -> None:
@@ -94,6 +95,9 @@ def test_memory_only_decides_how_often_the_loop_runs(tiny: DiT) -> None:
     quantize_(other, CONFIG, counting, max_memory=Statistics.nbytes(256))
     assert len(runs) > 3
     assert equal(state_of(tiny), state_of(other))
+    for bad in (0, -1, float("nan")):
+        with pytest.raises(UserError, match=f"max_memory is {bad}; pass a positive number"):
+            quantize_(DiT(tiny.config), CONFIG, counting, max_memory=bad)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
@@ -132,6 +136,14 @@ def test_work_of_other_settings_is_refused(tiny: DiT, tmp_path: Path) -> None:
         quantize_(other, rank_ratio_config(0.5, 4), work_dir=tmp_path)
 
 
+def test_work_of_another_version_is_refused(tiny: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = DiT(tiny.config)
+    quantize_(tiny, rank_ratio_config(0.5, 8), work_dir=tmp_path)
+    monkeypatch.setattr(resume, "__version__", "0.0.0")
+    with pytest.raises(UserError, match="another version"):
+        quantize_(other, rank_ratio_config(0.5, 8), work_dir=tmp_path)
+
+
 def test_calibration_shows_what_was_promised(tiny: DiT) -> None:
     seen: list[tuple[int, int]] = []
     tokens = 0
@@ -161,7 +173,7 @@ def test_a_large_model_is_shown_eight_tokens_a_feature() -> None:
     assert calibration_size(model, steps=4) == (18, 4)
 
 
-@pytest.mark.parametrize(("preset", "where"), [("nvfp4", "everywhere: "), ("fp8", "but on GPUs of capability 9.0")])
+@pytest.mark.parametrize(("preset", "where"), [("nvfp4", "everywhere: "), ("fp8", "except on GPUs of capability 9.0")])
 def test_emulated_formats_are_called_so(tiny: DiT, preset: str, where: str) -> None:
     recipe = replace(RECIPES[preset], rank=4, smoothing=0, iterations=1)
     report = quantize_(tiny, QuantConfig((Rule("blocks.0.mlp.*", recipe),)), LOOP)

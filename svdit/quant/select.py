@@ -1,0 +1,105 @@
+"""Which layers of a model a configuration quantizes, checked before any long work.
+
+Only plain `nn.Linear`s are replaced: a subclass with a forward of its own computes something else, and
+`nn.MultiheadAttention` reads the weight of its out_proj without calling it.
+"""
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from svdit.errors import UserError
+from svdit.quant.config import QuantConfig, Recipe
+from svdit.quant.linear import quantized_layers
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to quantize by their first name, all names of each, and reasons for what is not quantized."""
+
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    linears: dict[str, nn.Linear] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)  # several where a module is shared
+    skipped: dict[str, str] = field(default_factory=dict)  # name: reason, of what a recipe asked for in vain
+
+
+def select(model: nn.Module, config: QuantConfig) -> Selection:
+    """The layers of `model` that `config` quantizes.
+
+    Raises UserError for a model without such layers or quantized before, for patterns that match nothing, for one
+    module under two rules, and for parameters that cannot be quantized.
+    """
+    if done := quantized_layers(model):
+        raise UserError(f"this model is already quantized ({next(iter(done))}); load the full-precision checkpoint")
+    if isinstance(model, nn.Linear):
+        raise UserError("the model is itself a Linear, which cannot be replaced in place; pass nn.Sequential(linear)")
+    selection, names = Selection(), names_by_linear(model)
+    check_patterns(config, [name for every in names.values() for name in every])
+    attention = {name: m for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    for linear, every in names.items():
+        name = every[0]
+        recipe = shared_recipe(config, every)
+        if recipe is None:
+            continue
+        if name.rpartition(".")[0] in attention:
+            reason = "nn.MultiheadAttention uses its in_proj and out_proj weights without calling a linear"
+            selection.skipped[name.rpartition(".")[0]] = reason
+        elif type(linear).forward is not nn.Linear.forward:
+            selection.skipped[name] = f"{type(linear).__name__} is a subclass of nn.Linear with its own forward"
+        else:
+            check_layer(name, linear, recipe)
+            selection.recipes[name], selection.linears[name], selection.names[name] = recipe, linear, every
+    if not selection.recipes:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in selection.skipped.items())
+        raise UserError(f"no rule of the configuration selects a linear layer of this model{reasons}")
+    return selection
+
+
+def names_by_linear(model: nn.Module) -> dict[nn.Linear, list[str]]:
+    """Every linear of a model with all its names, in order of the first."""
+    names: dict[nn.Linear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def check_patterns(config: QuantConfig, names: list[str]) -> None:
+    """Raises UserError for a rule whose pattern matches none of the names, unless it is optional."""
+    for rule in config.rules:
+        if not rule.optional and not any(fnmatchcase(name, rule.pattern) for name in names):
+            raise UserError(f"{rule.pattern!r} matches no linear layer of this model; names are like {names[-1:]}")
+
+
+def shared_recipe(config: QuantConfig, names: list[str]) -> Recipe | None:
+    """The recipe of a linear with these names. Raises UserError where they have different ones."""
+    recipes = [config.recipe(name) for name in names]
+    for name, recipe in zip(names, recipes, strict=True):
+        if recipe != recipes[0]:
+            raise UserError(f"{names[0]} and {name} are the same module but have different rules; make them equal")
+    return recipes[0]
+
+
+def check_layer(name: str, linear: nn.Linear, recipe: Recipe) -> None:
+    """Raises UserError for NaN, Inf or missing values, and for groups that do not divide the layer's width."""
+    for form in (recipe.weight, recipe.act, recipe.factors):
+        if form:
+            form.groups(linear.in_features)
+    for part, tensor in linear.named_parameters():
+        if tensor.is_meta:
+            raise UserError(f"the {part} of {name} is on the meta device; load the checkpoint before quantizing")
+        if not tensor.isfinite().all():
+            raise UserError(f"the {part} of {name} contains NaN or Inf; check the checkpoint and its dtype")
+
+
+def replace_(model: nn.Module, names: list[str], layer: nn.Module) -> None:
+    """Put `layer` in place of the module with these names, on its device and in its mode."""
+    old = model.get_submodule(names[0])
+    layer.to(next(old.parameters()).device).train(old.training)
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, leaf, layer)
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0  # disables its fast path, which reads linear1.weight
