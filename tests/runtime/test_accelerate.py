@@ -29,7 +29,7 @@ CONFIGS = {
         name: dit_config(recipe_for(name, smoothing=0, iterations=2))
         for name in ("w8a8", "w8a16", "svdquant", "fp8", "w4a4")
     },
-    "svdquant-w4a4": dit_config(recipe_for("svdquant-w4a4", smoothing=3, iterations=2)),
+    "svdquant-w4a4": dit_config(recipe_for("svdquant-w4a4", smoothing=7, iterations=2)),
     "w4a8": dit_config(recipe_for("w4a8", smoothing=0), adaln="int4"),
     "w4a8-channel, adaLN left": dit_config(recipe_for("w4a8-channel", smoothing=0), adaln="fp16"),
     "factors": rank_ratio_config(0.5, 8),
