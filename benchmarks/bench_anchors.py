@@ -1,10 +1,10 @@
-"""One block of DiT-XL/2 beside other runtimes: SDNQ with an SVD branch, torchao, OpenVINO, each as it advises.
+"""One block of DiT-XL/2 compared with other runtimes: SDNQ with an SVD branch, torchao, OpenVINO, each as documented.
 
     pip install -e '.[bench]'
     python benchmarks/bench_anchors.py
 
-All of them quantize the same random float block, and the error beside each time is to that block. They compute in
-bfloat16 where the processor has dot products of it, else in fp32. The rest as in bench_cpu.py.
+All runtimes quantize the same random float block, and errors are relative to that block. Float operations use bfloat16
+if the processor has bf16 dot products, else fp32. The protocol is that of bench_cpu.py.
 """
 
 import argparse
@@ -28,15 +28,15 @@ DTYPE = torch.bfloat16 if HAS_BF16 else torch.float32
 
 
 def ours(model: DiT, preset: str, x: Tensor, c: Tensor) -> Run:
-    """Everything quantized, adaLN too."""
+    """svdit with every linear quantized, adaLN included. x (N, T, D), c (N, D)."""
     adaln = "int4" if preset == "w4a8" else "int8"
     quantize_(model, dit_config(recipe_for(preset, rank=32), adaln), lambda model: model(*model_inputs(16)))
     block, c = accelerate(model).blocks[0], F.silu(c)[None]
-    return lambda: block(x.clone(), c, slice(None))  # which is updated in place
+    return lambda: block(x.clone(), c, slice(None))  # the block updates x in place
 
 
 def sdnq(block: nn.Module, x: Tensor, c: Tensor) -> Run:
-    """INT8 products beside a branch of rank 32; SDNQ compiles its layers itself."""
+    """SDNQ: INT8 with a rank-32 branch; SDNQ compiles its own layers. x (N, T, D), c (N, D)."""
     from sdnq import sdnq_post_load_quant
 
     options = {"weights_dtype": "int8", "use_svd": True, "svd_rank": 32, "use_quantized_matmul": True}
@@ -46,7 +46,7 @@ def sdnq(block: nn.Module, x: Tensor, c: Tensor) -> Run:
 
 
 def torchao(block: nn.Module, x: Tensor, c: Tensor) -> Run:
-    """Activations by token, weights by row, compiled."""
+    """torchao: INT8 with per-token and per-row scales, compiled. x (N, T, D), c (N, D)."""
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     from torchao.utils import should_reduce_range
 
@@ -57,8 +57,10 @@ def torchao(block: nn.Module, x: Tensor, c: Tensor) -> Run:
 
 
 def openvino(block: nn.Module, x: Tensor, c: Tensor) -> Run:
-    """NNCF's static quantization as for transformers, calibrated on the inputs themselves; what is left in floats is
-    fp32, which is faster here than its own choice, bfloat16."""
+    """OpenVINO: NNCF's static quantization for transformers, calibrated on the test inputs. x (N, T, D), c (N, D).
+
+    Float operations are fp32, which was faster than OpenVINO's default, bfloat16.
+    """
     import nncf
     import openvino as ov
 
@@ -77,7 +79,7 @@ def openvino(block: nn.Module, x: Tensor, c: Tensor) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="three rounds, nothing is recorded")
+    parser.add_argument("--quick", action="store_true", help="three rounds, no recording")
     args = parser.parse_args()
     torch.manual_seed(0)
     x, c = torch.randn(2, 256, 1152), torch.randn(2, 1152)
@@ -87,13 +89,13 @@ def main() -> None:
     for preset in ("w8a8", "w4a8"):
         candidates[f"svdit {preset}"] = ours(copy.deepcopy(model), preset, x, c)
     with torch.no_grad():
-        for name, make in {"SDNQ INT8, SVD 32": sdnq, "torchao INT8": torchao, "OpenVINO INT8": openvino}.items():
+        for name, build in {"SDNQ INT8, SVD 32": sdnq, "torchao INT8": torchao, "OpenVINO INT8": openvino}.items():
             try:
-                candidates[name] = make(copy.deepcopy(block), x, c)
+                candidates[name] = build(copy.deepcopy(block), x, c)
                 candidates[name]()
-            except Exception as error:  # somebody else's code: whatever it says
+            except Exception as error:  # third-party code may raise anything
                 candidates.pop(name, None)
-                print(f"{name} does not run here: {str(error).splitlines()[0]}")
+                print(f"{name} is unavailable: {str(error).splitlines()[0]}")
         times = measure(candidates, 3 if args.quick else args.rounds, calls=3)
         keep = steady(times["fp32 eager"]) and not args.quick
         expected = block(x, c)
@@ -101,7 +103,7 @@ def main() -> None:
             error = float((run().float() - expected).norm() / expected.norm())
             milliseconds = 1e3 * statistics.median(times[name])
             over = ratio(times, name, "svdit w8a8")
-            print(f"{name:20} {milliseconds:8.1f} ms, {over:5.2f} times svdit w8a8; error {error:.2g}")
+            print(f"{name:20} {milliseconds:8.1f} ms, {over:5.2f} × the time of svdit w8a8; error {error:.2g}")
             if keep:
                 note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {ffi.kernels().isa}"
                 record("anchors", f"{name}, time over svdit w8a8", over, "×", note)

@@ -1,11 +1,11 @@
-"""What quantizing a DiT-XL/2 costs: wall time by phase, peak memory, bytes on disk.
+"""Cost of quantizing DiT-XL/2: wall time by phase, peak memory, file size.
 
     python benchmarks/bench_cost.py [w8a8 w4a8 347 …]
-    python benchmarks/bench_cost.py svd             # what 100 exact decompositions of every weight would take
+    python benchmarks/bench_cost.py svd             # time of 100 exact SVDs of every weight
 
-A number is a size in MB for the planned choice of bits and ranks. adaLN is INT8 at W8A8 and above 500 MB, else INT4.
-Random weights, none of them zero: time and memory do not depend on the values. The model's inputs are observed once
-for all; a user's run is the calibration and one of the rest.
+A run is a preset, or a target size in MB. adaLN is INT8 for w8a8 and sizes above 500 MB, else INT4. The weights are
+random and nonzero: time and memory do not depend on their values. All runs share one calibration; a user's run consists
+of the calibration and one of the others.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from svdit.sampling.calibration import calibration_loop, calibration_size
 
 
 def random_model(name: str) -> DiT:
+    """A DiT whose zero-initialized layers are random instead."""
     model = DiT_models[name]().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -41,18 +42,20 @@ def random_model(name: str) -> DiT:
 
 
 def config_of(run: str) -> QuantConfig:
+    """The configuration of a preset, or the one to start from for a size in MB."""
     preset = run if not run.isdigit() else "w8a8" if int(run) > 500 else "w4a8"
     return dit_config(RECIPES[preset], "int8" if preset == "w8a8" else "int4")
 
 
 def file_megabytes(model: DiT) -> float:
+    """Size of the saved model."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder) / "model.safetensors")
         return (Path(folder) / "model.safetensors").stat().st_size / 1e6
 
 
 def exact_svd_hours(model: DiT, iterations: int = 100) -> float:
-    """Hours for the decompositions of SVDQuant's iteration, in float64, were it never to stop early."""
+    """Hours for the float64 SVDs of SVDQuant's iteration without early stopping."""
     seconds = 0.0
     for name, layer in linears(model.blocks[0]):
         if "adaLN" not in name:
@@ -66,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="*", default=["w8a8", "w4a8", "347"])
     parser.add_argument("--model", default="DiT-XL/2")
-    parser.add_argument("--images", type=int, help="calibrate on fewer, to time the rest alone")
+    parser.add_argument("--images", type=int, help="calibration images; fewer to time only the other phases")
     args = parser.parse_args()
 
     def note(run: str, what: str, value: float, unit: str) -> None:
@@ -79,7 +82,7 @@ def main() -> None:
 
 
 def quantized(runs: list[str], name: str, images: int | None, note: Callable[[str, str, float, str], None]) -> None:
-    """Calibrate once, then time and weigh every run."""
+    """Calibrate once, then record the time, memory and file size of every run."""
     start = time.perf_counter()
     model, calls = random_model(name), list[Call]()
     images, steps = calibration_size(model, images, calibration_size(model)[1])

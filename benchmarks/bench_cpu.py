@@ -1,12 +1,12 @@
-"""How fast a quantized DiT-XL/2 runs on this CPU, beside the same model in floats.
+"""Speed of a quantized DiT-XL/2 on this CPU, compared with the same model in full precision.
 
-    python benchmarks/bench_cpu.py                # whole model, batches 2 and 8, parts of a block, memory, start
-    python benchmarks/bench_cpu.py --quick        # 4 blocks, batch 2, three rounds, nothing recorded
+    python benchmarks/bench_cpu.py                # whole model at batch 2 and 8, parts of a block, memory, start-up
+    python benchmarks/bench_cpu.py --quick        # 4 blocks, batch 2, three rounds, no recording
 
-Random weights: the float model has exactly the weights that the codes stand for, so the error beside each time is that
-of rounding activations. One process; candidates in shuffled order each round; medians, and ratios as medians of
-per-round ratios. A run in which the baseline varies by more than 15 % (p90 / p10) is void and is not recorded.
-bfloat16 is left out where the processor has no products of it, where it is slower than fp32.
+Weights are random, and the full-precision model has exactly the dequantized weights, so the reported error is that of
+rounding activations. All candidates run in one process, in shuffled order each round; times are medians, ratios are
+medians of per-round ratios. A run whose baseline varies by more than 15 % (p90 / p10) is void and not recorded.
+bfloat16 is skipped on processors without bf16 dot products, where it is slower than fp32.
 """
 
 import argparse
@@ -49,7 +49,7 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured and how often."""
+    """Size of the model, number of rounds, and whether to record results."""
 
     depth: int = 28
     rank: int = 32
@@ -58,10 +58,10 @@ class Setting:
 
 
 def measure(candidates: dict[str, Run], rounds: int, calls: int = 1) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, warmed up, in an order shuffled anew each round.
+    """Seconds per candidate and round, after a warm-up, in a newly shuffled order each round.
 
-    The last of `calls` in a row counts: runtimes with threads of their own find the cores taken at the first, where
-    those of the candidate before still wait for work.
+    Of `calls` consecutive calls the last is timed: a runtime with its own threads is slowed down at first by the
+    previous candidate's threads, which still spin on the cores.
     """
     order, times = random.Random(0), {name: list[float]() for name in candidates}
     for run in candidates.values():
@@ -77,20 +77,20 @@ def measure(candidates: dict[str, Run], rounds: int, calls: int = 1) -> dict[str
 
 
 def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
-    """How many times faster: the median over rounds."""
+    """How many times faster `fast` is than `slow`: median of per-round ratios."""
     return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
 
 
 def steady(times: list[float]) -> bool:
-    """Whether the machine was quiet enough for these times to mean anything."""
+    """Whether the spread of the baseline's times is at most SPREAD."""
     low, *_, high = statistics.quantiles(times, n=10) if len(times) > 2 else times
     if high / low > SPREAD:
-        print(f"VOID: the baseline varied by {high / low:.2f}, more than {SPREAD}; the machine is busy")
+        print(f"VOID: the baseline varied by a factor of {high / low:.2f} (limit {SPREAD}); the machine is busy")
     return high / low <= SPREAD
 
 
 def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
-    """The table of the whole model: time, ratio to the eager float model, error against it."""
+    """Whole model: time, speed-up over eager fp32, and error."""
     x, t, y = model_inputs(batch)
     plain = in_floats(quantized("W8A8", "int8", setting.depth, setting.rank))
     candidates: dict[str, Run] = {
@@ -109,7 +109,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         fast = accelerate(model)
         candidates[name] = lambda fast=fast: fast(x, t, y)
     times = measure(candidates, setting.rounds)
-    good = steady(times["fp32 eager"]) and setting.keep
+    valid = steady(times["fp32 eager"]) and setting.keep
     shape = f"{setting.depth} blocks, batch {batch}, rank {setting.rank}"
     print(f"\nDiT-XL/2 at 256 px, {shape}, {ops.describe(ops.choose())}")
     for name, run in candidates.items():
@@ -117,7 +117,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         error = float((run().float() - expected).norm() / expected.norm())
         median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
         print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
-        if good:
+        if valid:
             note = f"{median * 1e3:.0f} ms; {shape}, {ffi.kernels().isa}, error {error:.2g}"
             record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
     floats = [name for name in candidates if name not in SCHEMES and name != "fp32 eager"]
@@ -126,12 +126,12 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     ratios["W4A8, time over W8A8's"] = ratio(times, "W4A8", "W8A8")
     for name, value in ratios.items():
         print(f"{name}: {value:.3f} ×")
-        if good:
+        if valid:
             record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {ffi.kernels().isa}")
 
 
 def with_precision(precision: str, run: Run) -> Tensor:
-    """`run` under another precision of float32 products."""
+    """`run` with the given float32 matmul precision."""
     torch.set_float32_matmul_precision(precision)
     try:
         return run()
@@ -140,7 +140,7 @@ def with_precision(precision: str, run: Run) -> Tensor:
 
 
 def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
-    """torch.compile with constants frozen, block by block so that one graph does not hold all of them."""
+    """torch.compile with freezing, one graph per block. x (N, C, H, W), t and y (N,)."""
     import torch._dynamo
     import torch._inductor.config
 
@@ -156,16 +156,16 @@ def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
 
 
 def peak(setting: Setting) -> None:
-    """What this processor does out of registers."""
+    """Peak INT8 and fp32 rates of this processor, computed from registers."""
     kernels = ffi.kernels()
     int8, fp32 = (max(ffi.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9 for kind in (True, False))
-    print(f"\nout of registers: INT8 {int8:.0f} GOP/s, fp32 {fp32:.0f} GFLOP/s")
+    print(f"\npeak from registers: INT8 {int8:.0f} GOP/s, fp32 {fp32:.0f} GFLOP/s")
     if setting.keep:
         record("cpu", "INT8 out of registers", int8, "GOP/s", f"fp32 {fp32:.0f} GFLOP/s, {kernels.isa}")
 
 
 def parts(setting: Setting) -> None:
-    """Products beside the peak of this processor in the same round, and what the branch and the transforms cost."""
+    """INT8 products relative to the peak in the same round; share of the low-rank branch and of the transforms."""
     kernels, generator = ffi.kernels(), torch.Generator().manual_seed(0)
     totals: dict[str, float] = {}
     for name, (I, O) in LAYERS.items():
@@ -205,7 +205,7 @@ def parts(setting: Setting) -> None:
 
 
 def attention(setting: Setting, generator: torch.Generator) -> float:
-    """Seconds of the kernels' own, beside torch's fused one and, in bfloat16, plain products."""
+    """Seconds of the kernels' attention; also times torch's SDPA and, in bfloat16, unfused matrix products."""
     qkv, kernels = torch.randn(2, 256, 3456, generator=generator), ffi.kernels()
     q, k, v = qkv.view(2, 256, 3, 16, 72).permute(2, 0, 3, 1, 4)
     low = qkv.to(kernels.low_dtype)
@@ -227,22 +227,22 @@ def attention(setting: Setting, generator: torch.Generator) -> float:
 
 
 def resident() -> tuple[int, int]:
-    """Bytes now, and the most since the counter was last cleared."""
+    """Resident bytes now, and their peak since the counter was last cleared."""
     status = Path("/proc/self/status").read_text()
     now, peak = (int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "VmHWM"))  # type: ignore[index]
     return now * 1024, peak * 1024
 
 
 def settled() -> int:
-    """Bytes in use after garbage has been given back."""
+    """Resident bytes after garbage collection and trimming the heap."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return resident()[0]
 
 
 def memory_of(setting: Setting, kind: str) -> None:
-    """Run in a process of its own: what the model adds, its peak in a forward pass, its first forward."""
-    accelerate(quantized("W8A8", "int8", 1))(*model_inputs(2))  # loads what torch loads at first use
+    """Memory added by the model, peak of a forward pass, time of the first one. Runs in a separate process."""
+    accelerate(quantized("W8A8", "int8", 1))(*model_inputs(2))  # libraries that torch loads on first use
     before = settled()
     model = quantized(*SCHEMES.get(kind, SCHEMES["W8A8"]), setting.depth, setting.rank)
     run = in_floats(model) if kind == "fp32" else model
@@ -263,14 +263,12 @@ def memory_of(setting: Setting, kind: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small, and nothing is recorded")
+    parser.add_argument("--quick", action="store_true", help="small model, few rounds, no recording")
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 8])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave out bf16 compiled and frozen, which takes a minute"
-    )
-    parser.add_argument("--only", choices=["parts", "memory", "model"], help="one of the three")
+    parser.add_argument("--no-compile", action="store_true", help="skip compiled bf16, which takes a minute to compile")
+    parser.add_argument("--only", choices=["parts", "memory", "model"], help="run only this part")
     parser.add_argument("--memory-of", choices=["fp32", *SCHEMES], help=argparse.SUPPRESS)
     args = parser.parse_args()
     setting = Setting(4, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)

@@ -1,14 +1,13 @@
-"""What quantization does to pictures: 256 digits from the same noise, quantized against full precision.
+"""End-to-end image quality: 256 digits from the same noise, quantized compared with full precision.
 
     python benchmarks/bench_end_to_end.py presets      # every preset, and the published algorithm with GPTQ
-    python benchmarks/bench_end_to_end.py ablation     # the recipe with each ingredient taken out, W4A4 and W4A8
+    python benchmarks/bench_end_to_end.py ablation     # the recipe without one ingredient at a time, W4A4 and W4A8
     python benchmarks/bench_end_to_end.py ranks        # rank 0, 8, 16, 32, 64
-    python benchmarks/bench_end_to_end.py budget       # uniform settings, and --target-size at the size of each
-    python benchmarks/bench_end_to_end.py backends     # what each of this processor's instruction sets draws
+    python benchmarks/bench_end_to_end.py budget       # uniform settings, and --target-size at the same sizes
+    python benchmarks/bench_end_to_end.py backends     # each of this processor's instruction sets
 
-DDIM, 50 steps, guidance 1.5, rank 8 unless said otherwise; PSNR and relative L2 over the pictures' uint8 values. What
-is calibrated on other noise rounds differently, and the pictures differ by some tenths of a decibel: every number is
-the mean of several calibrations, with its standard error.
+DDIM with 50 steps, guidance 1.5, rank 8 by default; PSNR and relative L2 of uint8 images. Calibrating on other noise
+changes the PSNR by some 0.1 dB, so every number is a mean over several calibrations, with its standard error.
 """
 
 import argparse
@@ -37,7 +36,7 @@ from svdit.sampling.batch import SamplingConfig, pictures
 from svdit.sampling.calibration import calibration_loop, calibration_size
 
 WALK = SamplingConfig("ddim", "50", 1.5)
-RANK, BATCH, CPU = 8, 16, torch.device("cpu")  # a batch whose activations stay in the cache
+RANK, BATCH, CPU = 8, 16, torch.device("cpu")  # activations of a batch of 16 fit in the cache
 PUBLISHED = replace(RECIPES["svdquant-w4a4"], rounding="gptq")
 BEST_PUBLISHED = {
     "svdquant-w4a4, gptq": PUBLISHED,
@@ -45,19 +44,21 @@ BEST_PUBLISHED = {
     "svdquant w8a8, gptq": replace(RECIPES["svdquant"], rounding="gptq"),
 }
 
-
-Choice = Callable[[DiT, int], QuantConfig]  # of the model and the calibration's seed
+Choice = Callable[[DiT, int], QuantConfig]  # arguments: model, calibration seed
 
 
 def uniform(recipe: Recipe) -> Choice:
+    """The same recipe for every linear of the blocks."""
     return lambda model, seed: dit_config(recipe)
 
 
 def presets() -> dict[str, Choice]:
+    """All presets and the published variants with GPTQ."""
     return {name: uniform(replace(recipe, rank=RANK)) for name, recipe in {**RECIPES, **BEST_PUBLISHED}.items()}
 
 
 def ablation() -> dict[str, Choice]:
+    """W4A4 and W4A8 with one ingredient removed, and some other storage formats."""
     without = {
         "branch": {"low_rank": "none"},
         "refit": {"low_rank": "svd"},
@@ -67,19 +68,20 @@ def ablation() -> dict[str, Choice]:
         "searched scales": {"search_scales": False},
         "gptq": {"rounding": "nearest"},
     }
-    found = {}
+    choices = {}
     for base in ("w4a4", "w4a8"):
         whole = replace(RECIPES[base], rank=RANK)
-        found[base] = uniform(whole)
-        found |= {f"{base}, no {what}": uniform(replace(whole, **change)) for what, change in without.items()}
-        found[f"{base}, int8 factors"] = uniform(replace(whole, factors=Format(8)))
-    found["w8a8, int8 factors"] = uniform(replace(RECIPES["w8a8"], rank=RANK, factors=Format(8)))
-    found["w4a8, bfloat16 scales"] = uniform(replace(RECIPES["w4a8"], rank=RANK, weight=WEIGHT_FORMATS["int4-bf16"]))
-    found["w4a8, adaLN INT4"] = lambda model, seed: dit_config(replace(RECIPES["w4a8"], rank=RANK), "int4")
-    return found
+        choices[base] = uniform(whole)
+        choices |= {f"{base}, no {what}": uniform(replace(whole, **change)) for what, change in without.items()}
+        choices[f"{base}, int8 factors"] = uniform(replace(whole, factors=Format(8)))
+    choices["w8a8, int8 factors"] = uniform(replace(RECIPES["w8a8"], rank=RANK, factors=Format(8)))
+    choices["w4a8, bfloat16 scales"] = uniform(replace(RECIPES["w4a8"], rank=RANK, weight=WEIGHT_FORMATS["int4-bf16"]))
+    choices["w4a8, adaLN INT4"] = lambda model, seed: dit_config(replace(RECIPES["w4a8"], rank=RANK), "int4")
+    return choices
 
 
 def ranks() -> dict[str, Choice]:
+    """Three presets at several ranks."""
     low = {"low_rank": "none"}
     return {
         f"{base}, rank {r}": uniform(replace(RECIPES[base], rank=r, **({} if r else low)))
@@ -89,16 +91,17 @@ def ranks() -> dict[str, Choice]:
 
 
 def budget() -> dict[str, Choice]:
-    base, found = replace(RECIPES["w4a8"], rank=RANK), dict[str, Choice]()
+    """Uniform bit widths, and the planned choice at the size of each."""
+    base, choices = replace(RECIPES["w4a8"], rank=RANK), dict[str, Choice]()
     for bits in (3, 4, 5, 6, 8):
         form = Format(8) if bits == 8 else Format(bits, 64, "int8" if bits < 5 else "bf16", "full")
-        found[f"{bits} bits"] = uniform(replace(base, weight=form))
-        found[f"planned, as large as {bits} bits"] = planned(base, replace(base, weight=form))
-    return found
+        choices[f"{bits} bits"] = uniform(replace(base, weight=form))
+        choices[f"planned, as large as {bits} bits"] = planned(base, replace(base, weight=form))
+    return choices
 
 
 def planned(base: Recipe, same_size: Recipe) -> Choice:
-    """Bits and ranks by budget, for a file as large as that of a uniform recipe."""
+    """Bits and ranks chosen for the file size of a uniform recipe."""
 
     def choose(model: DiT, seed: int) -> QuantConfig:
         other = load_model("digits")
@@ -110,10 +113,12 @@ def planned(base: Recipe, same_size: Recipe) -> Choice:
 
 
 def backends(full: Pixels, calibrations: int) -> None:
-    """The same quantized models by the definition and by the kernels for each instruction set but the portable one,
-    which computes what avx512bf16 does, in minutes."""
+    """Record the same quantized models on the reference and on the kernels of each instruction set.
+
+    The portable one is skipped: it is slow, and computes the same as avx512bf16.
+    """
     for name in ("w8a8", "w4a8", "w4a4"):
-        found: dict[str, list[tuple[float, float]]] = {}
+        errors: dict[str, list[tuple[float, float]]] = {}
         for seed in range(calibrations):
             model = load_model("digits")
             quantize_(model, presets()[name](model, seed), calibration(model, seed))
@@ -121,8 +126,8 @@ def backends(full: Pixels, calibrations: int) -> None:
                 os.environ["SVDIT_ISA"] = "" if isa == "reference" else isa
                 ffi.kernels.cache_clear()
                 fast = accelerate(copy.deepcopy(model), isa if isa == "reference" else "cpu")
-                found.setdefault(isa, []).append(differences(draw(fast, len(full)), full))
-        for isa, pairs in found.items():
+                errors.setdefault(isa, []).append(differences(draw(fast, len(full)), full))
+        for isa, pairs in errors.items():
             psnr, relative = np.mean(pairs, axis=0)
             note = (
                 f"{len(full)} digits, DDIM 50, cfg 1.5, rank 8; relative L2 {relative:.4f}; {calibrations} calibrations"
@@ -134,6 +139,7 @@ WHAT = {"presets": presets, "ablation": ablation, "ranks": ranks, "budget": budg
 
 
 def calibration(model: DiT, seed: int = 0) -> ForwardLoop:
+    """A calibration loop of the default size."""
     images, steps = calibration_size(model)
     return calibration_loop(images=images, steps=steps, seed=seed)
 
@@ -149,7 +155,7 @@ def draw(model: DiT, count: int, walk: SamplingConfig = WALK) -> Pixels:
 
 
 def differences(a: Pixels, b: Pixels) -> tuple[float, float]:
-    """Mean PSNR in dB (equal pictures count as 100) and relative L2 over all pictures."""
+    """Mean PSNR in dB (identical images count as 100) and relative L2 of a and b, uint8 (N, H, W, C)."""
     one, two = a.astype(np.float64), b.astype(np.float64)
     squares = np.square(one - two).mean(axis=(1, 2, 3))
     psnr = np.minimum(100, 10 * np.log10(255**2 / np.maximum(squares, 1e-9)))
@@ -157,7 +163,7 @@ def differences(a: Pixels, b: Pixels) -> tuple[float, float]:
 
 
 def measured(choose: Choice, full: Pixels, seed: int) -> tuple[float, float, float, float]:
-    """PSNR, relative L2, the median SQNR of the blocks' layers and the model's megabytes, by one calibration."""
+    """PSNR, relative L2, median SQNR of the blocks' layers, and model size in MB, for one calibration."""
     model = load_model("digits")
     report = quantize_(model, choose(model, seed), calibration(model, seed))
     layers = [line.sqnr for line in report.layers if line.sqnr is not None and "adaLN" not in line.name]
@@ -170,7 +176,7 @@ def main() -> None:
     parser.add_argument("what", choices=[*WHAT, "backends"])
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--calibrations", type=int, default=3)
-    parser.add_argument("--only", nargs="+", help="of these names")
+    parser.add_argument("--only", nargs="+", help="run only these names")
     args = parser.parse_args()
     full = draw(load_model("digits"), args.count)
     if args.what == "backends":

@@ -1,12 +1,12 @@
-"""How fast a quantized DiT-XL/2 runs on a CUDA device, beside the same model in bfloat16.
+"""Speed of a quantized DiT-XL/2 on a CUDA device, compared with the same model in bfloat16.
 
-    python benchmarks/bench_gpu.py                       # batches 64 and 2: whole model, products, memory, start
-    python benchmarks/bench_gpu.py --quick               # 4 blocks, batch 8, three rounds, nothing recorded
+    python benchmarks/bench_gpu.py                       # batch 64 and 2: whole model, products, memory, start-up
+    python benchmarks/bench_gpu.py --quick               # 4 blocks, batch 8, three rounds, no recording
 
-Random weights: the float model has exactly the weights that the codes stand for. One process; candidates in shuffled
-order each round; CUDA events around a few runs on inputs in turn; medians, and ratios as medians of per-round ratios;
-the device's own ceilings from the same run. A run in which the baseline varies by more than 15 % (p90 / p10) is void
-and is not recorded. Clocks are left alone.
+Weights are random, and the float model has exactly the dequantized weights. All candidates run in one process, in
+shuffled order each round. CUDA events time a few runs on alternating inputs; times are medians, ratios are medians of
+per-round ratios. The device's peak rates are measured in the same run. A run whose baseline varies by more than 15 %
+(p90 / p10) is void and not recorded. Clocks are not locked.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from svdit.runtime.dit import FastDiT
 from svdit.runtime.graph import Replayed
 from svdit.runtime.linear import stored
 
-RUNS = 4  # between two events, one on each batch
+RUNS = 4  # runs between two events, one per batch
 Run = Callable[[], Tensor]
 
 
 def measure(candidates: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, warmed up, in an order shuffled anew each round."""
+    """Seconds per candidate and round, after a warm-up, in a newly shuffled order each round."""
     order, times = random.Random(0), {name: list[float]() for name in candidates}
     for run in candidates.values():
         for _ in range(RUNS):
@@ -55,14 +55,14 @@ def measure(candidates: dict[str, Run], rounds: int) -> dict[str, list[float]]:
 
 
 def ceilings(rounds: int) -> dict[str, float]:
-    """TFLOP/s of a bfloat16 product, TOP/s of torch's INT8 product, TB/s of a copy (read and written)."""
+    """Peak rates: TFLOP/s of a bf16 product, TOP/s of torch's INT8 product, TB/s of a copy (read plus write)."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     i, j = (torch.randint(-127, 128, (8192, 8192), device="cuda", dtype=torch.int8) for _ in range(2))
-    source, to = (torch.empty(2**30, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
+    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda").random_() for _ in range(2))
     runs: dict[str, Run] = {
         "bf16": lambda: a @ b,
         "int8": lambda: torch._int_mm(i, j.t()),
-        "copy": lambda: to.copy_(source),
+        "copy": lambda: target.copy_(source),
     }
     median = {name: statistics.median(times) for name, times in measure(runs, rounds).items()}
     work = {"bf16": 2 * 8192**3, "int8": 2 * 8192**3, "copy": 2 * source.numel()}
@@ -70,19 +70,19 @@ def ceilings(rounds: int) -> dict[str, float]:
 
 
 def inputs(batch: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Batches as guidance gives them, of different noise."""
+    """RUNS guided batches of different noise: x (N, C, H, W), t and y (N,)."""
     x, t, y = (part.cuda() for part in model_inputs(batch))
     return [(x + 0.1 * k * torch.randn_like(x), t, y) for k in range(RUNS)]
 
 
 def in_turn(model: Callable[..., Tensor], batches: list[tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype) -> Run:
-    """A run on the next of the batches."""
+    """Each call runs the model on the next batch."""
     turn = cycle([(x.to(dtype), t, y) for x, t, y in batches])
     return lambda: model(*next(turn))
 
 
 def floats(model: DiT, batches: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Run]:
-    """The bfloat16 model eagerly, and compiled and tuned and replayed as a CUDA graph."""
+    """The bfloat16 model: eager, and compiled with max-autotune in a CUDA graph."""
     half = copy.deepcopy(model).bfloat16()
     compiled = torch.compile(half, mode="max-autotune-no-cudagraphs")
     start = time.perf_counter()
@@ -97,7 +97,7 @@ def floats(model: DiT, batches: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str
 
 
 def packed(name: str, setting: Setting, batches: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[FastDiT, Tensor]:
-    """The accelerated model, and what the float model of its weights gives for the first batch."""
+    """The accelerated model, and the output of the dequantized model for the first batch, (N, 2C, H, W)."""
     model = quantized(*SCHEMES[name], setting.depth, setting.rank).cuda()
     expected = in_floats(model)(*batches[0])
     before = torch.cuda.memory_allocated()
@@ -108,12 +108,12 @@ def packed(name: str, setting: Setting, batches: list[tuple[Tensor, Tensor, Tens
     fast(*batches[0])
     torch.cuda.synchronize()
     seconds, peak = time.perf_counter() - start, (torch.cuda.max_memory_allocated() - before) / 2**20
-    print(f"{name}: packed, tuned and run once in {seconds:.1f} s, {peak:.0f} MiB more than the stored model at most")
+    print(f"{name}: packing, autotuning and first run {seconds:.1f} s; peak {peak:.0f} MiB above the stored model")
     return fast, expected
 
 
 def whole_model(setting: Setting, batch: int) -> None:
-    """The table of the whole model: time, ratio to compiled bfloat16, error against floats."""
+    """Whole model: time, speed-up over compiled bfloat16, and error."""
     batches, baseline = inputs(batch), "bf16 max-autotune + CUDA graph"
     plain = in_floats(quantized("W8A8", "int8", setting.depth, setting.rank)).cuda()
     candidates, truth = floats(plain, batches), {"bf16": plain(*batches[0])}
@@ -124,23 +124,25 @@ def whole_model(setting: Setting, batch: int) -> None:
         candidates[f"{name} + CUDA graph"] = in_turn(ours[name], batches, torch.float32)
         candidates[name] = in_turn(ours[name].compute, batches, torch.float32)
     times = measure(candidates, setting.rounds)
-    good = steady(times[baseline]) and setting.keep
+    valid = steady(times[baseline]) and setting.keep
     shape = f"{setting.depth} blocks, batch {batch}, rank {setting.rank}"
     print(f"\nDiT-XL/2 at 256 px, {shape}, {torch.cuda.get_device_name()}")
     for name, run in candidates.items():
         expected = truth[name.split(" + ")[0] if name.startswith("W") else "bf16"]
-        error = float((run().float() - expected).norm() / expected.norm())  # every candidate is at its first batch
+        error = float(
+            (run().float() - expected).norm() / expected.norm()
+        )  # after the timing, every candidate's next batch is the first
         median, over = statistics.median(times[name]), ratio(times, baseline, name)
         print(f"{name:32} {median * 1e3:9.2f} ms {over:6.2f} × {baseline}   error {error:.2g}")
-        if good:
+        if valid:
             note = f"{median * 1e3:.2f} ms; {shape}, error {error:.2g}"
             record("gpu", f"{name}, over {baseline}, batch {batch}", over, "×", note)
-    lost = [name for name, model in ours.items() if not model.step.graphs]
-    print(f"not replayed as a graph: {', '.join(lost) or 'none'}")
+    eager = [name for name, model in ours.items() if not model.step.graphs]
+    print(f"not replayed as a graph: {', '.join(eager) or 'none'}")
 
 
 def products(setting: Setting, batch: int, ceiling: dict[str, float]) -> None:
-    """Each linear of a block: the fused kernels beside torch's bfloat16, in TOP/s."""
+    """Each linear of a block: fused kernels compared with torch's bfloat16, in TOP/s."""
     generator, M = torch.Generator().manual_seed(0), 256 * batch
     for name, (I, O) in LAYERS.items():
         linear = nn.Linear(I, O, device="meta")
@@ -156,20 +158,20 @@ def products(setting: Setting, batch: int, ceiling: dict[str, float]) -> None:
         median = {what: statistics.median(times) for what, times in measure(runs, setting.rounds).items()}
         rate = 2 * M * I * O / (median["W8A8"] - median["W8A8 quantize alone"]) / 1e12
         print(f"{name:5} {I}→{O}: " + ", ".join(f"{what} {1e3 * s:.3f} ms" for what, s in median.items()))
-        print(f"      INT8 product {rate:.0f} TOP/s = {rate / ceiling['bf16']:.2f} × the bf16 ceiling")
+        print(f"      INT8 product {rate:.0f} TOP/s = {rate / ceiling['bf16']:.2f} × the bf16 peak")
         if setting.keep:
             record("gpu", f"INT8 product {I}→{O} with rank {setting.rank}", rate, "TOP/s", f"{M} rows")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small, and nothing is recorded")
+    parser.add_argument("--quick", action="store_true", help="small model, few rounds, no recording")
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 2])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rank", type=int, default=32)
     args = parser.parse_args()
     if reason := ops.reasons("cuda")["triton"]:
-        print(f"nothing measured on a GPU: {reason}")
+        print(f"GPU benchmark skipped: {reason}")
         return
     setting = Setting(4, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)
     torch.set_grad_enabled(False)

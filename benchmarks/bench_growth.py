@@ -1,10 +1,10 @@
-"""How the time of a block of DiT-XL/2 grows with tokens, batch, rank and threads, in floats and quantized.
+"""Time of one DiT-XL/2 block by number of tokens, batch size, rank and threads, full precision and quantized.
 
-    python benchmarks/bench_growth.py             # measures, and draws
-    python benchmarks/bench_growth.py --plot      # draws the recorded rows again: docs/images/growth.png
+    python benchmarks/bench_growth.py             # measure and plot
+    python benchmarks/bench_growth.py --plot      # plot the recorded rows: docs/images/growth.png
 
-A block is a model of two less a model of one, so that the embedders and the final layer do not count. Everything else
-as in bench_cpu.py: one process, candidates in shuffled order, medians of the rounds.
+The time of a block is that of a two-block model minus that of a one-block model, which excludes the embedders and the
+final layer. The protocol is that of bench_cpu.py: one process, candidates in shuffled order, medians over rounds.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 from bench_cpu import Run, measure
 from random_models import in_floats, model_inputs, quantized
 from record import record
-from tables import latest
+from tables import latest, read
 
 from svdit.kernels.cpu import ffi
 from svdit.runtime.accelerate import accelerate
@@ -28,11 +28,11 @@ AXES: dict[str, tuple[int, ...]] = {
     "rank": (0, 8, 16, 32, 64, 128),
     "threads": (1, 2),
 }
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
 
 
 def block_times(tokens: int = 256, batch: int = 2, rank: int = 32, rounds: int = 5) -> dict[str, float]:
-    """Milliseconds a block, for each method."""
+    """Milliseconds per block of each method."""
     size = 2 * round(tokens**0.5)
     inputs, runs = model_inputs(batch, size), dict[str, Run]()
     for depth in (1, 2):
@@ -45,56 +45,58 @@ def block_times(tokens: int = 256, batch: int = 2, rank: int = 32, rounds: int =
     return {method: 1e3 * statistics.median(two - one for two, one in pair) for method, pair in pairs.items()}
 
 
-def run(axes: list[str], least: int, rounds: int) -> None:
+def run(axes: list[str], minimum: int, rounds: int) -> None:
+    """Measure and record each axis at its values from `minimum` on."""
     threads = torch.get_num_threads()
     for axis in axes:
-        for value in (value for value in AXES[axis] if value >= least):
+        for value in (value for value in AXES[axis] if value >= minimum):
             if axis == "threads":
                 torch.set_num_threads(min(value, threads))
-            found = block_times(**{} if axis == "threads" else {axis: value}, rounds=rounds)
-            for method, milliseconds in found.items():
+            times = block_times(**{} if axis == "threads" else {axis: value}, rounds=rounds)
+            for method, milliseconds in times.items():
                 record("growth", f"{axis} {value} {method}", milliseconds, "ms", f"a block, {ffi.kernels().isa}")
     torch.set_num_threads(threads)
 
 
 def plot() -> None:
+    """Plot the recorded rows, one panel per axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = latest("growth")
-    figure, places = plt.subplots(1, len(AXES), figsize=(13, 3.2), layout="constrained")
-    for place, (axis, values) in zip(places, AXES.items(), strict=True):
+    rows = latest(read(), "growth")
+    figure, panels = plt.subplots(1, len(AXES), figsize=(13, 3.2), layout="constrained")
+    for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
         for method in METHODS:
-            place.plot(values, [float(rows[f"{axis} {v} {method}"]["value"]) for v in values], "o-", ms=4, label=method)
-        place.set(xlabel=axis)
+            panel.plot(values, [float(rows[f"{axis} {v} {method}"]["value"]) for v in values], "o-", ms=4, label=method)
+        panel.set(xlabel=axis)
         if axis in ("tokens", "batch"):
-            place.set(xscale="log", yscale="log")
+            panel.set(xscale="log", yscale="log")
         else:
-            place.set_ylim(0)
+            panel.set_ylim(0)
         if axis != "rank":
-            place.set(xticks=values, xticklabels=values)
-            place.minorticks_off()
-        place.grid(alpha=0.3)
-    places[0].set_ylabel("a block, ms")
-    places[0].legend()
+            panel.set(xticks=values, xticklabels=values)
+            panel.minorticks_off()
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("one block, ms")
+    panels[0].legend()
     row = rows[f"tokens 256 {METHODS[0]}"]
-    rest = "256 tokens, batch 2, rank 32, but for what varies"
-    figure.suptitle(f"DiT-XL/2, {re.sub(', [0-9]+ threads', '', row['machine'])}; {rest}", fontsize=10)
-    figure.savefig(PICTURE, dpi=110)
+    setting = "256 tokens, batch 2, rank 32 unless varied"
+    figure.suptitle(f"DiT-XL/2, {re.sub(', [0-9]+ threads', '', row['machine'])}; {setting}", fontsize=10)
+    figure.savefig(FIGURE, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
-    parser.add_argument("--least", type=int, default=0, help="leave out what is smaller on the axis")
-    parser.add_argument("--plot", action="store_true", help="draw what is recorded")
+    parser.add_argument("--minimum", type=int, default=0, help="skip smaller values of each axis")
+    parser.add_argument("--plot", action="store_true", help="only plot the recorded rows")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     if not args.plot:
-        run(args.axes, args.least, args.rounds)
+        run(args.axes, args.minimum, args.rounds)
     if args.plot or set(args.axes) == set(AXES):
         plot()
 

@@ -1,8 +1,9 @@
-"""SQNR of a layer's output by method on a synthetic DiT block: the published algorithm, the recipe, what lies between.
+"""SQNR of layer outputs on a synthetic DiT block: the published algorithm, the recipe, and intermediate variants.
 
     python benchmarks/bench_quantization.py [--layers qkv fc2] [--profiles moderate plain]
 
-Width 576, rank 16, groups of 64; calibrated on 64 (t, y), measured on 16 others. Half an hour for everything.
+Width 576, rank 16, groups of 64; calibrated on 64 pairs (t, y), measured on 16 held-out pairs. A full run takes 30
+minutes.
 """
 
 import argparse
@@ -45,7 +46,7 @@ METHODS: dict[str, Recipe] = {
 
 
 def sqnr(W: torch.Tensor, calibration: torch.Tensor, test: torch.Tensor, recipe: Recipe) -> float:
-    """dB on inputs that calibration never saw."""
+    """SQNR in dB on held-out inputs. W (O, I), calibration and test (M, I)."""
     linear = nn.Linear(W.shape[1], W.shape[0], bias=False)
     linear.weight.data = W.clone()
     statistics = Statistics.empty(W.shape[1], torch.device("cpu"))

@@ -1,10 +1,10 @@
-"""What a user waits for: `sample.py` on DiT-XL/2 at 256 px, before (fp32) and after (quantized), from start to file.
+"""Wall time of `sample.py` for DiT-XL/2 at 256 px, fp32 and quantized, from start to the written file.
 
     python benchmarks/bench_sampling.py
-    python benchmarks/bench_sampling.py --digits      # what --cfg-interval gives and costs, on the trained digits
+    python benchmarks/bench_sampling.py --digits      # speed and image error of --cfg-interval on the digits model
 
-Random weights, and a randomly filled VAE of Stable Diffusion's architecture: time does not depend on them. The files
-take 4 GB for as long as it runs.
+Uses random weights and a random VAE of Stable Diffusion's architecture; time does not depend on the values. Needs 4 GB
+of temporary disk space.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MODELS = {"fp32": ("W8A8", "int8"), "W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "
 
 
 def save_vae(folder: Path) -> None:
-    """AutoencoderKL as Stable Diffusion has it, 84 million weights."""
+    """Save a random AutoencoderKL of Stable Diffusion's architecture, 84 million parameters."""
     allow_cpu_torchvision()
     from diffusers import AutoencoderKL
 
@@ -45,7 +45,7 @@ def save_vae(folder: Path) -> None:
 
 
 def seconds(checkpoint: Path, vae: Path, classes: int, steps: int) -> float:
-    """Of one `sample.py`, from its start to the written picture."""
+    """Wall time of one `sample.py` run, from start to the written image."""
     labels = [str(10 * i) for i in range(classes)]
     out = checkpoint.with_suffix(".png")
     command = [sys.executable, "sample.py", "--ckpt", str(checkpoint), "--vae", str(vae), "--output", str(out)]
@@ -57,15 +57,15 @@ def seconds(checkpoint: Path, vae: Path, classes: int, steps: int) -> float:
 
 
 def intervals(count: int) -> None:
-    """Guidance in a part of the steps: time over that of guidance always, and the pictures' difference to it."""
+    """Guidance at some timesteps: speed-up and image error compared with guidance at all timesteps."""
     model = load_model("digits")
     walks = {pair: replace(WALK, cfg_interval=pair) for pair in (None, (200, 999), (0, 800), (200, 800), (400, 800))}
-    drawn = {pair: draw(model, count, walk) for pair, walk in walks.items()}
+    images = {pair: draw(model, count, walk) for pair, walk in walks.items()}
     runs = {str(pair): lambda walk=walk: draw(model, 16, walk) for pair, walk in walks.items()}
     times = measure(runs, 9)
     for pair in list(walks)[1:]:
-        psnr, relative = differences(drawn[pair], drawn[None])
-        note = f"{count} digits, DDIM 50, cfg 1.5; {psnr:.1f} dB PSNR, relative L2 {relative:.4f} to guidance always"
+        psnr, relative = differences(images[pair], images[None])
+        note = f"{count} digits, DDIM 50, cfg 1.5; {psnr:.1f} dB PSNR, relative L2 {relative:.4f} to full guidance"
         over = ratio(times, "None", str(pair))
         record("guidance interval", f"timesteps {pair[0]} to {pair[1]}, speed", over, "×", note)
 
@@ -73,8 +73,8 @@ def intervals(count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=4, help="at once, for pictures a minute; 0: only the first")
-    parser.add_argument("--digits", action="store_true", help="only --cfg-interval on the digits")
+    parser.add_argument("--images", type=int, default=4, help="batch size for images per minute; 0: skip that part")
+    parser.add_argument("--digits", action="store_true", help="only measure --cfg-interval, on the digits model")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     if args.digits:
@@ -87,14 +87,14 @@ def main() -> None:
         for name, (scheme, adaln) in MODELS.items():
             model = quantized(scheme, adaln)
             save_model(in_floats(model) if name == "fp32" else model, files[name], name="DiT-XL/2")
-        for classes in filter(None, (1, args.pictures)):  # methods side by side in time
-            note = f"sample.py, DDIM {args.steps}, {classes} at once, from start to file"
+        for classes in filter(None, (1, args.images)):  # all methods at one batch size before the next
+            note = f"sample.py, DDIM {args.steps}, batch {classes}, from start to file"
             for name, file in files.items():
-                taken = seconds(file, vae, classes, args.steps)
+                elapsed = seconds(file, vae, classes, args.steps)
                 if classes == 1:
-                    record("sampling", f"{name}, first picture", taken, "s", note)
+                    record("sampling", f"{name}, first image", elapsed, "s", note)
                 else:
-                    record("sampling", f"{name}, pictures a minute", 60 * classes / taken, "/min", note)
+                    record("sampling", f"{name}, images a minute", 60 * classes / elapsed, "/min", note)
 
 
 if __name__ == "__main__":

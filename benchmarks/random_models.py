@@ -1,4 +1,4 @@
-"""DiT-XL/2 with random quantized layers, which need no calibration, and the float model of exactly their weights."""
+"""DiT-XL/2 with random quantized layers, and the float model with exactly their dequantized weights."""
 
 import copy
 from dataclasses import replace
@@ -21,7 +21,7 @@ SCHEMES = {
 
 
 def random_layer(linear: nn.Linear, spec: LinearSpec, generator: torch.Generator) -> SVDLinear:
-    """A quantized layer of random codes whose weights are about N(0, 1/I), with a shift and scales of channels."""
+    """A quantized layer of random codes, weights about N(0, 1/I), with random per-channel shift and scale."""
     O, I = linear.out_features, linear.in_features
     layer = SVDLinear(I, O, spec=replace(spec, rank=0, scaled=False, shifted=False))
     layer.spec, form = spec, spec.weight
@@ -46,7 +46,7 @@ def random_layer(linear: nn.Linear, spec: LinearSpec, generator: torch.Generator
 
 
 def quantized(scheme: str, adaln: str = "int8", depth: int = 28, rank: int = 32, input_size: int = 32) -> DiT:
-    """DiT-XL/2 with the linears of its blocks quantized; equal for equal arguments."""
+    """DiT-XL/2 with the linears of its blocks quantized; deterministic."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = DiT(DiTConfig(depth=depth, input_size=input_size))
@@ -66,7 +66,7 @@ def quantized(scheme: str, adaln: str = "int8", depth: int = 28, rank: int = 32,
 
 
 def in_floats(model: DiT) -> DiT:
-    """The same model with Linears of the weights that the codes stand for."""
+    """The same model with nn.Linear layers of the dequantized weights."""
     model = copy.deepcopy(model)
     for name, layer in quantized_layers(model).items():
         linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features)
@@ -79,7 +79,7 @@ def in_floats(model: DiT) -> DiT:
 
 
 def model_inputs(batch: int, input_size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """As guidance gives them: one t, half the labels the null class. `batch` is even."""
+    """x (N, 4, H, W), t (N,), y (N,) of a guided step: one t, half of the labels null. `batch` must be even."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch // 2, 4, input_size, input_size, generator=generator).repeat(2, 1, 1, 1)
     labels = torch.cat([torch.arange(batch // 2) * 100 % 1000, torch.full((batch // 2,), 1000)])

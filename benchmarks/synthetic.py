@@ -1,8 +1,8 @@
-"""One DiT block with hard inputs that is really executed, from LN and adaLN over attention to the MLP.
+"""A synthetic DiT block with hard inputs, executed end to end: LayerNorm, adaLN, attention, MLP.
 
-Weights have a power-law spectrum and heavy tails, inputs outlier channels, per-channel scales and a heavy-tailed
-shift. Profiles: "moderate" has four massive channels, "plain" none and hardly a shift. Everything is seeded; the
-draws are in the order of the study the published table came from, so its figures can be compared.
+Weights have a power-law spectrum and heavy tails; inputs have outlier channels, per-channel scales and a heavy-tailed
+shift. The profile "moderate" has four massive channels, "plain" has none and a small shift. Everything is seeded, and
+draws follow the order of the original study, so its numbers can be compared.
 """
 
 import math
@@ -14,13 +14,13 @@ PROFILES = {"plain": (0.0, 0, 0.05), "moderate": (0.15, 4, 0.25)}  # gain of mas
 
 
 def heavy_tailed(shape: tuple[int, ...], freedom: float, generator: torch.Generator) -> Tensor:
-    """Student's t; the χ² part comes from torch's global generator, which the block seeds."""
+    """Student's t samples; the χ² part uses torch's global generator, which the block seeds."""
     chi = torch.distributions.Chi2(torch.tensor(freedom)).sample(shape)
     return torch.randn(*shape, generator=generator) / torch.sqrt(chi / freedom)
 
 
 def power_law(rows: int, columns: int, exponent: float, tail: float, generator: torch.Generator) -> Tensor:
-    """Singular values (1 + i/20)^−exponent, then heavy-tailed entries on top."""
+    """A (rows, columns) matrix with singular values (1 + i/20)^−exponent plus heavy-tailed entries."""
     k = min(rows, columns)
     U = torch.linalg.qr(torch.randn(rows, k, generator=generator))[0]
     V = torch.linalg.qr(torch.randn(columns, k, generator=generator))[0]
@@ -59,7 +59,7 @@ class Block:
             self.weights[name] = W / math.sqrt(i * width)
         self.fc1_bias = -0.6 + 0.7 * torch.randn(4 * width, generator=g)
         self.scaled = False
-        self.inputs(8, 96, 999)  # brings the outputs of qkv and fc1 to unit scale
+        self.inputs(8, 96, 999)  # normalizes the outputs of qkv and fc1 to unit scale
         self.scaled = True
 
     def inputs(self, images: int, tokens: int, seed: int) -> dict[str, Tensor]:

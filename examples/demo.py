@@ -1,9 +1,9 @@
-"""The whole job on the small model inside the package: quantize, sample with the same noise, measure, compare.
+"""Quantize the digits model with several presets, sample with the same noise, evaluate, and compare.
 
     python examples/demo.py demo
 
-A few minutes on two idle cores, nothing downloaded. It ends with one row a method and a picture, demo/side_by_side.png.
-Expect w8a8 above 40 dB PSNR, and the recipe (w4a4) well above SVDQuant as published (svdquant-w4a4).
+Takes a few minutes on two cores and downloads nothing. Prints one row per preset and writes demo/side_by_side.png.
+Expect w8a8 above 40 dB PSNR, and w4a4 well above SVDQuant as published (svdquant-w4a4).
 """
 
 import json
@@ -24,13 +24,14 @@ WALK = "--sampler ddim --num-sampling-steps 50 --cfg-scale 1.5 --per-proc-batch-
 
 
 def run(line: str) -> None:
-    """Say a command as one would type it, and run it."""
+    """Print a svdit command and run it."""
     print(f"\n$ svdit {line}", flush=True)
     name, *rest = line.split()
     command(name, rest)
 
 
 def main(folder: Path) -> None:
+    """Run the demo; all files go into `folder`."""
     run(f"generate --ckpt digits --num-fid-samples {COUNT} --sample-dir {folder}/full {WALK}")
     table = Table("", "MB", "PSNR, dB", "relative L2", "Fréchet distance of random features*", box=None)
     for preset in PRESETS:
@@ -44,12 +45,12 @@ def main(folder: Path) -> None:
         metrics = json.loads((out / "metrics.json").read_text())["metrics"]
         shown = [f"{metrics[name]['value']:.4g}" for name in ("psnr", "relative_l2", "random_fid")]
         table.add_row(preset, f"{file.stat().st_size / 1e6:.2f}", *shown)
-    picture(folder)
-    Console().print(table, f"* to the full-precision pictures; NOT an FID\n{folder}/side_by_side.png", sep="\n")
+    side_by_side(folder)
+    Console().print(table, f"* to the full-precision images; NOT an FID\n{folder}/side_by_side.png", sep="\n")
 
 
-def picture(folder: Path) -> None:
-    """The first twenty pictures of every method, from the same noise, over their differences to full precision."""
+def side_by_side(folder: Path) -> None:
+    """Plot the first 20 images of every preset, from the same noise, and their differences to full precision."""
     names = ("full", *PRESETS)
     first = {name: np.stack([read_image(path) for path in list_images(folder / name)[:20]]) for name in names}
     figure = Figure(figsize=(10, 5.6), layout="constrained")
@@ -58,7 +59,7 @@ def picture(folder: Path) -> None:
         difference = np.abs(first[name].astype(int) - first["full"])
         rows = [first[name]] if name == "full" else [first[name], np.minimum(10 * difference, 255).astype(np.uint8)]
         axis.imshow(grid(np.concatenate(rows), 20, scale=4))
-        axis.set_title(name if name == "full" else f"{name}, and its difference × 10", loc="left", fontsize=9)
+        axis.set_title(name if name == "full" else f"{name}, and difference × 10", loc="left", fontsize=9)
         axis.axis("off")
     figure.savefig(folder / "side_by_side.png", dpi=120)
 
