@@ -64,29 +64,44 @@ class QuantizeSettings:
         return cls(**options | {"skip": tuple(options.get("skip", ())), "given": frozenset(options)})
 
     def problems(self) -> Iterator[str]:
-        """A sentence for every option that contradicts the preset or would have no effect."""
-        given, base = self.given, RECIPES[self.preset]
-        targets = {"target_size", "target_sqnr"} & given
-        if self.whiten and self.rank_ratio is None:
-            yield "--whiten requires --rank-ratio; omit it"
+        """A sentence for every option that contradicts the preset, or another option, or has no effect."""
+        yield from self.format_problems()
+        if target := self.given & {"target_size", "target_sqnr"}:
+            yield from self.target_problems(flag(*target))
+        for option, reason in self.unused():
+            yield f"{flag(option)} has no effect: {reason}; omit it"
+
+    def format_problems(self) -> Iterator[str]:
+        """Options of integer formats for a preset of floating-point formats."""
+        base = RECIPES[self.preset]
         if base.weight and base.weight.element != "int":
-            for option in sorted({"num_bits", "group_size"} & given | targets):
+            for option in sorted({"num_bits", "group_size", "target_size", "target_sqnr"} & self.given):
                 yield f"{flag(option)} requires integer weights, --preset {self.preset} has {base.weight}; omit one"
         if base.act and base.act.element != "int" and self.act_bits in (4, 8):
             yield f"--act-bits is {self.act_bits}, but --preset {self.preset} has {base.act} activations; choose 16"
-        if targets and base.weight and base.weight.bits < 8 and not base.weight.group:
-            yield f"--preset {self.preset} has a scale per row, but {flag(*targets)} chooses groups; use another preset"
-        if targets and self.rank:
-            yield f"--rank excludes {flag(*targets)}, which chooses ranks; omit it, or use --rank 0 for no branch"
-        if targets and "adaln" in given and self.adaln != "fp16":
-            yield f"--adaln {self.adaln} excludes {flag(*targets)}, which chooses bits; omit it, or use fp16"
-        if self.rank == 0 or (self.rank_ratio is None and base.low_rank == "none"):
-            branch = "--rank 0" if self.rank == 0 else f"--preset {self.preset}"
-            yield from (f"{flag(o)} has no effect: there is no low-rank branch with {branch}; omit it"
-                        for o in sorted({"rank", "factors"} & given) if o == "factors" or self.rank)  # fmt: skip
+
+    def target_problems(self, target: str) -> Iterator[str]:
+        """Options that fix what a target chooses."""
+        weight = RECIPES[self.preset].weight
+        if weight and weight.bits < 8 and not weight.group:
+            yield f"--preset {self.preset} has a scale per row, but {target} chooses groups; use another preset"
+        if self.rank:
+            yield f"--rank excludes {target}, which chooses ranks; omit it, or use --rank 0 for no branch"
+        if "adaln" in self.given and self.adaln != "fp16":
+            yield f"--adaln {self.adaln} excludes {target}, which chooses bits; omit it, or use fp16"
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options that would have no effect, and why."""
+        if self.whiten and self.rank_ratio is None:
+            yield "whiten", "it applies to --rank-ratio"
+        branchless = "--rank 0" if self.rank == 0 else f"--preset {self.preset}"
+        if self.rank == 0 or (self.rank_ratio is None and RECIPES[self.preset].low_rank == "none"):
+            for option in sorted(self.given & ({"factors", "rank"} if self.rank else {"factors"})):
+                yield option, f"there is no low-rank branch with {branchless}"
         if not self.calibrates:
-            unused = {"calib_images", "calib_steps", "max_memory"} | (set() if self.figures else {"seed", "cfg_scale"})
-            yield from (f"{flag(o)} has no effect: nothing is calibrated; omit it" for o in sorted(unused & given))
+            seeds = set() if self.figures else {"seed", "cfg_scale"}  # figures are measured on other images
+            for option in sorted(self.given & {"calib_images", "calib_steps", "max_memory", *seeds}):
+                yield option, "nothing is calibrated"
 
     @property
     def recipe(self) -> Recipe:

@@ -129,7 +129,7 @@ def test_whiten_calibrates_the_rank_ratio_mode(option: str) -> None:
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        ("--whiten", "--whiten requires --rank-ratio"),
+        ("--whiten", "--whiten has no effect: it applies to --rank-ratio"),
         ("--rank-ratio 0.5 --preset w8a8", "--preset excludes --rank-ratio"),  # also with its default
         ("--rank-ratio 0.5 --adaln int8", "--adaln excludes --rank-ratio"),
         ("--preset fp8 --num-bits 8", "--num-bits requires integer weights, --preset fp8 has FP8 E4M3"),
