@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,6 @@ from svdit.errors import UserError
 from svdit.quant.config import ADALN, RECIPES
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from svdit.model.dit import DiT
     from svdit.quant.budget import Plan
     from svdit.quant.observe import ForwardLoop
@@ -91,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     from svdit.files import sha256
     from svdit.progress import progress
     from svdit.quant.quantize import quantize_
+    from svdit.quant.select import select
 
     settings = QuantizeSettings.of(args)
     setup.output_file(args.output, ".safetensors", ".pt")
@@ -99,10 +99,12 @@ def run(args: argparse.Namespace) -> None:
         source = setup.load_checkpoint(args, device)
         if args.output.resolve() == source.path.resolve():
             raise UserError(f"--output is {args.output}, which is also the source; choose another name")
-        check_patterns(settings, source.model)
+        select(source.model, settings.config)  # before calibration, errors in patterns and shapes
         record = settings.record()
         loop = calibration(settings, source.model, record)
+        start = time.perf_counter()
         plan = planned(settings, source.model, loop, record) if loop else None
+        planning = time.perf_counter() - start
         digest = sha256(source.path)
         work = args.output.with_name(f"{args.output.name}.partial")
         with progress("calibrating and quantizing") as tick:
@@ -116,6 +118,8 @@ def run(args: argparse.Namespace) -> None:
                 run_id=json.dumps([__version__, digest, record]),
                 progress=tick,
             )
+        if plan:
+            report.add_seconds(plan=planning)
         if distributed.rank() == 0:
             original = setup.load_checkpoint(args, device).model if settings.figures else None
             measured = measure(settings, source.model, original, report, plan) if original else None
@@ -125,18 +129,6 @@ def run(args: argparse.Namespace) -> None:
             paths = write_report(args.output, report, record, measured)
             remove(work)
             print_report(report, [args.output, *paths])
-
-
-def check_patterns(settings: QuantizeSettings, model: "nn.Module") -> None:
-    """Raises UserError for a pattern of --skip that matches no linear layer."""
-    from fnmatch import filter as matching
-
-    from svdit.quant.linear import linears
-
-    names = [name for name, _ in linears(model)]
-    for pattern in settings.skip:
-        if not matching(names, pattern):
-            raise UserError(f"--skip {pattern} matches no linear layer; names are like {names[-1]}")
 
 
 def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]) -> "ForwardLoop | None":

@@ -74,7 +74,7 @@ def test_the_same_command_writes_the_same_file(checkpoint: Path) -> None:
         (["--rank-ratio", "0.5", "--target-size", "0.4"], "--target-size excludes --rank-ratio"),
         (["--preset", "w4a8", "--group-size", "48"], "cannot be cut into groups of 48"),
         (["--skip", "*"], "no rule of the configuration selects"),
-        (["--skip", "blocks.*", "--skip", "block.*"], "--skip block.* matches no linear layer"),
+        (["--skip", "blocks.*", "--skip", "block.*"], "'block.*' matches no linear layer"),
         (["--output", "{folder}/q.bin"], "q.bin; choose a name that ends in .safetensors or .pt"),
         (["--output", "{folder}/folder.pt"], "folder.pt, which is a folder"),
         (["--output", "{folder}/tiny.safetensors"], "which is also the source"),
