@@ -1,7 +1,7 @@
-"""Quality of the digits model: recognition, novelty and diversity of its samples.
+"""How good the digits model is: are its digits recognised, are they new, and are they as varied as real ones?
 
-A support vector classifier is trained on the model's training digits; held-out real digits are its test set and the
-baseline of every metric. Distances are Euclidean, in the data's 17 grey levels, to the nearest training digit.
+A support vector classifier learns from the real digits the model was trained on; held-out real digits are its test and
+the yardstick for everything else. Distances are Euclidean, in the data's 17 grey levels, to the nearest trained digit.
 
     python benchmarks/digits_quality.py --ckpt digits --cfg-scale 1.5 --sampler ddim --steps ddim50 --grid grid.png
 """
@@ -32,42 +32,41 @@ def flat(pixels: torch.Tensor) -> np.ndarray:
     return ((pixels.flatten(1) + 1) * 8).numpy()
 
 
-def real(dataset: Pictures) -> np.ndarray:
-    """All images of a data set, (N, 64)."""
-    return flat(torch.stack([dataset.read(i) for i in range(len(dataset))]))
+def real(pictures: Pictures) -> np.ndarray:
+    return flat(torch.stack([pictures.read(i) for i in range(len(pictures))]))
 
 
 def generated(model: DiT, labels: torch.Tensor, config: SamplingConfig, seed: int) -> np.ndarray:
-    """Generated images of the given labels (N,), uint8 (N, 8, 8, 3)."""
+    """Pictures as a user gets them, uint8 (N, 8, 8, 3)."""
     shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
     autoencoder = load_autoencoder("none", torch.device("cpu"))
-    batches = [
+    drawn = [
         pictures(model, autoencoder, labels[i : i + BATCH], image_noise(seed, range(i, i + BATCH), shape, CPU), config)
         for i in range(0, len(labels), BATCH)
     ]
-    return np.concatenate(batches)
+    return np.concatenate(drawn)
 
 
 def class_variance(x: np.ndarray, labels: np.ndarray) -> float:
-    """Within-class variance of x (N, 64), averaged over pixels and classes."""
+    """The variance of a pixel within its class, averaged over pixels and classes."""
     return float(np.mean([x[labels == k].var(axis=0).mean() for k in np.unique(labels)]))
 
 
-def metrics(images: np.ndarray, labels: np.ndarray) -> dict[str, tuple[float, str]]:
-    """All metrics with their units; images (N, 64), labels (N,)."""
+def figures(made: np.ndarray, asked: np.ndarray) -> dict[str, tuple[float, str]]:
+    """Every figure with its unit."""
     trained, held_out = digits()
     known, test = real(trained), real(held_out)
     classifier = SVC(gamma=0.001).fit(known, trained.labels)
     to_real = pairwise_distances(test, known).min(axis=1)
-    to_generated = pairwise_distances(images, known).min(axis=1)
+    to_made = pairwise_distances(made, known).min(axis=1)
     return {
         "classifier_right_on_held_out_real": (100 * classifier.score(test, held_out.labels), "%"),
-        "recognised_as_class_asked_for": (100 * classifier.score(images, labels), "%"),
-        "closer_than_1st_percentile_of_held_out": (100 * np.mean(to_generated < np.percentile(to_real, 1)), "%"),
-        "closer_than_closest_held_out": (100 * np.mean(to_generated < to_real.min()), "%"),
-        "median_nearest_distance_over_held_out": (np.median(to_generated) / np.median(to_real), "ratio"),
+        "recognised_as_class_asked_for": (100 * classifier.score(made, asked), "%"),
+        "closer_than_1st_percentile_of_held_out": (100 * np.mean(to_made < np.percentile(to_real, 1)), "%"),
+        "closer_than_closest_held_out": (100 * np.mean(to_made < to_real.min()), "%"),
+        "median_nearest_distance_over_held_out": (np.median(to_made) / np.median(to_real), "ratio"),
         "class_variance_over_held_out": (
-            class_variance(images, labels) / class_variance(test, held_out.labels),
+            class_variance(made, asked) / class_variance(test, held_out.labels),
             "ratio",
         ),
     }
@@ -83,15 +82,15 @@ def main() -> None:
     parser.add_argument("--steps", default="ddim50")
     parser.add_argument("--cfg-scale", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grid", type=Path, help="write a grid of the first 100 images")
+    parser.add_argument("--grid", type=Path, help="write a picture of the first hundred")
     args = parser.parse_args()
     config = SamplingConfig(args.sampler, args.steps, args.cfg_scale)
-    labels = torch.arange(COUNT) % 10
-    images = generated(load_model(args.ckpt), labels, config, args.seed)
+    asked = torch.arange(COUNT) % 10
+    made = generated(load_model(args.ckpt), asked, config, args.seed)
     if args.grid:
-        write_png(args.grid, grid(images[:100], 10, scale=6))
-    note = f"{args.ckpt}, {args.sampler} {args.steps}, cfg {args.cfg_scale:g}, seed {args.seed}, {COUNT} images"
-    for name, (value, unit) in metrics(flat(to_float(images)[:, :1]), labels.numpy()).items():
+        write_png(args.grid, grid(made[:100], 10, scale=6))
+    note = f"{args.ckpt}, {args.sampler} {args.steps}, cfg {args.cfg_scale:g}, seed {args.seed}, {COUNT} pictures"
+    for name, (value, unit) in figures(flat(to_float(made)[:, :1]), asked.numpy()).items():
         record("digits_quality", name, value, unit, note)
 
 
