@@ -1,10 +1,10 @@
-"""What quantization costs the digits model, by every measure that can be had offline: 2000 pictures a method.
+"""The quality of the quantized digits model by every metric that works offline: 2000 images per method.
 
     python benchmarks/digits_evaluation.py [--only w4a4 …] [--count 2000] [--folder results/digits]
 
-Each set is drawn from the same noise, by real kernels, and measured against the real digits and, pair by pair, against
-full precision. The features are those of a randomly filled Inception: they compare to nothing else.
-The table that `svdit compare` makes of it is kept in digits_evaluation.md.
+All sets are sampled from the same noise with the accelerated kernels, and compared with the real digits and, pair by
+pair, with full precision. The features are those of an Inception with random weights, comparable only to themselves.
+The tables of `svdit compare` are written to digits_evaluation.md.
 """
 
 import argparse
@@ -42,15 +42,15 @@ METRICS = ("random_fid", "random_kid_full", "random_precision", "random_recall",
 
 
 def write_real(folder: Path) -> None:
-    """All 1797 real digits, as the model draws them."""
+    """Write all 1797 real digits at the model's resolution."""
     folder.mkdir(parents=True, exist_ok=True)
-    together = [picture for part in digits() for picture in (part.read(i) for i in range(len(part)))]
-    for i, picture in enumerate(to_uint8(torch.stack(together))):
-        write_png(folder / f"{i:06}.png", picture)
+    images = [image for part in digits() for image in (part.read(i) for i in range(len(part)))]
+    for i, image in enumerate(to_uint8(torch.stack(images))):
+        write_png(folder / f"{i:06}.png", image)
 
 
-def draw(name: str, folder: Path, count: int) -> None:
-    """The set of one method, unless it is there already."""
+def sample(name: str, folder: Path, count: int) -> None:
+    """Sample the set of one method, unless it exists already."""
     model, recipe = load_model("digits"), METHODS[name]
     if recipe:
         quantize_(model, dit_config(replace(recipe, rank=RANK)), calibration(model))
@@ -67,16 +67,16 @@ def main() -> None:
     folder: Path = args.folder
     write_real(folder / "real")
     for name in dict.fromkeys(["full", *args.only]):
-        draw(name, folder / "sets" / name, args.count)
+        sample(name, folder / "sets" / name, args.count)
         paired = "" if name == "full" else f",paired --paired_dir {folder}/sets/full"
         flags = f"--feature-extractor random --metrics fid,kid,prc{paired}"
         where = f"--real_dir {folder}/real --fake_dir {folder}/sets/{name} --output {folder}/{name}"
         command("evaluate", [*where.split(), *flags.split()])
-        found = json.loads((folder / name / "metrics.json").read_text())["metrics"]
+        metrics = json.loads((folder / name / "metrics.json").read_text())["metrics"]
         for metric in METRICS:
-            if found.get(metric, {}).get("value") is not None:
-                note = f"se {found[metric]['se']}, {args.count} images"
-                record("digits evaluation", f"{name} {metric}", found[metric]["value"], "", note)
+            if metrics.get(metric, {}).get("value") is not None:
+                note = f"se {metrics[metric]['se']}, {args.count} images"
+                record("digits evaluation", f"{name} {metric}", metrics[metric]["value"], "", note)
     names = list(dict.fromkeys(["full", *args.only]))
     tables = (
         compare([folder / name for name in names], METRICS[:4]),

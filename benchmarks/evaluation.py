@@ -1,12 +1,12 @@
-"""Evaluation beside `torch_fidelity.calculate_metrics`, in one run on the same pictures and the same random weights.
+"""Evaluation against `torch_fidelity.calculate_metrics`, in one run on the same images and the same random weights.
 
-    python benchmarks/evaluation.py                      everything, for the record (appends to results.csv)
-    python benchmarks/evaluation.py --quick --dry        that it works; writes nothing
+    python benchmarks/evaluation.py                      everything; appends to results.csv
+    python benchmarks/evaluation.py --quick --dry        a smoke test; writes nothing
 
-Network: pictures per second of the stock extractor (batch 64, as the library runs it) and of ours, interleaved, best
-of the rounds. Job: wall time of FID, KID, IS, precision and recall for two sets; ours adds sFID, density, coverage,
-MIND and all standard errors. Trace: the Fréchet distance of two full-rank 2048-wide Gaussians, and of one of 1000
-images. Memory: the peak of precision and recall for 50 000 × 10 000 features, in a process of its own.
+Network: images per second of torch-fidelity's extractor (batch 64, its default) and of ours, interleaved, best of the
+rounds. Job: wall time of FID, KID, IS, precision and recall for two sets; ours adds sFID, density, coverage, MIND and
+all standard errors. Trace: the Fréchet distance of two full-rank 2048-wide Gaussians, and of one of 1000 images.
+Memory: the peak of precision and recall for 50 000 × 10 000 features, in a process of its own.
 """
 
 import argparse
@@ -23,16 +23,15 @@ import torch
 from PIL import Image
 from record import record
 
-from svdit.evaluation import metrics
 from svdit.evaluation.evaluate import evaluate
+from svdit.evaluation.frechet import jackknifed_distance
 from svdit.evaluation.inception import Extractor, load_extractor, random_extractor
 from svdit.evaluation.neighbours import neighbour_metrics
 from svdit.evaluation.options import Options
 from svdit.evaluation.statistics import Gaussian
+from svdit.extras import require
 
-import torch_fidelity  # isort: skip
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # isort: skip
-from torch_fidelity.metric_fid import fid_statistics_to_metric  # isort: skip
+torch_fidelity = require("torch_fidelity")
 
 Say = Callable[[str, float, str, str], None]
 
@@ -42,7 +41,7 @@ def main() -> None:
     p.add_argument("--images", type=int, default=1000)
     p.add_argument("--size", type=int, default=256)
     p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--quick", action="store_true", help="few pictures, small matrices")
+    p.add_argument("--quick", action="store_true", help="few images, small matrices")
     p.add_argument("--dry", action="store_true", help="print, do not append to results.csv")
     p.add_argument("--only", choices=PARTS, help="one part")
     p.add_argument("--peak", nargs=2, type=int, metavar="N", help=argparse.SUPPRESS)
@@ -64,8 +63,8 @@ def main() -> None:
             part(args, say)
 
 
-def pictures(n: int, size: int, seed: int) -> np.ndarray:
-    """uint8 (n, size, size, 3): coarse random colours under fine noise, so that PNG decoding costs what it does."""
+def make_images(n: int, size: int, seed: int) -> np.ndarray:
+    """uint8 (n, size, size, 3): coarse random colours with fine noise, which PNG decodes at a realistic speed."""
     stream = np.random.RandomState(seed)
     coarse = stream.randint(0, 256, (n, 8, 8, 3)).repeat(size // 8, 1).repeat(size // 8, 2)
     return np.clip(coarse + stream.randn(n, size, size, 3) * 12, 0, 255).astype(np.uint8)
@@ -91,10 +90,11 @@ def ours(path: Path) -> Extractor:
 def network(args: argparse.Namespace, say: Say) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = weights(Path(folder))
-        stock = FeatureExtractorInceptionV3("stock", ["2048", "logits_unbiased"], str(path))
+        network = require("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+        stock = network("stock", ["2048", "logits_unbiased"], str(path))
         fast = ours(path)
     n = 32 if args.quick else 128
-    images = torch.from_numpy(pictures(n, args.size, 0)).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(make_images(n, args.size, 0)).permute(0, 3, 1, 2).contiguous()
     speeds: dict[str, float] = {"stock": 0.0, "ours": 0.0}
     for _ in range(args.rounds):
         for name, model, batch in (("stock", stock, 64), ("ours", fast, 32)):
@@ -102,7 +102,7 @@ def network(args: argparse.Namespace, say: Say) -> None:
             for part in images.split(batch):
                 model(part)
             speeds[name] = max(speeds[name], n / (time.perf_counter() - started))
-    note = f"{n} pictures of {args.size} px, best of {args.rounds} interleaved rounds"
+    note = f"{n} images of {args.size} px, best of {args.rounds} interleaved rounds"
     say("network_torch_fidelity", speeds["stock"], "images/s", note)
     say("network_ours", speeds["ours"], "images/s", note)
     say("network_ratio", speeds["ours"] / speeds["stock"], "x", note)
@@ -112,7 +112,7 @@ def job(args: argparse.Namespace, say: Say) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         path = weights(root)
-        sets = [write(root / name, pictures(args.images, args.size, i)) for i, name in enumerate(("real", "fake"))]
+        sets = [write(root / name, make_images(args.images, args.size, i)) for i, name in enumerate(("real", "fake"))]
         started = time.perf_counter()
         theirs = torch_fidelity.calculate_metrics(
             input1=str(sets[1]), input2=str(sets[0]), cuda=torch.cuda.is_available(), verbose=False, cache=False,
@@ -120,7 +120,7 @@ def job(args: argparse.Namespace, say: Say) -> None:
             feature_extractor="inception-v3-compat", feature_extractor_weights_path=str(path),
         )  # fmt: skip
         between = time.perf_counter()
-        model = ours(path).to(Options().device)
+        model = ours(path)
         report = evaluate(*sets, model, Options(("fid", "sfid", "kid", "is", "prc", "mind")))
         ended = time.perf_counter()
     note = f"{args.images} against {args.images} PNG of {args.size} px"
@@ -132,7 +132,7 @@ def job(args: argparse.Namespace, say: Say) -> None:
 
 
 def best(rounds: int, function: Callable[[], float]) -> tuple[float, float]:
-    """Least seconds, and the value."""
+    """The least seconds of all rounds, and the value."""
     least = float("inf")
     for _ in range(rounds):
         started = time.perf_counter()
@@ -143,6 +143,7 @@ def best(rounds: int, function: Callable[[], float]) -> tuple[float, float]:
 
 def trace(args: argparse.Namespace, say: Say) -> None:
     D = 256 if args.quick else 2048
+    stock = require("torch_fidelity.metric_fid").fid_statistics_to_metric
     mix = np.random.RandomState(0).randn(D, D) / np.arange(1, D + 1) ** 0.5
     for n, name in ((3 * D, "full_rank"), (D * 1000 // 2048, "1000_images")):
         x, y = ((np.random.RandomState(i).randn(m, D) @ mix + i).astype(np.float32) for i, m in enumerate((3 * D, n)))
@@ -151,13 +152,13 @@ def trace(args: argparse.Namespace, say: Say) -> None:
         one = np.zeros(n, np.int64)
 
         def theirs(stats: list[dict[str, np.ndarray]] = stats) -> float:
-            return fid_statistics_to_metric(*stats, False)["frechet_inception_distance"]
+            return stock(*stats, False)["frechet_inception_distance"]
 
         def ours(a: Gaussian = a, b: Gaussian = b, y: np.ndarray = y, one: np.ndarray = one) -> float:
-            return metrics.frechet(Gaussian(a.mean, a.covariance, a.count), b, y, one).value or 0.0
+            return jackknifed_distance(Gaussian(a.mean, a.covariance, a.count), b, y, one)[0]
 
         def ours_cached(a: Gaussian = a, b: Gaussian = b, y: np.ndarray = y, one: np.ndarray = one) -> float:
-            return metrics.frechet(a, b, y, one).value or 0.0
+            return jackknifed_distance(a, b, y, one)[0]
 
         assert a.root.rank == D
         (slow, expected), (cold, value), (warm, _) = (best(args.rounds, f) for f in (theirs, ours, ours_cached))
@@ -180,18 +181,18 @@ def memory(args: argparse.Namespace, say: Say) -> None:
 
 
 def peak_of_neighbours(fakes: int, reals: int) -> str:
-    """Peak memory above what the imports took, in GiB, and seconds."""
-    before = most_memory()
+    """Peak memory above that of the imports, in GiB, and seconds."""
+    before = peak_memory()
     stream = torch.Generator().manual_seed(0)
     real, fake = (torch.randn(n, 2048, generator=stream) for n in (reals, fakes))
     started = time.perf_counter()
     neighbour_metrics(real, fake, np.arange(fakes) % 20)
     seconds = time.perf_counter() - started
-    return f"{(most_memory() - before) / 2**20} {seconds}"
+    return f"{(peak_memory() - before) / 2**20} {seconds}"
 
 
-def most_memory() -> int:
-    """The most KiB this program has held; getrusage would count those of the parent it was forked from."""
+def peak_memory() -> int:
+    """Peak memory of this program in KiB; getrusage would include that of the parent process."""
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
 
 

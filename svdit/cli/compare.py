@@ -1,4 +1,4 @@
-"""`svdit compare`: metrics of several sets in one table, with differences and their errors."""
+"""`svdit compare`: the metrics of several sets in one table, with differences and their errors."""
 
 import argparse
 
@@ -6,16 +6,16 @@ from svdit.cli.arguments import Parser
 
 
 def parser() -> Parser:
+    """The command's flags."""
     p = Parser("svdit compare", description=__doc__)
-    p.add_argument(
-        "reports", nargs="+", metavar="REPORT", help="metrics.json, or its folder; the first is the baseline"
-    )
-    p.add_argument("--metrics", help="comma-separated names as in metrics.json (default: the usual ones)")
-    p.add_argument("--force", action="store_true", help="print rows of unlike protocols too, marked")
+    p.add_argument("reports", nargs="+", metavar="REPORT", help="metrics.json or its folder; the first is the baseline")
+    p.add_argument("--metrics", help="comma-separated keys of metrics.json (default: the usual ones)")
+    p.add_argument("--force", action="store_true", help="also print rows of different protocols, marked")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print the table."""
     from svdit.evaluation.compare import compare
 
     print(compare(args.reports, args.metrics.split(",") if args.metrics else None, args.force))

@@ -2,50 +2,55 @@
 
 import argparse
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from svdit.cli.arguments import Parser
+from svdit.cli.arguments import Parser, keys
+from svdit.cli.setup import device
 from svdit.errors import UserError
 
+if TYPE_CHECKING:
+    from svdit.evaluation.inception import Extractor
+    from svdit.evaluation.options import Options
+
 DESCRIPTION = """\
-FID, sFID, KID, Inception Score, precision, recall, density, coverage, MIND and FID∞ in one pass of the network, with
-standard errors; PSNR, SSIM and relative L2 against full-precision counterparts of the same names. Start it with
-torchrun to share the images among processes."""
+FID and other metrics of Inception features in one pass, with error bars; PSNR, SSIM and relative L2 against
+full-precision counterparts of the same names. Run it with torchrun to share the images among processes."""
 EXTRACTORS = ("inception", "random")
 
 
 def parser() -> Parser:
+    """The command's flags."""
     p = Parser("svdit evaluate", description=DESCRIPTION)
     add = p.add_argument
     add("--real_dir", "--real-dir", metavar="PATH", help="real images: folder, .npz of images, or .npz of statistics")
     add("--fake_dir", "--fake-dir", metavar="PATH", required=True, help="generated images: folder or .npz")
     add("--num_images", "--num-images", type=int, metavar="N", help="a seeded choice from each side (default: all)")
-    add("--metrics", help="of fid,sfid,kid,is,prc,mind,fid_inf,paired,lpips (default: what can be had)")
+    add("--metrics", help=f"of {','.join(keys('evaluation/metrics.py', 'METRICS'))} (default: all available)")
     add("--paired_dir", "--paired-dir", metavar="PATH", help="full-precision counterparts, for PSNR, SSIM, relative L2")
     add("--compare_dir", "--compare-dir", metavar="PATH", help="a second generated set of the same seeds: differences")
     add("--feature-extractor", choices=EXTRACTORS, default=EXTRACTORS[0], help="random: offline, NOT comparable")
     add("--feature-extractor-weights", metavar="FILE", help="2015 Inception weights (or set SVDIT_INCEPTION_WEIGHTS)")
-    add("--download", action="store_true", help="fetch the Inception weights (95.6 MB) if they are not found")
-    add("--cache-dir", metavar="DIR", default="~/.cache/svdit", help="of features; '' keeps none [%(default)s]")
-    add("--save-stats", metavar="FILE", help="write the real side's statistics, to be given as --real_dir later")
+    add("--download", action="store_true", help="download the Inception weights (95.6 MB) if they are not found")
+    add("--cache-dir", metavar="DIR", default="~/.cache/svdit", help="feature cache; '' disables it [%(default)s]")
+    add("--save-stats", metavar="FILE", help="write the statistics of the real images, for use as --real_dir")
     add("--resize-to", type=int, metavar="SIZE", help="crop and resize every image, as ADM prepares ImageNet")
-    add("--allow-fewer", action="store_true", help="take all where there are fewer than --num_images")
+    add("--allow-fewer", action="store_true", help="use all images where there are fewer than --num_images")
     add("--batch-size", type=int, default=32)
-    add("--device", help="cpu or cuda (default: cuda where there is one)")
+    add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
     add("--seed", type=int, default=0, help="of the choice of images")
-    add("--output", metavar="DIR", help="write metrics.json, metrics.md and pictures there")
+    add("--output", metavar="DIR", help="write metrics.json, metrics.md and image grids to this folder")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
+    """Evaluate, save, print; exit code 1 if a named metric is unavailable."""
     from svdit.distributed import rank, session
     from svdit.evaluation.evaluate import evaluate
     from svdit.evaluation.options import Options
 
     options = Options(
-        metrics=tuple(args.metrics.split(",")) if args.metrics else None,
+        metrics=tuple(name.strip() for name in args.metrics.split(",")) if args.metrics else None,
         num_images=args.num_images,
         paired=args.paired_dir,
         compare=args.compare_dir,
@@ -53,24 +58,25 @@ def run(args: argparse.Namespace) -> None:
         resize_to=args.resize_to,
         allow_fewer=args.allow_fewer,
         batch_size=args.batch_size,
-        device=_device(args.device),
+        device=device(args.device),
         cache=Path(args.cache_dir).expanduser() if args.cache_dir else None,
         save_stats=Path(args.save_stats) if args.save_stats else None,
+        progress=True,
     )
     _check_writable(args.output, options)
     with session(options.device):
-        report = evaluate(args.real_dir, args.fake_dir, _network(args, options), options, _progress)
+        report = evaluate(args.real_dir, args.fake_dir, _network(args, options), options)
         if rank() == 0:
-            _print(report)
-            if args.output:
+            if args.output:  # before printing, which fails when the reader of a pipe has gone
                 report.save(Path(args.output))
+            print(report.text())
     if report.failed:
-        print(f"svdit evaluate: asked for, but not to be had: {', '.join(report.failed)}", file=sys.stderr)
+        print(f"svdit evaluate: requested but unavailable: {', '.join(report.failed)}", file=sys.stderr)
         sys.exit(1)
 
 
-def _check_writable(output: str | None, options: Any) -> None:
-    """Before the long work."""
+def _check_writable(output: str | None, options: "Options") -> None:
+    """Raise UserError now rather than after a long computation."""
     from svdit.files import writable_folder
 
     statistics = options.save_stats and options.save_stats.parent
@@ -79,22 +85,8 @@ def _check_writable(output: str | None, options: Any) -> None:
             writable_folder(folder)
 
 
-def _device(name: str | None) -> Any:
-    import torch
-
-    from svdit.distributed import default_device
-
-    try:
-        device = default_device() if name is None else torch.device(name)
-    except RuntimeError:
-        raise UserError(f"there is no device {name}; give cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("there is no CUDA device here; leave --device out or give cpu")
-    return device
-
-
-def _network(args: argparse.Namespace, options: Any) -> Any:
-    """The extractor that was asked for, on the device; None where only paired metrics are."""
+def _network(args: argparse.Namespace, options: "Options") -> "Extractor | None":
+    """The requested extractor; None if all requested metrics are of pairs."""
     if not options.network_metrics:
         return None
     from svdit.distributed import barrier, rank
@@ -102,48 +94,11 @@ def _network(args: argparse.Namespace, options: Any) -> Any:
     from svdit.evaluation.weights import DEFAULT_CACHE, find_weights, load_weights
 
     if args.feature_extractor == "random":
-        return random_extractor().to(options.device)
+        if args.feature_extractor_weights:
+            raise UserError("--feature-extractor-weights has no effect on --feature-extractor random; omit one of them")
+        return random_extractor()
     folder = options.cache or DEFAULT_CACHE
-    if rank() == 0:  # only one process downloads
+    if rank() == 0:  # a single process downloads
         find_weights(args.feature_extractor_weights, folder, args.download)
     barrier()
-    return load_extractor(*load_weights(find_weights(args.feature_extractor_weights, folder))).to(options.device)
-
-
-def _progress(items: Iterable[Any], name: str, count: int) -> Iterable[Any]:
-    """A bar on the first process; items are images, or batches of them that start with their places."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from svdit.distributed import rank
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=rank() > 0 or not console.is_terminal) as bar:
-        task = bar.add_task(name, total=count)
-        for item in items:
-            yield item
-            bar.advance(task, len(item[0]) if isinstance(item, (list, tuple)) else 1)
-
-
-def _print(report: Any) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from svdit.evaluation.report import NOT_COMPARABLE
-
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for column in report.columns():
-        table.add_column(column, no_wrap=True, justify="left" if column == "metric" else "right")
-    for row in report.rows():
-        table.add_row(*row)
-    console.print(table)
-    if not report.comparable:
-        console.print(NOT_COMPARABLE, style="bold red")
-    fake, real = report.inputs["fake"], report.inputs.get("real")
-    console.print(f"{fake['images']} generated images of {fake['path']}")
-    if real is not None:
-        console.print(f"{report.protocol['n_real']} real images of {real['path']}")
-    for note in report.notes():
-        console.print(note, markup=False, style="yellow" if note.startswith("warning") else None)
+    return load_extractor(*load_weights(find_weights(args.feature_extractor_weights, folder)))

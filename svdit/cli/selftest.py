@@ -1,4 +1,4 @@
-"""`svdit selftest`: does this installation compute the metrics correctly?"""
+"""`svdit selftest`: check the metric implementations on this machine."""
 
 import argparse
 import sys
@@ -7,24 +7,28 @@ from pathlib import Path
 from svdit.cli.arguments import Parser
 
 DESCRIPTION = """\
-Every metric on data whose answer is known on paper. With the Inception weights, ADM's published samples
-(admnet_guided_upsampled_imagenet256.npz or admnet_guided_imagenet128.npz) and its reference batch, also the numbers
-that ADM's own evaluator prints."""
+Check the metric implementations on this machine, on data with known answers. With the Inception weights, ADM's
+published samples (admnet_guided_upsampled_imagenet256.npz or admnet_guided_imagenet128.npz) and its reference batch,
+also check the numbers that ADM's evaluator reports."""
 
 
 def parser() -> Parser:
+    """The command's flags."""
     p = Parser("svdit selftest", description=DESCRIPTION)
     p.add_argument("--adm-samples", metavar="NPZ", type=Path)
     p.add_argument("--adm-reference", metavar="NPZ", type=Path)
-    p.add_argument("--feature-extractor-weights", metavar="FILE", help="2015 Inception weights")
+    p.add_argument("--feature-extractor-weights", metavar="FILE", help="2015 Inception weights, for --adm-samples")
     return p
 
 
 def run(args: argparse.Namespace) -> None:
+    """Print every check; exit code 1 if one fails. Raises UserError for incomplete arguments."""
     from svdit.errors import UserError
 
     if (args.adm_samples is None) != (args.adm_reference is None):
-        raise UserError("--adm-samples and --adm-reference are needed together")
+        raise UserError("--adm-samples and --adm-reference must be passed together")
+    if args.feature_extractor_weights and args.adm_samples is None:
+        raise UserError("--feature-extractor-weights has no effect without --adm-samples and --adm-reference")
     from svdit.evaluation.selftest import formulas, regression
 
     checks = list(formulas())
@@ -33,8 +37,7 @@ def run(args: argparse.Namespace) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
         verdict = "ok  " if check.passed else "FAIL"
-        print(
-            f"{verdict} {check.name:{width}} {check.got:14.8g}, should be {check.expected:.8g} ± {check.tolerance:.1g}"
-        )
+        expected = f"expected {check.expected:.8g} ± {check.tolerance:.1g}"
+        print(f"{verdict} {check.name:{width}} {check.value:14.8g}, {expected}")
     if not all(check.passed for check in checks):
         sys.exit(1)

@@ -1,1 +1,1 @@
-"""How good are generated images, and how sure is that: images → features → statistics → metrics → report."""
+"""Quality metrics of generated images, with error bars: images → features → statistics → metrics → report."""

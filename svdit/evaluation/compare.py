@@ -1,85 +1,97 @@
-"""Several metrics.json in one table, the first as the baseline; unlike protocols are refused, by field.
+"""Several metrics.json in one table, the first as the baseline; different protocols are refused, by field.
 
-Where two sets share protocol and sampling seed, the error of their difference is the jackknife's of the pairs;
-otherwise the two errors are added in squares.
+Where two sets share protocol and sampling seed, the error of their difference is the jackknife of the pairs;
+otherwise it is the root of the sum of the squared errors.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from svdit.errors import UserError
-from svdit.evaluation.jackknife import Estimate
+from svdit.evaluation.jackknife import Estimate, Estimates
+from svdit.evaluation.metrics import METRICS, RANDOM
 from svdit.evaluation.protocol import disagreements
 from svdit.evaluation.report import NOT_COMPARABLE, markdown_table, number, read_report
-
-SHOWN = ("fid", "sfid", "kid_full", "is", "precision", "recall", "psnr", "ssim", "lpips")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One file: its name, protocol and estimates, and the fields in which it departs from the first."""
+    """One file: its name, protocol and estimates, and the protocol fields in which it differs from the first."""
 
     name: str
     protocol: dict[str, Any]
-    metrics: dict[str, Estimate]
-    departs: tuple[str, ...] = ()
+    metrics: Estimates
+    differs: tuple[str, ...] = ()
 
     def paired_with(self, other: Row) -> bool:
+        """Whether both have the same protocol and sampling seed."""
         seeds = self.protocol.get("sample_seed"), other.protocol.get("sample_seed")
-        return not self.departs and not other.departs and seeds[0] == seeds[1] is not None
+        return not self.differs and not other.differs and seeds[0] == seeds[1] is not None
+
+    def value(self, key: str) -> float | None:
+        """The value of a metric; None if it was not measured."""
+        return self.metrics[key].value if key in self.metrics else None
 
 
 def compare(paths: Sequence[str | Path], metrics: Sequence[str] | None = None, force: bool = False) -> str:
-    """A Markdown table of `metrics` (default: the usual ones that the first file has), a line per file."""
+    """A Markdown table of `metrics` (default: the usual ones that the first file has), one row per file.
+
+    Raises UserError for different protocols, unless `force`, which marks them.
+    """
     rows = [_read(path) for path in paths]
-    rows = [_against(rows[0], row, force) for row in rows]
-    names = _columns(rows[0], metrics)
-    cells = [[row.name + " *" * bool(row.departs), *(_cell(rows[0], row, name) for name in names)] for row in rows]
-    return "\n".join([*markdown_table(["", *names], cells), "", *_notes(rows)])
+    keys = _columns(rows[0], metrics)
+    rows = [_checked(rows[0], row, keys, force) for row in rows]
+    cells = [[row.name + " *" * bool(row.differs), *(_cell(rows[0], row, key) for key in keys)] for row in rows]
+    return "\n".join([*markdown_table(["", *keys], cells), "", *_notes(rows)])
 
 
 def _read(path: str | Path) -> Row:
     report = read_report(path)
     name = Path(path).parent.name if Path(path).name == "metrics.json" else Path(path).stem
     estimates = {
-        name: Estimate(found["value"], tuple(found["leave_out"]), found["reason"])
-        for name, found in report["metrics"].items()
+        key: Estimate(metric["value"], tuple(metric["leave_out"]), metric["reason"])
+        for key, metric in report["metrics"].items()
     }
     return Row(name, report["protocol"], estimates)
 
 
-def _against(first: Row, row: Row, force: bool) -> Row:
-    fields = disagreements(first.protocol, row.protocol)
+def _checked(first: Row, row: Row, keys: Sequence[str], force: bool) -> Row:
+    # Counterparts must agree only where both rows show a metric of pairs.
+    of_pairs = {"identical_pairs", *(key for metric in METRICS.values() for key in metric.distances)}
+    pairs = any(first.value(key) is not None and row.value(key) is not None for key in of_pairs.intersection(keys))
+    fields = disagreements(first.protocol, row.protocol, pairs)
     if fields and not force:
         values = "; ".join(f"{f}: {first.protocol.get(f)} against {row.protocol.get(f)}" for f in fields)
-        raise UserError(f"{first.name} and {row.name} differ in {values}; measure alike, or pass --force to mark them")
-    return Row(row.name, row.protocol, row.metrics, tuple(fields))
+        raise UserError(
+            f"{first.name} and {row.name} differ in {values}; evaluate both alike, or pass --force to mark them"
+        )
+    return replace(row, differs=tuple(fields))
 
 
 def _columns(first: Row, metrics: Sequence[str] | None) -> list[str]:
     if metrics is None:
-        had = [name for name, estimate in first.metrics.items() if estimate.value is not None]
-        return [name for name in had if name.removeprefix("random_") in SHOWN]
-    for name in metrics:
-        if name not in first.metrics:
-            raise UserError(f"{first.name} has no metric {name}; it has {', '.join(first.metrics)}")
+        usual = {key for metric in METRICS.values() for key in metric.in_comparison}
+        return [key for key in first.metrics if first.value(key) is not None and key.removeprefix(RANDOM) in usual]
+    for key in metrics:
+        if key not in first.metrics:
+            raise UserError(f"{first.name} has no metric {key}; it has {', '.join(first.metrics)}")
     return list(metrics)
 
 
-def _cell(first: Row, row: Row, name: str) -> str:
-    a, b = first.metrics[name], row.metrics.get(name, Estimate(None))
+def _cell(first: Row, row: Row, key: str) -> str:
+    a, b = first.metrics[key], row.metrics.get(key, Estimate(None))
     if b.value is None:
         return "–"
     cell = _with_error(b.value, b.se)
     if row is first or a.value is None:
         return cell
     paired = row.paired_with(first) and len(a.leave_out) == len(b.leave_out)
-    error = b.minus(a).se if paired else _in_squares(a.se, b.se)
+    error = b.minus(a).se if paired else _independent(a.se, b.se)
     sign = "+" if b.value >= a.value else ""
     return f"{cell} ({sign}{_with_error(b.value - a.value, error)})"
 
@@ -88,7 +100,8 @@ def _with_error(value: float, error: float | None) -> str:
     return number(value, error) + (f" ± {number(error, error)}" if error else "")
 
 
-def _in_squares(*errors: float | None) -> float | None:
+def _independent(*errors: float | None) -> float | None:
+    """The error of a difference of independent estimates; None if one is unknown."""
     known = [error for error in errors if error is not None]
     return math.hypot(*known) if len(known) == len(errors) else None
 
@@ -97,5 +110,5 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     first, *others = rows
     how = "paired by seed" if all(row.paired_with(first) for row in others) else "not all paired by seed"
     notes = [f"In brackets: minus the first line; errors of differences {how}."] if others else []
-    notes += [f"* {row.name} differs in {', '.join(row.departs)}: not comparable." for row in rows if row.departs]
-    return notes + ([f"{NOT_COMPARABLE}."] if any(not row.protocol["comparable"] for row in rows) else [])
+    notes += [f"* {row.name} differs in {', '.join(row.differs)}: not comparable." for row in rows if row.differs]
+    return notes + ([f"{NOT_COMPARABLE}."] if any(not row.protocol.get("comparable") for row in rows) else [])

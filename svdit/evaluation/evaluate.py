@@ -1,122 +1,125 @@
 """`evaluate(real, fake, network, options) -> Report`: images → features → statistics → metrics → report.
 
-What the inputs do not allow (a reference of statistics only, too few images) is reported empty, with the reason.
-Started by torchrun, the processes share the images and all return the same report.
+Metrics that the inputs do not allow (a reference of statistics only, too few images) are empty, with the reason.
+Under torchrun the processes share the images, and all return the same report.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from svdit.distributed import gather, rank
 from svdit.errors import UserError
-from svdit.evaluation.features import FeatureNetwork, Features, Track, cache_key, extract, features_folder
+from svdit.evaluation.features import Extraction, FeatureNetwork, Features, extract, features_folder
 from svdit.evaluation.figures import caption, overview, worst_pairs
-from svdit.evaluation.frechet import Blocks
-from svdit.evaluation.inputs import Inputs, Set, open_inputs
-from svdit.evaluation.jackknife import assign_blocks
-from svdit.evaluation.lpips import load_lpips
-from svdit.evaluation.measures import Found, measure
+from svdit.evaluation.inputs import Inputs, open_inputs
+from svdit.evaluation.jackknife import Blocks, Estimates, assign_blocks
+from svdit.evaluation.metrics import METRICS, RANDOM, Data, compute_metrics
 from svdit.evaluation.options import Options
-from svdit.evaluation.paired import paired_metrics
-from svdit.evaluation.protocol import protocol, remarks, versions
+from svdit.evaluation.paired import Distance, paired_metrics
+from svdit.evaluation.protocol import input_warnings, protocol, versions
 from svdit.evaluation.report import NOT_COMPARABLE, Report
+from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.statistics import save_statistics
+from svdit.extras import require
 
 REAL_ROWS, FAKE_ROWS = ("pool",), ("pool", "spatial", "logits")
-KEYS = {"prc": "precision", "paired": "psnr"}  # where a metric's main number has another name
 
 
 def evaluate(
-    real: str | Path | None,
-    fake: str | Path,
-    network: FeatureNetwork | None = None,
-    options: Options | None = None,
-    track: Track = lambda items, name, count: items,
+    real: str | Path | None, fake: str | Path, network: FeatureNetwork | None = None, options: Options | None = None
 ) -> Report:
-    """Measure the images of `fake` against those, or the statistics, of `real`; UserError for what the user can mend.
+    """Compare the images of `fake` with those, or the statistics, of `real`. Raises UserError for unusable inputs.
 
-    `network` (see `inception`) may be None where only paired metrics are asked for. With `options.compare`, that set
-    is measured too, and the differences are given with their errors.
+    `network` (see `inception`) may be None if only metrics of pairs are requested. With `options.compare` the report
+    also has the metrics of that set, and the differences with their errors.
     """
     options, started = options or Options(), time.perf_counter()
     inputs = open_inputs(real, fake, options)
     network = network if options.network_metrics else None
-    sets = [each for each in (inputs.fake, inputs.second) if each is not None]
+    fakes = [inputs.fake] if inputs.second is None else [inputs.fake, inputs.second]
     blocks = assign_blocks(inputs.fake.count)
-    found: list[Found] = [{} for _ in sets]
+    distances = {} if inputs.counterparts is None else _distances(options)
+    estimates: list[Estimates] = [{} for _ in fakes]
     if options.network_metrics:
-        found = _network_metrics(inputs, sets, network, options, blocks, track)
-    pictures = {"grid_fake": overview(inputs.fake)}
-    if inputs.partners is not None:
-        lpips = load_lpips(options.device) if "lpips" in (options.metrics or ()) else None
-        for estimates, each in zip(found, sets, strict=True):
-            paired, psnrs = paired_metrics(each, inputs.partners, blocks, track, lpips)
-            estimates |= paired
-            if each is inputs.fake:
-                pictures["grid_pairs"] = worst_pairs(each, inputs.partners, psnrs)
+        estimates = _from_features(inputs, fakes, network, options, blocks)
+    images = {"grid_fake": overview(inputs.fake)}
+    if inputs.counterparts is not None:
+        for values, image_set in zip(estimates, fakes, strict=True):
+            paired, psnrs = paired_metrics(image_set, inputs.counterparts, blocks, distances, options.progress)
+            values |= paired
+            if image_set is inputs.fake:
+                images["grid_pairs"] = worst_pairs(image_set, inputs.counterparts, psnrs)
     if network is not None and not network.comparable:
-        pictures = {name: caption(picture, NOT_COMPARABLE) for name, picture in pictures.items()}
-    second = found[1] if len(found) > 1 else {}
-    warnings = [one for each in inputs.named.values() for one in each.warnings]
-    warnings += remarks(inputs, network, options.network_metrics)
+        images = {name: caption(image, NOT_COMPARABLE) for name, image in images.items()}
+    metrics, second = estimates[0], estimates[1] if len(fakes) > 1 else {}
+    warnings = [warning for image_set in inputs.named.values() for warning in image_set.warnings]
+    warnings += input_warnings(inputs, network, options.network_metrics)
     return Report(
-        metrics=found[0],
+        metrics=metrics,
         second=second,
-        difference={name: found[0][name].minus(other) for name, other in second.items()},
-        protocol=protocol(inputs, network, options.seed),
-        inputs={name: each.describe() for name, each in inputs.named.items()},
+        difference={name: metrics[name].minus(other) for name, other in second.items()},
+        protocol=protocol(inputs, network, options),
+        inputs={name: image_set.describe() for name, image_set in inputs.named.items()},
         versions=versions(),
         warnings=tuple(warnings),
         seconds=time.perf_counter() - started,
-        failed=_failed(options, found[0]),
-        pictures=pictures,
+        failed=_failed(options, metrics),
+        images=images,
     )
 
 
-def _network_metrics(
-    inputs: Inputs, sets: list[Set], network: FeatureNetwork | None, options: Options, blocks: Blocks, track: Track
-) -> list[Found]:
-    """One pass over every set by all processes, then the metrics of each fake one, by the first."""
+def _distances(options: Options) -> dict[str, Distance]:
+    """Those of every metric of pairs, except for unnamed ones on request; loads their weights."""
+    chosen = [m for name, m in METRICS.items() if not m.on_request or name in (options.metrics or ())]
+    return {key: load(options.device) for metric in chosen for key, load in metric.distances.items()}
+
+
+def _from_features(
+    inputs: Inputs, fakes: list[ImageSet], network: FeatureNetwork | None, options: Options, blocks: Blocks
+) -> list[Estimates]:
+    """One pass over every set by all processes, then the metrics of each generated set by the first process."""
     if network is None or inputs.real is None:
-        raise UserError("these metrics need a network and real images; --metrics paired does without both")
+        raise UserError("these metrics need a network and real images; only --metrics paired does not")
+    for module in ("scipy.linalg", "torch_fidelity"):  # a missing one must not end a long run
+        require(module)
+    network = network.to(options.device)
     with features_folder(options.cache) as folder:
-
-        def features(each: Set, keep: tuple[str, ...]) -> Features:
-            where, how = folder / cache_key(each.content, network, each.indices), (options.device, options.batch_size)
-            return extract(each.source, each.indices, network, keep, where, *how, track)
-
-        real = _reference(inputs.real, network, features)
-        fakes = [features(each, FAKE_ROWS) for each in sets]
-        found: list[Found] = []
+        how = Extraction(folder, options.device, options.batch_size, options.progress)
+        real = _reference(inputs.real, network, how)
+        features = [extract(image_set, network, FAKE_ROWS, how) for image_set in fakes]
+        estimates: list[Estimates] = []
         if rank() == 0:
             if options.save_stats:
                 rows = {"features": real.rows["pool"]} if "pool" in real.rows else {}
                 save_statistics(options.save_stats, real.gaussians, network.digest, **rows)
-            found = [measure(options.network_metrics, real, fake, blocks, options.device) for fake in fakes]
-    prefix = "" if network.comparable else f"{network.name}_"
-    return [{prefix + name: estimate for name, estimate in each.items()} for each in gather(found)[0]]
+            data = partial(Data, real, blocks=blocks, device=options.device)
+            estimates = [compute_metrics(options.network_metrics, data(fake=fake)) for fake in features]
+    prefix = "" if network.comparable else RANDOM
+    return [{prefix + name: estimate for name, estimate in each.items()} for each in gather(estimates)[0]]
 
 
-def _reference(real: Set, network: FeatureNetwork, features: Callable[[Set, tuple[str, ...]], Features]) -> Features:
-    """The real side: from its images, or from stored statistics and, if it has them too, images or stored rows."""
+def _reference(real: ImageSet, network: FeatureNetwork, how: Extraction) -> Features:
+    """Features of the real images; or stored statistics, with rows that are stored too or from images beside them."""
     source = real.source
     if not source.gaussians:
-        return features(real, REAL_ROWS)
+        return extract(real, network, REAL_ROWS, how)
     if source.extractor != network.digest and not (source.extractor == "inception" and network.comparable):
-        told = f"the statistics in {source.path} come from other weights ({source.extractor[:12]})"
-        raise UserError(f"{told} than this run's {network.name} ones ({network.digest[:12]}); they cannot be mixed")
+        raise UserError(
+            f"the statistics in {source.path} come from other weights ({source.extractor[:12]}) than this run's "
+            f"{network.name} ones ({network.digest[:12]}); use the same weights for both"
+        )
     for layer, gaussian in source.gaussians.items():
         if gaussian.mean.size != network.widths[layer]:
             widths = f"{gaussian.mean.size} {layer} features, the network {network.widths[layer]}"
-            raise UserError(f"the statistics in {source.path} have {widths}; they cannot be mixed")
-    rows = features(real, REAL_ROWS).rows if real.count else {}
+            raise UserError(f"the statistics in {source.path} have {widths}; compute them with this network")
+    rows = extract(real, network, REAL_ROWS, how).rows if real.count else {}
     return Features(source.gaussians, rows if source.rows is None else {"pool": source.rows})
 
 
-def _failed(options: Options, found: Found) -> tuple[str, ...]:
-    """What was asked for by name and is empty."""
-    had = {name.removeprefix("random_") for name, estimate in found.items() if estimate.value is not None}
-    return tuple(name for name in options.metrics or () if KEYS.get(name, name) not in had)
+def _failed(options: Options, metrics: Estimates) -> tuple[str, ...]:
+    """The named metrics that have no value."""
+    available = {key.removeprefix(RANDOM) for key, estimate in metrics.items() if estimate.value is not None}
+    return tuple(name for name in options.metrics or () if METRICS[name].headline not in available)

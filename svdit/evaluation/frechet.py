@@ -2,25 +2,23 @@
 
     d² = |m₁ - m₂|² + tr Σ₁ + tr Σ₂ - 2 tr (Σ₁ Σ₂)^½,     tr (Σ₁ Σ₂)^½ = Σᵢ λᵢ(Fᵀ Σ₂ F)^½,   Σ₁ = F Fᵀ
 
-FᵀΣ₂F is symmetric, so no complex numbers and no general matrix square root appear. Of its eigenvalues only as many
-as its rank are taken, the smaller of F's and of images less one: the rest is round-off, whose roots would add up to
-1e-4. (A threshold instead of the rank would cut true eigenvalues of an ill-conditioned product.)
+FᵀΣ₂F is symmetric, so neither complex numbers nor a general matrix square root appear. Only its largest eigenvalues
+are used, as many as its rank: the smaller of F's rank and the number of images less one. The others are round-off,
+whose square roots would sum to 1e-4. (A threshold would remove true eigenvalues of an ill-conditioned product.)
 """
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from svdit.evaluation.features import Rows
+from svdit.evaluation.jackknife import Blocks
 from svdit.evaluation.statistics import Array, Gaussian, Moments
 
 TILE = 2048
 
-Rows = npt.NDArray[np.float32]
-Blocks = npt.NDArray[np.int64]
-
 
 def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
-    """d² of two Gaussians of one width; the root F is `reference`'s, which keeps it."""
+    """d² of two Gaussians. Uses `reference.root`, which is cached. Raises ValueError if their widths differ."""
     if reference.mean.shape != other.mean.shape:
         raise ValueError(f"features of width {reference.mean.size} and {other.mean.size} cannot be compared")
     root = reference.root
@@ -29,7 +27,7 @@ def frechet_distance(reference: Gaussian, other: Gaussian) -> float:
 
 
 def jackknifed_distance(reference: Gaussian, other: Gaussian, rows: Rows, blocks: Blocks) -> list[float]:
-    """d² of `other`, which sums up `rows` (N, D), then without each of the blocks (N,); one block is not left out."""
+    """d² of `other`, the summary of `rows` (N, D), then d² without each block; a single block is not left out."""
     K = int(blocks.max()) + 1
     kept = [np.flatnonzero(blocks != k) for k in range(K)] if K > 1 else []
     if len(rows) <= rows.shape[1]:
@@ -40,12 +38,12 @@ def jackknifed_distance(reference: Gaussian, other: Gaussian, rows: Rows, blocks
     total = Moments(rows.shape[1])
     for start in range(0, len(rows), TILE):
         total.add(torch.from_numpy(rows[start : start + TILE]))
-    left = (total.without(torch.from_numpy(rows[blocks == k])) for k in range(len(kept)))
-    return [whole, *(frechet_distance(reference, sums.gaussian()) for sums in left)]
+    rest = (total.without(torch.from_numpy(rows[blocks == k])) for k in range(len(kept)))
+    return [whole, *(frechet_distance(reference, sums.gaussian()) for sums in rest)]
 
 
 def _distances_of_few(reference: Gaussian, rows: Rows, subsets: list[Blocks]) -> list[float]:
-    """With fewer rows than columns, the same eigenvalues from the (N, N) products of the projected rows."""
+    """With fewer rows than columns: the same eigenvalues, from the (N, N) inner products of the projected rows."""
     x = rows.astype(np.float64)
     projected = x @ reference.root.factor
     products = projected @ projected.T
@@ -62,7 +60,7 @@ def _distances_of_few(reference: Gaussian, rows: Rows, subsets: list[Blocks]) ->
 
 
 def _distance(reference: Gaussian, mean: Array, trace: float, product: Array, rank: int) -> float:
-    spectrum = np.linalg.eigvalsh(product)[-rank:]  # ascending
+    spectrum = np.linalg.eigvalsh(product)[-rank:]  # ascending, from the lower triangle
     cross = np.sqrt(spectrum.clip(0)).sum()
     shift = reference.mean - mean
     return float(shift @ shift + np.trace(reference.covariance) + trace - 2 * cross)

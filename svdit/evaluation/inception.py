@@ -1,12 +1,12 @@
-"""The 2015 Inception-v3 of FID through torch-fidelity, giving every feature in one pass, and a random twin of it.
+"""The 2015 Inception-v3 of FID through torch-fidelity, with all features in one pass, and with random weights.
 
     pool     2048   FID, KID, precision, recall, density, coverage, MIND
-    spatial  2023   sFID: the first 7 channels of Mixed_6d, 17 × 17 × 7 flattened with the channel last; these are
+    spatial  2023   sFID: the first 7 channels of Mixed_6d, 17 × 17 × 7 flattened with the channel last. They are
                     TensorFlow's mixed_6/conv after its ReLU, in the order of ADM's mu_s and sigma_s
-    logits   1008   the Inception Score's, without the bias, as the original graph has them
+    logits   1008   Inception Score: without the bias, as in the original graph
 
-Pictures of any size are resized to 299 by TensorFlow 1's bilinear rule: output i is the input at i · size / 299.
-`fast` resizes in one call, folds batch norms and puts channels last: twice the speed, features equal to about 1e-6.
+Images are resized to 299 by TensorFlow 1's bilinear rule: output i is the input at i · size / 299. `fast` resizes in
+one call, folds the batch norms and uses channels_last: twice the speed, features equal to about 1e-6.
 """
 
 import hashlib
@@ -20,16 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from svdit.errors import UserError
-from svdit.shims import allow_cpu_torchvision
-
-allow_cpu_torchvision()
-from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: E402
-    BasicConv2d,
-    FeatureExtractorInceptionV3,
-)
-from torch_fidelity.interpolate_compat_tensorflow import (  # noqa: E402
-    interpolate_bilinear_2d_like_tensorflow1x,
-)
+from svdit.extras import require
 
 WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
 SIZE = 299
@@ -45,7 +36,8 @@ HEAD = ("Mixed_6e", "Mixed_7a", "Mixed_7b", "Mixed_7c", "AvgPool")
 class Extractor(nn.Module):
     """uint8 (N, 3, H, W) -> {"pool": (N, 2048), "spatial": (N, 2023), "logits": (N, 1008)}, float32.
 
-    `digest` tells weights apart; numbers of extractors with different digests must not be compared.
+    `digest` identifies the weights; results of different digests are not comparable. Raises UserError if `state` does
+    not fit the network.
     """
 
     widths = WIDTHS
@@ -57,9 +49,8 @@ class Extractor(nn.Module):
         try:
             self.network.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError(
-                f"these are not the 2015 Inception weights: {str(error).splitlines()[-1].strip()}"
-            ) from None
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"these are not the 2015 Inception weights: {reason}; pass the published file") from None
         if fast:
             _fold_batch_norms(self.network)
             self.network.to(memory_format=torch.channels_last)
@@ -80,52 +71,53 @@ class Extractor(nn.Module):
 
 
 def resize(x: Tensor) -> Tensor:
-    """(N, 3, H, W) to (N, 3, 299, 299), as torch-fidelity computes it, to the bit."""
-    resized: Tensor = interpolate_bilinear_2d_like_tensorflow1x(x, size=(SIZE, SIZE), align_corners=False)
+    """(N, 3, H, W) to (N, 3, 299, 299), bit-equal to torch-fidelity."""
+    interpolate = require("torch_fidelity.interpolate_compat_tensorflow").interpolate_bilinear_2d_like_tensorflow1x
+    resized: Tensor = interpolate(x, size=(SIZE, SIZE), align_corners=False)
     return resized
 
 
 def resize_fast(x: Tensor) -> Tensor:
-    """The same to 5e-5 grey levels: with the last row and column repeated, aligned corners step by H / 299 too."""
+    """(N, 3, H, W) to (N, 3, 299, 299), within 5e-5 grey levels of `resize`."""
+    # With the last row and column repeated, aligned corners are H / 299 apart too.
     x = F.pad(x.contiguous(memory_format=torch.channels_last), (0, 1, 0, 1), mode="replicate")
     x = F.interpolate(x, size=(SIZE + 1, SIZE + 1), mode="bilinear", align_corners=True)
     return x[:, :, :SIZE, :SIZE]
 
 
 def load_extractor(state: dict[str, Tensor], digest: str, fast: bool = True) -> Extractor:
-    """The published network with the weights `state`, whose file has the SHA-256 `digest`."""
+    """The network with the published weights: `state`, whose file has the SHA-256 `digest`; shapes as (O, I, …)."""
     return Extractor(state, "inception", digest, fast)
 
 
 def random_extractor(seed: int = 0, fast: bool = True) -> Extractor:
-    """The same network with seeded He-normal weights: an offline yardstick whose numbers compare to no other's."""
+    """The network with seeded He-normal weights: works offline, but its results are comparable only to its own."""
     state = _empty_network().state_dict()
     stream = np.random.RandomState(seed)
     for name, value in state.items():
         if name.endswith("weight") and value.dim() > 1:
             fan_in = value[0].numel()
-            drawn = stream.standard_normal(value.numel()) * np.sqrt(2 / fan_in)
-            state[name] = torch.from_numpy(drawn.astype(np.float32)).view(value.shape)
+            normal = stream.standard_normal(value.numel()) * np.sqrt(2 / fan_in)
+            state[name] = torch.from_numpy(normal.astype(np.float32)).view(value.shape)
     state["fc.bias"] = torch.zeros_like(state["fc.bias"])
     return Extractor(state, "random", hashlib.sha256(f"he-normal {seed}".encode()).hexdigest(), fast)
 
 
-class _Network(FeatureExtractorInceptionV3):  # type: ignore[misc]
-    """The library's network without weights: its constructor would load them with code allowed."""
+def _empty_network() -> Any:
+    """torch-fidelity's network without weights. Its constructor unpickles a file, so it gets an empty one."""
 
-    def load_state_dict(self, state: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        return super().load_state_dict(state, *args, **kwargs) if state else None
+    class Network(require("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def load_state_dict(self, state: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+            return super().load_state_dict(state, *args, **kwargs) if state else None
+
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
+    return Network("svdit", ["2048", "logits_unbiased"], feature_extractor_weights_path=empty)
 
 
-def _empty_network() -> _Network:
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    return _Network("svdit", ["2048", "logits_unbiased"], feature_extractor_weights_path=nothing)
-
-
-def _fold_batch_norms(network: nn.Module) -> None:
+def _fold_batch_norms(network: Any) -> None:
     for block in network.modules():
-        if isinstance(block, BasicConv2d):
+        if isinstance(getattr(block, "bn", None), nn.BatchNorm2d):
             block.conv = fuse_conv_bn_eval(block.conv, block.bn)
             block.bn = nn.Identity()

@@ -1,117 +1,119 @@
-"""The sets of images of one evaluation: opened, chosen from, checked, and brought into the same order."""
+"""The image sets of one evaluation: opened, chosen from, checked, and brought into the same order."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from svdit.errors import UserError
 from svdit.evaluation.options import Options
-from svdit.evaluation.sources import Indices, Source, choose, open_source
+from svdit.evaluation.sources import ImageSet, Indices, Source, choose, open_source
 from svdit.files import sha256
 
-
-@dataclass(frozen=True)
-class Set:
-    """The images chosen from a source, their one size (H, W), the hash of their content, and what to warn about."""
-
-    source: Source
-    indices: Indices
-    size: tuple[int, int]
-    content: str
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def count(self) -> int:
-        return len(self.indices)
-
-    def describe(self) -> dict[str, Any]:
-        path, kind = str(self.source.path), self.source.kind
-        return {"path": path, "kind": kind, "images": self.count, "size": list(self.size), "sha256": self.content}
+SAMPLE_FIELDS = ("image_size", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "vae", "label_policy")
+SAME_NOISE = ("model", "seed", *SAMPLE_FIELDS)  # equal in the manifests of counterparts, which differ in their weights
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`fake` and, image by image beside it, `second` (another generated set) and `partners` (full precision)."""
+    """`fake` and, in the same order, `second` (another generated set) and `counterparts` (full precision)."""
 
-    fake: Set
-    real: Set | None = None
-    second: Set | None = None
-    partners: Set | None = None
+    fake: ImageSet
+    real: ImageSet | None = None
+    second: ImageSet | None = None
+    counterparts: ImageSet | None = None
 
     @property
-    def named(self) -> dict[str, Set]:
-        sets = {"real": self.real, "fake": self.fake, "second": self.second, "partners": self.partners}
-        return {name: each for name, each in sets.items() if each is not None}
+    def named(self) -> dict[str, ImageSet]:
+        """The sets by their key in `metrics.json`."""
+        sets = {"real": self.real, "fake": self.fake, "second": self.second, "partners": self.counterparts}
+        return {name: image_set for name, image_set in sets.items() if image_set is not None}
 
 
 def open_inputs(real: str | Path | None, fake: str | Path, options: Options) -> Inputs:
-    """UserError for whatever is wrong with any of them."""
+    """Open and check all sets. Raises UserError for missing, unreadable or mismatched ones."""
     if real is None and options.network_metrics:
-        raise UserError(f"{', '.join(options.network_metrics)} need --real_dir; only --metrics paired does without")
+        raise UserError(f"{', '.join(options.network_metrics)} need --real_dir; only --metrics paired does not")
     fakes = open_set(fake, options)
     if fakes.count == 0:
-        raise UserError(f"{fake} holds statistics only; --fake_dir must hold images")
+        raise UserError(f"{fake} contains statistics only; --fake_dir must contain images")
     reals = None if real is None else open_set(real, options)
     second = None if options.compare is None else open_counterparts(options.compare, fakes, options)
-    partners = _partners(reals, fakes, options)
-    return Inputs(fakes, reals, second, None if partners is None else open_counterparts(partners, fakes, options))
+    path = _counterparts(reals, fakes, options)
+    return Inputs(fakes, reals, second, None if path is None else open_counterparts(path, fakes, options))
 
 
-def open_set(path: str | Path, options: Options) -> Set:
+def open_set(path: str | Path, options: Options) -> ImageSet:
     """The chosen images of a source; a reference of statistics has none."""
     source = open_source(path, options.resize_to)
     if len(source) == 0 and source.gaussians:
-        return Set(source, np.arange(0), (0, 0), sha256(source.path))
-    if source.gaussians:
-        return _checked(source, np.arange(len(source)))  # the images beside statistics are there as they are
+        return ImageSet(source, np.arange(0), (0, 0), sha256(source.path))
+    if source.gaussians:  # no choice among images that are stored beside the statistics of a larger set
+        return _checked(source, np.arange(len(source)))
     indices = choose(source, options.num_images, options.seed, options.allow_fewer)
     fewer = options.num_images is not None and len(indices) < options.num_images
-    told = (f"{path} holds only {len(indices)} of the {options.num_images} images asked for",) if fewer else ()
-    return _checked(source, indices, told)
+    warnings = (f"{path} contains only {len(indices)} of the {options.num_images} requested images",) if fewer else ()
+    return _checked(source, indices, warnings)
 
 
-def open_counterparts(path: str | Path, fakes: Set, options: Options) -> Set:
-    """The images of `path` that have the names of the chosen fake ones, in the same order."""
+def open_counterparts(path: str | Path, fakes: ImageSet, options: Options) -> ImageSet:
+    """The images of `path` with the names of the chosen fake ones, in their order. Raises UserError on a mismatch."""
     source = open_source(path, options.resize_to)
-    each = _checked(source, pair(fakes, source))
-    if each.size != fakes.size:
-        sizes = f"the images of {path} are {each.size}, those of {fakes.source.path} {fakes.size}"
+    image_set = _checked(source, pair(fakes, source))
+    if image_set.size != fakes.size:
+        sizes = f"the images of {path} are {image_set.size}, those of {fakes.source.path} {fakes.size}"
         raise UserError(f"{sizes} (H, W); counterparts must have one size")
-    return each
+    return image_set
 
 
-def _checked(source: Source, indices: Indices, warnings: tuple[str, ...] = ()) -> Set:
+def _checked(source: Source, indices: Indices, warnings: tuple[str, ...] = ()) -> ImageSet:
     if len(indices) < 2:
-        raise UserError(f"need at least 2 images, found {len(indices)} in {source.path}; give more")
-    size, said = source.check(indices)
-    warnings += tuple(f"{source.path}: {one}" for one in said)
-    return Set(source, indices, size, source.content(indices), warnings)
+        raise UserError(f"{source.path} contains {len(indices)} images; at least 2 images are needed")
+    size, conversions = source.check(indices)
+    warnings += tuple(f"{source.path}: {conversion}" for conversion in conversions)
+    return ImageSet(source, indices, size, source.content(indices), warnings)
 
 
-def _partners(reals: Set | None, fakes: Set, options: Options) -> str | Path | None:
-    """What was given, or real images of exactly the fake ones' names; whether or not by name, if asked to pair."""
-    if options.metrics is not None and not options.wants_pairs:
-        return None
+def _counterparts(reals: ImageSet | None, fakes: ImageSet, options: Options) -> str | Path | None:
+    """--paired_dir; or the real images, if a metric of pairs is named or both manifests record the same noise."""
     if options.paired is not None:
         return options.paired
-    if reals is None:
-        raise UserError("paired metrics and LPIPS need counterparts; give --paired_dir")
-    alike = bool(reals.source.files) and reals.size == fakes.size and reals.source.names == fakes.source.names
-    return reals.source.path if options.wants_pairs or alike else None
+    if options.wants_pairs and reals is None:
+        raise UserError("paired metrics and LPIPS need counterparts; pass --paired_dir")
+    if reals is not None and (options.wants_pairs or (options.metrics is None and same_noise(reals, fakes))):
+        return reals.source.path
+    return None
 
 
-def pair(fakes: Set, other: Source) -> Indices:
-    """For each chosen fake image the index in `other` of the one with its name (7 and 000007 are the same)."""
+def same_noise(a: ImageSet, b: ImageSet) -> bool:
+    """Whether the manifests prove that images of one name have the same seed, label and sampling options."""
+    records = [s.source.manifest for s in (a, b)]
+    seeded = all(record.get("seed") is not None for record in records)
+    alike = a.size == b.size and a.source.names == b.source.names and a.source.labels == b.source.labels
+    return seeded and alike and not differences(a, b)
+
+
+def differences(a: ImageSet, b: ImageSet) -> list[str]:
+    """The fields of SAME_NOISE in which two manifests differ; none where a set has no manifest."""
+    records = [s.source.manifest for s in (a, b)]
+    if not all(records):
+        return []
+    return [f"{field} {x!r} and {y!r}" for field in SAME_NOISE for x, y in [[r.get(field) for r in records]] if x != y]
+
+
+def pair(fakes: ImageSet, other: Source) -> Indices:
+    """For each chosen fake image the index in `other` of the image with its name; 7 and 000007 are the same name.
+
+    Raises UserError if an image has no counterpart.
+    """
     places = {_key(name): i for i, name in enumerate(other.names)}
     names = [fakes.source.names[i] for i in fakes.indices]
     missing = [name for name in names if _key(name) not in places]
     if missing:
-        told = f"{len(missing)} of {len(names)} images of {fakes.source.path} have no counterpart in {other.path}"
-        raise UserError(f"{told} (first: {missing[0]}); images are paired by name")
+        counts = f"{len(missing)} of {len(names)} images of {fakes.source.path} have no counterpart in {other.path}"
+        raise UserError(f"{counts} (first: {missing[0]}); images are paired by name")
     return np.array([places[_key(name)] for name in names], np.int64)
 
 

@@ -1,10 +1,10 @@
-"""How sure is a number: the delete-block jackknife, and the extrapolation of FID to infinitely many images.
+"""Error bars: the delete-block jackknife over the generated images.
 
     se² = (K-1)/K Σₖ (θ₋ₖ - θ̄)²        bias = (K-1) (θ̄ - θ)                            (Quenouille; Tukey)
 
-θ₋ₖ leaves block k of the generated images out; the reference is held fixed. Two sets made from the same seeds keep
-their θ₋ₖ in step, so the jackknife of the difference sees only what differs. The naive bootstrap is not here: it
-draws images twice, which biases FID by more than its own spread.
+θ₋ₖ leaves out block k of the generated images; the reference is fixed. Two sets of the same seeds leave out the same
+images, so the jackknife of their difference is not inflated by what both share. The naive bootstrap is not offered:
+it draws images twice, which biases FID by more than its spread.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCKS = 20
+Blocks = npt.NDArray[np.int64]  # (N,), the block of each generated image
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its K leave-one-block-out values (empty: not available), or the reason why there is none."""
+    """A value with its K leave-one-block-out values (empty: not available), or the reason why there is no value."""
 
     value: float | None
     leave_out: tuple[float, ...] = ()
@@ -27,7 +28,7 @@ class Estimate:
 
     @property
     def se(self) -> float | None:
-        """The jackknife's standard error."""
+        """The jackknife standard error."""
         if len(self.leave_out) < 2:
             return None
         K = len(self.leave_out)
@@ -35,23 +36,26 @@ class Estimate:
 
     @property
     def bias(self) -> float | None:
-        """The jackknife's estimate of value minus truth that is due to the number of generated images."""
+        """The jackknife estimate of the bias due to the finite number of generated images."""
         if self.value is None or len(self.leave_out) < 2:
             return None
         return float((len(self.leave_out) - 1) * (np.mean(self.leave_out) - self.value))
 
     def minus(self, other: Estimate) -> Estimate:
-        """The difference of two sets whose images of one place share their seed, so that both leave out the same."""
+        """The difference of two sets whose n-th images share a seed, so both leave out the same blocks."""
         if self.value is None or other.value is None:
             return Estimate(None, reason=self.reason or other.reason)
         pairs = zip(self.leave_out, other.leave_out, strict=True)
         return Estimate(self.value - other.value, tuple(a - b for a, b in pairs))
 
 
-def assign_blocks(n: int, seed: int = 0, blocks: int = BLOCKS) -> npt.NDArray[np.int64]:
+Estimates = dict[str, Estimate]  # by key of `metrics.json`
+
+
+def assign_blocks(n: int, seed: int = 0, blocks: int = BLOCKS) -> Blocks:
     """The block, 0 … K-1, of each of n images: a seeded shuffle, because neighbours often share a class.
 
-    Two images are one block, which is never left out: nothing can be measured on one.
+    Two images form a single block, which is never left out: no metric is defined for one image.
     """
     order = np.random.RandomState(seed).permutation(n)
     blocks_of = np.empty(n, np.int64)

@@ -1,4 +1,6 @@
-"""What can be asked of an evaluation."""
+"""The options of an evaluation."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,17 +9,15 @@ import torch
 
 from svdit.distributed import default_device
 from svdit.errors import UserError
-
-NETWORK_METRICS = ("fid", "sfid", "kid", "is", "prc", "mind", "fid_inf")
-METRICS = (*NETWORK_METRICS, "paired", "lpips")
+from svdit.evaluation.metrics import METRICS
 
 
 @dataclass(frozen=True)
 class Options:
-    """`metrics` None takes what the inputs allow; of those named, `Report.failed` lists what could not be had."""
+    """`metrics` None: all that the inputs allow. Of named metrics, `Report.failed` lists the unavailable ones."""
 
     metrics: tuple[str, ...] | None = None
-    num_images: int | None = None  # of both sides; a seeded choice with the classes in proportion
+    num_images: int | None = None  # of both sides: a seeded choice with the classes in proportion
     paired: str | Path | None = None  # full-precision counterparts of the generated images
     compare: str | Path | None = None  # a second generated set, of the same seeds
     seed: int = 0
@@ -27,6 +27,7 @@ class Options:
     device: torch.device = field(default_factory=default_device)
     cache: Path | None = None
     save_stats: Path | None = None
+    progress: bool = False  # show progress bars on stderr
 
     def __post_init__(self) -> None:
         for name in self.metrics or ():
@@ -36,13 +37,20 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed is {self.seed}; it must be from 0 to 2^32 - 1")
+        asked = ",".join(self.metrics or ())
+        if self.paired is not None and self.metrics is not None and not self.wants_pairs:
+            raise UserError(f"--paired_dir has no effect on --metrics {asked}; add paired, or omit --paired_dir")
+        if self.save_stats is not None and not self.network_metrics:
+            raise UserError(f"--save-stats has no effect on --metrics {asked}; add fid, or omit --save-stats")
 
     @property
     def wants_pairs(self) -> bool:
-        """Counterparts are asked for by name; without `metrics` they are welcome where they can be found."""
-        return bool({"paired", "lpips"} & set(self.metrics or ()))
+        """Whether a metric of pairs is named; without `metrics`, pairs are measured if there are counterparts."""
+        return any(METRICS[name].distances for name in self.metrics or ())
 
     @property
     def network_metrics(self) -> tuple[str, ...]:
-        """Those asked for that need the network."""
-        return tuple(name for name in NETWORK_METRICS if self.metrics is None or name in self.metrics)
+        """The requested metrics that are computed from features, in the order of METRICS."""
+        return tuple(name for name, metric in METRICS.items() if metric.compute and name in (self.metrics or METRICS))

@@ -1,11 +1,17 @@
-"""How far each image is from its full-precision counterpart of the same seed; needs no weights.
+"""Distances of each generated image to its full-precision counterpart of the same seed.
 
-PSNR = 10 log₁₀ 255² / mean (a-b)²          at most 100 dB, which identical pairs get
-SSIM   Wang et al. 2004: Gaussian window 11, σ 1.5, only where it fits, population covariance, mean of channels
+PSNR = 10 log₁₀ 255² / mean (a-b)²          at most 100 dB, the value of identical pairs
+SSIM   Wang et al. 2004: Gaussian window 11, σ 1.5, valid positions only, population covariance, mean over channels
 relative L2 = |a - b| / |b|                 over pixels in [-1, 1]
+LPIPS  Zhang et al. 2018, arXiv 1801.03924, VGG16 backbone through torch-fidelity; papers often quote AlexNet's,
+       which has other values. Its two weight files must be in torch hub's checkpoints folder; never downloaded.
 """
 
 from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -13,39 +19,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svdit.distributed import gather, shard
-from svdit.evaluation.features import Track
-from svdit.evaluation.inputs import Set
-from svdit.evaluation.jackknife import Estimate
-from svdit.evaluation.lpips import Distance
+from svdit.distributed import gather, rank, shard
+from svdit.errors import UserError
+from svdit.evaluation.jackknife import Blocks, Estimate, Estimates
+from svdit.evaluation.sources import ImageSet
+from svdit.extras import require
 from svdit.images import Pixels
+from svdit.progress import progress
+
+Distance = Callable[[Pixels, Pixels], float]
+Scores = npt.NDArray[np.float64]
 
 PSNR_CAP = 100.0
 WINDOW, SIGMA = 11, 1.5
+LPIPS_URLS = (
+    "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
+)
 
 
 def paired_metrics(
-    fake: Set, other: Set, blocks: npt.NDArray[np.int64], track: Track, lpips: Distance | None = None
-) -> tuple[dict[str, Estimate], npt.NDArray[np.float64]]:
-    """Averages over pairs, how many are identical, and every pair's PSNR (N,).
+    fake: ImageSet, other: ImageSet, blocks: Blocks, distances: Mapping[str, Distance], show_progress: bool = False
+) -> tuple[Estimates, Scores]:
+    """Means over pairs, the number of identical pairs, and the PSNR of each pair (N,).
 
-    Image n of one set belongs to image n of the other. The processes share the pairs.
+    Image n of `fake` belongs to image n of `other`. The processes share the pairs.
     """
-    distances = DISTANCES | ({} if lpips is None else {"lpips": lpips})
-    scores = torch.zeros(len(distances), fake.count, dtype=torch.float64)
+    scores = np.zeros((len(distances), fake.count), np.float32)
     mine = shard(fake.count)
-    for n in track(mine, "pairs", len(mine)):
-        a, b = fake.source.read(int(fake.indices[n])), other.source.read(int(other.indices[n]))
-        scores[:, n] = torch.tensor([distance(a, b) for distance in distances.values()])
-    found = dict(zip(distances, torch.stack(gather(scores)).sum(0).numpy(), strict=True))
-    metrics = {name: _average(values, blocks) for name, values in found.items()}
-    if np.isnan(found["ssim"]).any():
-        metrics["ssim"] = Estimate(None, reason=f"images must be at least {WINDOW}×{WINDOW}")
-    metrics["identical_pairs"] = Estimate(float((found["relative_l2"] == 0).sum()))
-    return metrics, found["psnr"]
+    with progress("pairs", show_progress and rank() == 0) as update:
+        for done, n in enumerate(mine):
+            a, b = fake.read(n), other.read(n)
+            scores[:, n] = [distance(a, b) for distance in distances.values()]
+            update(done + 1, len(mine))
+    by_name = dict(zip(distances, np.stack(gather(scores)).sum(0, np.float64), strict=True))
+    estimates = {name: _mean(values, blocks) for name, values in by_name.items()}
+    if np.isnan(by_name["ssim"]).any():
+        estimates["ssim"] = Estimate(None, reason=f"images must be at least {WINDOW}×{WINDOW}")
+    estimates["identical_pairs"] = Estimate(float((by_name["relative_l2"] == 0).sum()))
+    return estimates, by_name["psnr"]
 
 
-def _average(scores: npt.NDArray[np.float64], blocks: npt.NDArray[np.int64]) -> Estimate:
+def _mean(scores: Scores, blocks: Blocks) -> Estimate:
     sums, sizes = np.bincount(blocks, scores), np.bincount(blocks)
     if len(sizes) < 2:
         return Estimate(float(scores.mean()))
@@ -54,19 +69,19 @@ def _average(scores: npt.NDArray[np.float64], blocks: npt.NDArray[np.int64]) -> 
 
 
 def psnr(a: Pixels, b: Pixels) -> float:
-    """Decibels for two uint8 (H, W, 3) images."""
+    """PSNR in dB of two uint8 (H, W, 3) images."""
     error = np.square(a.astype(np.float64) - b).mean()
     return PSNR_CAP if error == 0 else min(PSNR_CAP, float(10 * np.log10(255**2 / error)))
 
 
 def relative_l2(a: Pixels, b: Pixels) -> float:
-    """|a - b| / |b| in [-1, 1], where no uint8 level is zero."""
+    """|a - b| / |b| over pixels scaled to [-1, 1], where no uint8 level is zero."""
     x, y = (pixels.astype(np.float64) / 127.5 - 1 for pixels in (a, b))
     return float(np.linalg.norm(x - y) / np.linalg.norm(y))
 
 
 def ssim(a: Pixels, b: Pixels) -> float:
-    """Structural similarity of two uint8 (H, W, 3) images; NaN where the window does not fit."""
+    """SSIM of two uint8 (H, W, 3) images; NaN for images smaller than the window."""
     if min(a.shape[:2]) < WINDOW:
         return float("nan")
     x, y = (torch.from_numpy(pixels.astype(np.float64)).permute(2, 0, 1) for pixels in (a, b))
@@ -77,17 +92,35 @@ def ssim(a: Pixels, b: Pixels) -> float:
     return float((luminance * (2 * cov + c2) / (var_x + var_y + c2)).mean())
 
 
-def _window() -> Tensor:
-    offsets = torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2
-    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    return weights / weights.sum()
-
-
 def _blur(x: Tensor) -> Tensor:
     """(A, B, H, W) to (A, B, H - 10, W - 10)."""
-    window = _window().view(1, 1, WINDOW, 1)
+    offsets = torch.arange(WINDOW, dtype=torch.float64, device="cpu") - WINDOW // 2
+    weights = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    window = (weights / weights.sum()).view(1, 1, WINDOW, 1)
     blurred = F.conv2d(F.conv2d(x.view(-1, 1, *x.shape[2:]), window), window.transpose(2, 3))
     return blurred.view(*x.shape[:2], *blurred.shape[2:])
 
 
-DISTANCES: dict[str, Distance] = {"psnr": psnr, "ssim": ssim, "relative_l2": relative_l2}
+def load_lpips(device: torch.device) -> Distance:
+    """LPIPS on `device`. Raises UserError if a weight file is missing or contains code."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for url in LPIPS_URLS:
+        _check_weights(folder / url.rsplit("/", 1)[1], url)
+    network = require("torch_fidelity.sample_similarity_lpips").SampleSimilarityLPIPS("lpips-vgg16").to(device)
+
+    @torch.inference_mode()
+    def distance(a: Pixels, b: Pixels) -> float:
+        pair = torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2).to(device)
+        return float(network(pair[:1], pair[1:]))
+
+    return distance
+
+
+def _check_weights(path: Path, url: str) -> None:
+    if not path.is_file():
+        raise UserError(f"LPIPS needs {path}, which does not exist; download it from {url}, or omit lpips")
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is not a weights file ({reason}); download {url} again") from None

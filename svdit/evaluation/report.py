@@ -1,7 +1,7 @@
-"""What an evaluation found, with all that is needed to judge and repeat it: numbers, errors, protocol, warnings.
+"""The result of an evaluation: values, errors, protocol, versions and warnings, as JSON, Markdown and text.
 
 `metrics.json` has the keys schema, metrics, second, difference, protocol, inputs, versions, warnings, seconds. A
-metric is {value, se, bias, leave_out, reason}; by its leave-one-block-out values `svdit compare` pairs two files.
+metric is {value, se, bias, leave_out, reason}; `svdit compare` pairs two files by the leave-one-block-out values.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from svdit.errors import UserError
-from svdit.evaluation.jackknife import Estimate
+from svdit.evaluation.jackknife import Estimate, Estimates
+from svdit.evaluation.metrics import METRICS, RANDOM
 from svdit.files import atomic_path
 from svdit.images import Pixels, write_png
 
@@ -25,31 +26,33 @@ NOT_COMPARABLE = "random features: NOT comparable with any published number, nor
 
 @dataclass(frozen=True)
 class Report:
-    """Metrics by name; where a second set was measured too, its metrics and the `difference`, first minus second.
+    """Metrics by key; with a second set, its metrics and the `difference`, first minus second.
 
-    `failed` names the metrics that were asked for by name and could not be had.
+    `failed` are the metrics that were requested by name and are unavailable.
     """
 
-    metrics: dict[str, Estimate]
+    metrics: Estimates
     protocol: dict[str, Any]
     inputs: dict[str, Any]
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
-    second: dict[str, Estimate] = field(default_factory=dict)
-    difference: dict[str, Estimate] = field(default_factory=dict)
+    second: Estimates = field(default_factory=dict)
+    difference: Estimates = field(default_factory=dict)
     failed: tuple[str, ...] = ()
-    pictures: dict[str, Pixels] = field(default_factory=dict, repr=False)
+    images: dict[str, Pixels] = field(default_factory=dict, repr=False)
 
     @property
     def comparable(self) -> bool:
+        """Whether the numbers are comparable with published ones: not for random features."""
         return bool(self.protocol["comparable"])
 
     def to_json(self) -> dict[str, Any]:
+        """The content of `metrics.json`."""
         sets = {"metrics": self.metrics, "second": self.second, "difference": self.difference}
         return {
             "schema": SCHEMA,
-            **{key: {name: _plain(estimate) for name, estimate in each.items()} for key, each in sets.items()},
+            **{key: {name: _plain(estimate) for name, estimate in values.items()} for key, values in sets.items()},
             "protocol": self.protocol,
             "inputs": self.inputs,
             "versions": self.versions,
@@ -58,7 +61,7 @@ class Report:
         }
 
     def rows(self) -> list[tuple[str, ...]]:
-        """Name, value, standard error, value without its bias; with a second set also its value, difference, error."""
+        """Key, value, standard error, debiased value; with a second set also its value, the difference, its error."""
         return [self._row(name, estimate) for name, estimate in self.metrics.items()]
 
     def _row(self, name: str, estimate: Estimate) -> tuple[str, ...]:
@@ -66,18 +69,28 @@ class Report:
         row = (name, number(value, se) or "–", number(se, se), number(debiased, se))
         if not self.second:
             return row
-        difference = self.difference[name]
-        value, se = self.second[name].value, difference.se
-        return (*row, number(value, self.second[name].se), number(difference.value, se), number(se, se))
-
-    def notes(self) -> list[str]:
-        """Why numbers are missing, and the warnings."""
-        missing = [f"no {name}: {each.reason}" for name, each in self.metrics.items() if each.value is None]
-        return [*missing, *(f"warning: {warning}" for warning in self.warnings)]
+        second, difference = self.second[name], self.difference[name]
+        se = difference.se
+        return (*row, number(second.value, second.se), number(difference.value, se), number(se, se))
 
     def columns(self) -> tuple[str, ...]:
+        """The titles of `rows`."""
         second = ("second", "difference", "± se") if self.second else ()
         return ("metric", "value", "± se", "debiased", *second)
+
+    def notes(self) -> list[str]:
+        """The reasons for missing values, and the warnings."""
+        missing = [f"no {name}: {estimate.reason}" for name, estimate in self.metrics.items() if estimate.value is None]
+        return [*missing, *(f"warning: {warning}" for warning in self.warnings)]
+
+    def text(self) -> str:
+        """The table for a terminal, followed by the sets and the notes."""
+        lines = [" ".join(cells).rstrip() for cells in _aligned([self.columns(), *self.rows()], right=True)]
+        lines += [NOT_COMPARABLE] if not self.comparable else []
+        lines.append(f"{self.protocol['n_fake']} generated images of {self.inputs['fake']['path']}")
+        if "real" in self.inputs:
+            lines.append(f"{self.protocol['n_real']} real images of {self.inputs['real']['path']}")
+        return "\n".join([*lines, *self.notes()])
 
     def markdown(self) -> str:
         """The table, its protocol and its warnings."""
@@ -88,15 +101,15 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def save(self, folder: Path) -> None:
-        """Write `metrics.json`, `metrics.md` and the pictures."""
+        """Write `metrics.json`, `metrics.md` and the images."""
         plain = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
-        one_line = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), plain)
-        texts = {"metrics.json": one_line + "\n", "metrics.md": self.markdown()}
+        flat_lists = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), plain)
+        texts = {"metrics.json": flat_lists + "\n", "metrics.md": self.markdown()}
         for name, text in texts.items():
             with atomic_path(folder / name) as temporary:
                 temporary.write_text(text)
-        for name, picture in self.pictures.items():
-            write_png(folder / f"{name}.png", picture)
+        for name, image in self.images.items():
+            write_png(folder / f"{name}.png", image)
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:
@@ -106,36 +119,46 @@ def _plain(estimate: Estimate) -> dict[str, Any]:
 
 
 def _debiased(name: str, estimate: Estimate) -> float | None:
-    """Only Fréchet distances and the Inception Score carry a bias worth showing."""
-    if estimate.value is None or estimate.bias is None or not name.removeprefix("random_").endswith(("fid", "is")):
+    biased = {metric.headline for metric in METRICS.values() if metric.biased}
+    if estimate.value is None or estimate.bias is None or name.removeprefix(RANDOM) not in biased:
         return None
     return estimate.value - estimate.bias
 
 
 def number(value: float | None, error: float | None = None) -> str:
-    """Five digits, or as many as the error leaves meaning to: two of the error's own."""
+    """Five significant digits; with an error, as many decimals as two digits of the error have."""
     if value is None:
         return ""
-    decimals = max(0, 1 - math.floor(math.log10(error))) if error else None
+    significant = error is not None and math.isfinite(error) and error > 0
+    decimals = max(0, 1 - math.floor(math.log10(error))) if significant and error else None
     text = f"{value:.5g}" if decimals is None else f"{value:.{decimals}f}"
     return text.removeprefix("-") if float(text) == 0 else text
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table, its columns aligned."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    lines = [columns, ["-" * width for width in widths], *rows]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return ["| " + " | ".join(line) + " |" for line in padded]
+    """The lines of a table with aligned columns."""
+    heading, *body = _aligned([columns, *rows])
+    rule = ["-" * len(cell) for cell in heading]
+    return ["| " + " | ".join(cells) + " |" for cells in (heading, rule, *body)]
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: bool = False) -> list[list[str]]:
+    """The cells padded to the width of their column; `right` aligns all but the first column to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        [cell.rjust(w) if right and i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    ]
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """A `metrics.json`, or the one in a folder."""
+    """The content of a `metrics.json`, or of the one in a folder. Raises UserError if it is not one."""
     path = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     try:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable metrics.json ({error}); run svdit evaluate --output again") from None
-    if not isinstance(report, dict) or report.get("schema") != SCHEMA:
+    valid = isinstance(report, dict) and report.get("schema") == SCHEMA
+    if not valid or not all(isinstance(report.get(key), dict) for key in ("metrics", "protocol")):
         raise UserError(f"{path} is not a metrics.json of schema {SCHEMA}; run svdit evaluate --output again")
     return report

@@ -1,7 +1,7 @@
-"""Does this installation compute what it should: each metric on data whose answer is known on paper.
+"""Checks the metric implementations of this installation on data with known answers.
 
-With the Inception weights, ADM's published samples and its reference batch at hand, also the numbers that ADM's own
-evaluator prints for them (openai/guided-diffusion, evaluations/README.md), within the tolerances between tools.
+With the Inception weights, ADM's published samples and its reference batch it also checks the numbers that ADM's
+evaluator reports for them (openai/guided-diffusion, evaluations/README.md), within the tolerances between tools.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from svdit.evaluation.weights import DEFAULT_CACHE, find_weights, load_weights
 
 @dataclass(frozen=True)
 class Check:
-    """A number, what it should be, and how far it may be off."""
+    """A computed value, the expected one, and the tolerance."""
 
     name: str
-    got: float
+    value: float
     expected: float
     tolerance: float
 
     @property
     def passed(self) -> bool:
-        return abs(self.got - self.expected) <= self.tolerance
+        """Whether the value is within the tolerance; NaN is not."""
+        return abs(self.value - self.expected) <= self.tolerance
 
 
 def formulas() -> Iterator[Check]:
-    """Every metric on paper-and-pencil data; seconds, no files."""
+    """Every metric on data with a closed-form answer; takes seconds, needs no files."""
     yield _frechet_of_diagonals()
     yield _frechet_of_few()
     yield from _inception_scores()
@@ -68,13 +69,13 @@ def _frechet_of_few() -> Check:
 
 def _inception_scores() -> Iterator[Check]:
     blocks, classes = np.arange(60) % 4, np.eye(10, dtype=np.float32)[np.arange(60) % 10]
-    for name, sharpness, expected in (("sure and balanced", 1000.0, 10.0), ("undecided", 0.0, 1.0)):
+    for name, sharpness, expected in (("certain and balanced", 1000.0, 10.0), ("uniform", 0.0, 1.0)):
         score = metrics.inception_score(sharpness * classes, blocks)["is"]
         yield Check(f"is, {name}", score.value or 0.0, expected, 1e-9)
 
 
 def _kernel_by_hand() -> Check:
-    real, fake = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[1.0], [1.0], [3.0]])
+    real, fake = (torch.tensor(x, device="cpu")[:, None] for x in ([0.0, 1.0, 2.0], [1.0, 1.0, 3.0]))
     within = (8 + 64 + 64) / 3  # (1·1+1)³, (1·3+1)³, (1·3+1)³
     among = (1 + 1 + 27) / 3  # (0·1+1)³, (0·2+1)³, (1·2+1)³
     across = (3 + 2 * (8 + 27) + 64 + 343) / 9
@@ -83,17 +84,17 @@ def _kernel_by_hand() -> Check:
 
 
 def _neighbours_on_a_line() -> Iterator[Check]:
-    """Real 0 … 9, generated far away but for one at -2.5: in the 3-ball of 0 and in the 5-balls of 0 and 1."""
-    real = torch.arange(10.0)[:, None]
+    """Real 0 … 9; generated far away except for one at -2.5: in the 3-ball of 0 and in the 5-balls of 0 and 1."""
+    real = torch.arange(10.0, device="cpu")[:, None]
     fake = 100 + real.clone()
     fake[0] = -2.5
-    found = neighbour_metrics(real, fake)
+    estimates = neighbour_metrics(real, fake)
     for name, expected in {"precision": 0.1, "recall": 1.0, "density": 2 / 50, "coverage": 0.2}.items():
-        yield Check(f"{name}, on a line", found[name].value or 0.0, expected, 1e-9)
+        yield Check(f"{name}, on a line", estimates[name].value or 0.0, expected, 1e-9)
 
 
 def _monge_of_a_shift() -> Check:
-    x = torch.arange(6.0)[:, None]
+    x = torch.arange(6.0, device="cpu")[:, None]
     return Check("mind, a shift by 2", metrics.monge_distance(x, x + 2).value or 0.0, 3 * 4.0, 1e-5)
 
 
@@ -112,8 +113,8 @@ def _jackknife_of_the_mean() -> Check:
 
 @torch.inference_mode()
 def _network() -> Iterator[Check]:
-    """The random twin on a fixed picture: moves with the resize rule, a layer, or the machine's arithmetic."""
-    ramp = torch.arange(64 * 64 * 3, dtype=torch.int64).reshape(1, 3, 64, 64).mul(7).remainder(256).to(torch.uint8)
+    """The random network on a fixed image: depends on the resize rule, every layer, and the machine's arithmetic."""
+    ramp = torch.arange(64 * 64 * 3, device="cpu").reshape(1, 3, 64, 64).mul(7).remainder(256).to(torch.uint8)
     features = random_extractor()(ramp)
     for layer, expected in NETWORK.items():
         yield Check(f"network, {layer}", features[layer].double().norm().item(), expected, 1e-4 * expected)
@@ -124,7 +125,7 @@ NETWORK = {"pool": 49.450890, "spatial": 38.492298, "logits": 48.561313}
 
 @dataclass(frozen=True)
 class Published:
-    """What ADM's evaluator prints for one of its published sample files."""
+    """The numbers that ADM's evaluator reports for one of its published sample files."""
 
     inception_score: float
     fid: float
@@ -140,17 +141,17 @@ ADM = {
 
 
 def regression(samples: Path, reference: Path, weights: str | None) -> Iterator[Check]:
-    """ADM's published samples against its reference batch, with the published weights."""
+    """ADM's published samples against its reference batch. Raises UserError for other files."""
     if samples.stem not in ADM:
-        raise UserError(f"{samples.name} is none of the files with known numbers: {', '.join(ADM)}")
+        raise UserError(f"{samples.name} has no published numbers; pass one of {', '.join(ADM)}")
     network = load_extractor(*load_weights(find_weights(weights, DEFAULT_CACHE)))
-    found = evaluate(reference, samples, network, Options(("fid", "sfid", "is", "prc"))).metrics
-    known = ADM[samples.stem]
+    estimates = evaluate(reference, samples, network, Options(("fid", "sfid", "is", "prc"))).metrics
+    published = ADM[samples.stem]
     for name, expected, tolerance in (
-        ("is", known.inception_score, 1e-3 * known.inception_score),
-        ("fid", known.fid, 0.002),
-        ("sfid", known.sfid, 0.002),
-        ("precision", known.precision, 0.003),
-        ("recall", known.recall, 0.003),
+        ("is", published.inception_score, 1e-3 * published.inception_score),
+        ("fid", published.fid, 0.002),
+        ("sfid", published.sfid, 0.002),
+        ("precision", published.precision, 0.003),
+        ("recall", published.recall, 0.003),
     ):
-        yield Check(f"{name}, {samples.stem}", found[name].value or 0.0, expected, tolerance)
+        yield Check(f"{name}, {samples.stem}", estimates[name].value or 0.0, expected, tolerance)

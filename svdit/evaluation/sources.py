@@ -1,7 +1,7 @@
-"""What is measured: a folder of images, an .npz of images, or an .npz of statistics (ADM's or our own).
+"""What is evaluated: a folder of images, an .npz of images, or an .npz of feature statistics (ADM's or ours).
 
-Images are read one by one, never all at once. Whatever is wrong with them (empty, one unreadable, two sizes, not
-uint8) is found from the headers before the long work starts, and said with the file's name.
+Images are read one at a time. Missing and unreadable files, mixed sizes and wrong dtypes are detected from the
+headers, before any long computation, and reported with the file's name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Source:
-    """`names` (one per image, without extension) and either `files` or `array`; perhaps only `gaussians`."""
+    """`names` (one per image, without extension) with `files` or `array`; statistics have `gaussians`."""
 
     path: Path
     names: tuple[str, ...]
@@ -38,8 +38,8 @@ class Source:
     array: npt.NDArray[np.uint8] | None = None
     labels: tuple[int, ...] | None = None
     gaussians: dict[str, Gaussian] = field(default_factory=dict)
-    rows: npt.NDArray[np.float32] | None = None  # (N, 2048) pool features saved beside the Gaussians
-    extractor: str = ""  # the digest of the one that made the Gaussians
+    rows: npt.NDArray[np.float32] | None = None  # (N, 2048) pool features stored beside the Gaussians
+    extractor: str = ""  # digest of the network that computed the Gaussians
     manifest: dict[str, Any] = field(default_factory=dict)
     resize_to: int | None = None
 
@@ -48,14 +48,16 @@ class Source:
 
     @property
     def kind(self) -> str:
+        """`folder`, `npz` or `statistics`."""
         return "folder" if self.files else "npz" if self.array is not None else "statistics"
 
     @property
     def lossy(self) -> bool:
+        """Whether any image file is JPEG or WebP."""
         return any(file.suffix.lower() in LOSSY for file in self.files)
 
     def read(self, index: int) -> Pixels:
-        """uint8 (H, W, 3)."""
+        """One image, uint8 (H, W, 3)."""
         if self.array is None:
             pixels = read_image(self.files[index])
         else:
@@ -63,7 +65,7 @@ class Source:
         return pixels if self.resize_to is None else center_crop(pixels, self.resize_to)
 
     def check(self, indices: Indices) -> tuple[tuple[int, int], list[str]]:
-        """The one size (H, W) of the chosen images and warnings; reads headers only."""
+        """The common size (H, W) of the chosen images, and warnings; reads headers only."""
         if self.array is not None:
             size, warnings = self.array.shape[1:3], list[str]()
         else:
@@ -77,31 +79,58 @@ class Source:
             digest.update(sha256(self.path).encode() + indices.astype("<i8").tobytes())
             return digest.hexdigest()
         with ThreadPoolExecutor() as pool:
-            for index, one in zip(indices, pool.map(sha256, (self.files[i] for i in indices)), strict=True):
-                digest.update(f"{self.names[index]} {one}".encode())
+            for index, file_hash in zip(indices, pool.map(sha256, (self.files[i] for i in indices)), strict=True):
+                digest.update(f"{self.names[index]} {file_hash}".encode())
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class ImageSet:
+    """The images chosen from a source, their size (H, W), the hash of their content, and warnings about them."""
+
+    source: Source
+    indices: Indices
+    size: tuple[int, int]
+    content: str
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """The number of chosen images."""
+        return len(self.indices)
+
+    def read(self, n: int) -> Pixels:
+        """The n-th chosen image, uint8 (H, W, 3)."""
+        return self.source.read(int(self.indices[n]))
+
+    def describe(self) -> dict[str, Any]:
+        """The set's entry in `metrics.json`."""
+        path, kind = str(self.source.path), self.source.kind
+        return {"path": path, "kind": kind, "images": self.count, "size": list(self.size), "sha256": self.content}
+
+
 def open_source(path: str | Path, resize_to: int | None = None) -> Source:
-    """A folder (with its sub-folders) or an .npz; UserError says what is wrong with it."""
+    """Open a folder, sub-folders included, or an .npz. Raises UserError for anything else."""
     path = Path(path)
     if path.is_dir():
         return _open_folder(path, resize_to)
     if not path.exists():
-        raise UserError(f"there is no folder or file {path}; mend the path")
+        raise UserError(f"there is no folder or file {path}; fix the path")
     if path.suffix.lower() != ".npz":
-        raise UserError(f"{path} is neither a folder nor an .npz; give a folder of images or an .npz")
+        raise UserError(f"{path} is neither a folder nor an .npz; pass a folder of images or an .npz")
     return _open_npz(path, resize_to)
 
 
 def _open_folder(path: Path, resize_to: int | None) -> Source:
     files = list_images(path)
     if not files:
-        raise UserError(f"{path} and its sub-folders hold no images; give a folder of PNG, JPEG, WebP or BMP files")
+        raise UserError(f"{path} and its sub-folders contain no images; pass a folder of PNG, JPEG, WebP or BMP files")
     names = tuple(file.relative_to(path).with_suffix("").as_posix() for file in files)
-    twice = [name for name, times in Counter(names).items() if times > 1]
-    if twice:
-        raise UserError(f"{path} holds two images called {twice[0]} with different extensions; remove one of them")
+    duplicates = [name for name, count in Counter(names).items() if count > 1]
+    if duplicates:
+        raise UserError(
+            f"{path} contains two images named {duplicates[0]} with different extensions; remove one of them"
+        )
     manifest = _read_manifest(path / "manifest.json")
     labels = _labels(manifest, names) or _folder_labels(names)
     return Source(path, names, tuple(files), labels=labels, manifest=manifest, resize_to=resize_to)
@@ -113,25 +142,32 @@ def _open_npz(path: Path, resize_to: int | None) -> Source:
             keys = {name.removesuffix(".npy") for name in archive.namelist()}
         gaussians, extractor = load_statistics(path)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an .npz ({error}); make or fetch it again") from None
+        raise UserError(f"{path} cannot be read as an .npz ({error}); create or download it again") from None
     if not gaussians and "arr_0" not in keys:
-        held = ", ".join(sorted(keys)) or "nothing"
-        raise UserError(f"{path} holds {held}; expected images under arr_0 or statistics under mu and sigma")
+        content = ", ".join(sorted(keys)) or "nothing"
+        raise UserError(f"{path} contains {content}; expected images under arr_0 or statistics under mu and sigma")
     array = _check_array(path, map_npz(path)) if "arr_0" in keys else None
     names = tuple(str(i) for i in range(0 if array is None else len(array)))
     manifest = _read_manifest(path.with_suffix(".json"))
-    labels = _labels(manifest, names)
-    rows = np.asarray(map_npz(path, "features"), np.float32) if "features" in keys else None
-    return Source(path, names, (), array, labels, gaussians, rows, extractor, manifest, resize_to)
+    rows = _check_rows(path, map_npz(path, "features"), gaussians) if "features" in keys else None
+    return Source(path, names, (), array, _labels(manifest, names), gaussians, rows, extractor, manifest, resize_to)
 
 
 def _check_array(path: Path, array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
     if array.dtype != np.uint8:
-        raise UserError(f"arr_0 in {path} is {array.dtype}; uint8 in 0 … 255 is needed, so convert it when writing it")
+        raise UserError(f"arr_0 in {path} is {array.dtype}; expected uint8 in 0 … 255, so convert it when writing it")
     if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
         hint = "; move the channels last" if array.ndim == 4 and array.shape[1] in (1, 3) else ""
-        raise UserError(f"arr_0 in {path} has the shape {array.shape}; (N, H, W, 3) is needed{hint}")
+        raise UserError(f"arr_0 in {path} has the shape {array.shape}; expected (N, H, W, 3){hint}")
     return array  # type: ignore[return-value]
+
+
+def _check_rows(path: Path, rows: npt.NDArray[Any], gaussians: dict[str, Gaussian]) -> npt.NDArray[np.float32]:
+    width = gaussians["pool"].mean.size if "pool" in gaussians else "D"
+    if rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1] != width != "D":
+        kind = f"{rows.dtype} {rows.shape}"
+        raise UserError(f"features in {path} is {kind}; expected float32 (N, {width}), so create the file again")
+    return np.asarray(rows, np.float32)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -150,7 +186,7 @@ def _labels(manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[int, ...]
 
 
 def _folder_labels(names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """Class sub-folders, numbered in natural order; None for a flat folder."""
+    """The class of each image: its sub-folder, numbered in natural order; None for a flat folder."""
     classes = sorted({Path(name).parent for name in names}, key=natural_key)
     numbers = {folder: i for i, folder in enumerate(classes)}
     return tuple(numbers[Path(name).parent] for name in names) if len(classes) > 1 else None
@@ -173,14 +209,19 @@ def _check_files(files: Iterable[Path], resize_to: int | None) -> tuple[tuple[in
 
 
 def choose(source: Source, count: int | None, seed: int = 0, allow_fewer: bool = False) -> Indices:
-    """`count` image indices in ascending order, drawn by seed with the classes in proportion; None takes all."""
+    """`count` image indices in ascending order, a seeded choice with classes in proportion; None chooses all.
+
+    Raises UserError where the source has fewer images, unless `allow_fewer`.
+    """
     n = len(source)
     if count is not None and count > n and not allow_fewer:
-        told = f"{source.path} holds {n} images, {count} were asked for"
-        raise UserError(f"{told}; lower --num_images or pass --allow-fewer")
+        raise UserError(
+            f"{source.path} contains {n} images, fewer than the {count} requested; "
+            "lower --num_images or pass --allow-fewer"
+        )
     if count is None or count >= n:
         return np.arange(n)
-    stream = np.random.RandomState(seed)
+    stream = np.random.RandomState(seed)  # legacy stream: NumPy keeps it stable, so published subsets stay the same
     labels = np.zeros(n, np.int64) if source.labels is None else np.asarray(source.labels)
     members = [stream.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
     shares = _proportional([len(m) for m in members], count)
@@ -188,7 +229,7 @@ def choose(source: Source, count: int | None, seed: int = 0, allow_fewer: bool =
 
 
 def _proportional(sizes: list[int], count: int) -> list[int]:
-    """Whole numbers that sum to `count`, as near to proportional as can be (largest remainders first)."""
+    """Integers that sum to `count`, proportional to `sizes` up to rounding (largest remainders first)."""
     exact = [size * count / sum(sizes) for size in sizes]
     shares = [int(x) for x in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda i: (shares[i] - exact[i], i))

@@ -2,8 +2,8 @@
 
     mean = s / n          covariance = (O - n mean meanᵀ) / (n - 1),     s = Σ x,  O = Σ x xᵀ
 
-Files use ADM's names (`mu`, `sigma` for the pooled features, `mu_s`, `sigma_s` for the spatial ones), so statistics
-saved here can be read by ADM's evaluator and its reference batches can be read here.
+Files use ADM's names (`mu`, `sigma` for pooled features, `mu_s`, `sigma_s` for spatial ones): ADM's evaluator reads
+statistics saved here, and its reference batches can be read here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
 from svdit.distributed import all_sum
 from svdit.errors import UserError
+from svdit.extras import require
 from svdit.files import atomic_path
 
 Array = npt.NDArray[np.float64]
@@ -29,34 +29,37 @@ ADM_SUFFIX = {"pool": "", "spatial": "_s"}
 
 @dataclass(frozen=True)
 class Root:
-    """A triangular factor in a permuted order: covariance[order][:, order] = lower lowerᵀ, `lower` (D, R)."""
+    """A triangular factor in permuted order: covariance[order][:, order] = lower lowerᵀ, `lower` (D, R)."""
 
     lower: Array
     order: npt.NDArray[np.int64]
 
     @property
     def rank(self) -> int:
+        """R, the numerical rank."""
         return self.lower.shape[1]
 
     @property
     def factor(self) -> Array:
-        """F (D, R) of the matrix in its own order."""
+        """F (D, R) with covariance = F Fᵀ, in the covariance's own order."""
         unpermuted = np.empty_like(self.lower)
         unpermuted[self.order] = self.lower
         return unpermuted
 
     def congruence(self, covariance: Array) -> Array:
-        """Fᵀ Σ F (R, R); only its lower triangle is right."""
+        """Fᵀ Σ F (R, R); only the lower triangle is valid."""
         if self.rank < len(self.lower):
             F = self.factor
             return F.T @ (covariance @ F)
         permuted = covariance[np.ix_(self.order, self.order)]
-        return lapack.dsygst(permuted.T, self.lower, itype=2, lower=1, overwrite_a=1)[0]
+        lapack = require("scipy.linalg").lapack
+        product: Array = lapack.dsygst(permuted.T, self.lower, itype=2, lower=1, overwrite_a=1)[0]
+        return product
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A feature set summed up: `mean` (D,), `covariance` (D, D), and from how many images (None: not told)."""
+    """A summary of features: `mean` (D,), `covariance` (D, D), and the number of images (None: unknown)."""
 
     mean: Array
     covariance: Array
@@ -65,22 +68,23 @@ class Gaussian:
 
     @cached_property
     def root(self) -> Root:
+        """The factor of the covariance, computed once."""
         return pivoted_cholesky(self.covariance) if self.saved_root is None else self.saved_root
 
 
 def pivoted_cholesky(covariance: Array) -> Root:
-    """The root whose rank is where the remaining diagonal is round-off (LAPACK's dpstrf).
+    """The factor of a covariance (D, D), which may be singular: LAPACK's dpstrf stops where the rest is round-off.
 
-    An exact factor for singular matrices too, at a tenth of the cost of an eigendecomposition.
+    It takes a tenth of the time of an eigendecomposition. Raises ValueError for NaN and Inf.
     """
-    packed, pivots, rank, info = lapack.dpstrf(covariance, lower=1)
+    packed, pivots, rank, info = require("scipy.linalg").lapack.dpstrf(covariance, lower=1)
     if info < 0 or not np.isfinite(covariance).all():
         raise ValueError("the covariance matrix is not finite")
     return Root(np.asfortranarray(np.tril(packed[:, :rank])), pivots.astype(np.int64) - 1)
 
 
 class Moments:
-    """Running n, Σx and Σxxᵀ in float64, where the features are."""
+    """Running n, Σx and Σxxᵀ in float64, on the features' device."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -88,7 +92,7 @@ class Moments:
         self.outer = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, sign: int = 1) -> Moments:
-        """Take in (N, D) features, or with sign -1 take them out again."""
+        """Add (N, D) features; sign -1 removes them."""
         x = x.double()
         self.count += sign * len(x)
         self.total += sign * x.sum(0)
@@ -96,22 +100,22 @@ class Moments:
         return self
 
     def merge(self) -> Moments:
-        """Add up the sums of all processes, on all of them."""
+        """Sum over all processes, in place on each of them."""
         self.count = int(all_sum(torch.tensor(self.count, device=self.total.device)))
         all_sum(self.total)
         all_sum(self.outer)
         return self
 
     def without(self, x: Tensor) -> Moments:
-        """The sums of all but the (N, D) features `x`."""
+        """A copy without the (N, D) features `x`."""
         rest = Moments(0)
         rest.count, rest.total, rest.outer = self.count, self.total.clone(), self.outer.clone()
         return rest.add(x, sign=-1)
 
     def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance; at least two images are needed."""
+        """Mean and unbiased covariance. Raises UserError for fewer than two images."""
         if self.count < 2:
-            raise UserError(f"need at least 2 images for a covariance, found {self.count}")
+            raise UserError(f"a covariance needs at least 2 images, found {self.count}; pass more images")
         mean = self.total / self.count
         covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return Gaussian(mean.cpu().numpy(), covariance.cpu().numpy(), self.count)
@@ -131,27 +135,35 @@ def save_statistics(path: str | Path, gaussians: dict[str, Gaussian], extractor:
 
 
 def load_statistics(path: str | Path) -> tuple[dict[str, Gaussian], str]:
-    """The Gaussians of an .npz by layer (empty: it holds none) and the digest of the extractor that made them."""
+    """The Gaussians in an .npz by layer (maybe none), and the digest of the network that computed them.
+
+    Raises UserError for shapes that do not fit together and values that are not finite.
+    """
     gaussians = {}
     with np.load(path, allow_pickle=False) as archive:
-        count = int(archive["count"]) if "count" in archive else None
+        count = int(archive["count"].item()) if "count" in archive else None
         for layer, suffix in ADM_SUFFIX.items():
-            if "mu" + suffix in archive and "sigma" + suffix in archive:
+            if {"mu" + suffix, "sigma" + suffix} <= set(archive.files):
                 mean, covariance = (archive[key + suffix].astype(np.float64) for key in ("mu", "sigma"))
-                rooted = "order" + suffix in archive
-                root = Root(archive["root" + suffix], archive["order" + suffix]) if rooted else None
+                # Files without a root (ADM's), or with half of one, get theirs computed on first use.
+                complete = {"root" + suffix, "order" + suffix} <= set(archive.files)
+                root = Root(archive["root" + suffix], archive["order" + suffix]) if complete else None
                 gaussians[layer] = Gaussian(mean, covariance, count, root)
+                _check(path, suffix, gaussians[layer])
         extractor = str(archive["extractor"]) if "extractor" in archive else "inception"
-    for layer, gaussian in gaussians.items():
-        _check(path, layer, gaussian)
     return gaussians, extractor
 
 
-def _check(path: str | Path, layer: str, gaussian: Gaussian) -> None:
-    names = [key + ADM_SUFFIX[layer] for key in ("mu", "sigma")]
-    D = gaussian.mean.size
+def _check(path: str | Path, suffix: str, gaussian: Gaussian) -> None:
+    mu, sigma, root_name, order = (key + suffix for key in ("mu", "sigma", "root", "order"))
+    D, root = gaussian.mean.size, gaussian.saved_root
     if gaussian.mean.shape != (D,) or gaussian.covariance.shape != (D, D):
         shapes = f"{gaussian.mean.shape} and {gaussian.covariance.shape}"
-        raise UserError(f"{names[0]} and {names[1]} in {path} are {shapes}; (D,) and (D, D) are expected")
+        raise UserError(f"{mu} and {sigma} in {path} are {shapes}; expected (D,) and (D, D)")
     if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
-        raise UserError(f"{names[0]} or {names[1]} in {path} holds values that are not finite; make the file again")
+        raise UserError(f"{mu} or {sigma} in {path} contains NaN or Inf; create the file again")
+    if root is None:
+        return
+    fits = root.lower.ndim == 2 and len(root.lower) == D and root.order.dtype.kind == "i"
+    if not fits or not np.array_equal(np.sort(root.order, axis=None), np.arange(D)):
+        raise UserError(f"{root_name} and {order} in {path} do not factor {sigma}; create the file again")

@@ -1,7 +1,7 @@
-"""Where the 2015 Inception weights are, and what is in them; nothing is fetched unless asked for.
+"""Finds, downloads and loads the 2015 Inception weights; downloads only on request.
 
-Looked for in this order: the given path, $SVDIT_INCEPTION_WEIGHTS, the cache folder, torch hub's checkpoints folder
-(under torch-fidelity's and pytorch-fid's file names). Loaded with `weights_only`: a file with code is refused.
+Searched in this order: the given path, $SVDIT_INCEPTION_WEIGHTS, the cache folder, torch hub's checkpoints folder
+(under torch-fidelity's and pytorch-fid's file names). Loaded with `weights_only`, so files with code are refused.
 """
 
 import os
@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from svdit.download import download as download_file
 from svdit.errors import UserError
-from svdit.files import atomic_path, sha256
+from svdit.files import sha256
 
 NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{NAMES[0]}"
@@ -22,46 +23,38 @@ VARIABLE = "SVDIT_INCEPTION_WEIGHTS"
 
 MISSING = """\
 FID/sFID/KID/IS/precision/recall need the 2015 Inception weights (95.6 MB), which were not found.
-  looked in: {places}
-  get them once:  curl -LO {url}
+  searched: {places}
+  download them once:  curl -LO {url}
   then pass --feature-extractor-weights PATH (or set {variable}).
   offline alternatives: --paired_dir DIR --metrics paired (PSNR/SSIM, no weights) or
   --feature-extractor random (smoke test, NOT comparable)."""
 
 
 def find_weights(path: str | Path | None, cache: Path, download: bool = False) -> Path:
-    """The weights file, downloaded into `cache` only if `download`; UserError says where it was looked for."""
+    """The weights file, downloaded into `cache` if `download`. Raises UserError with the searched places."""
     named = path or os.environ.get(VARIABLE)
     if named:
         if not Path(named).is_file():
-            raise UserError(f"there is no Inception weights file {named}; mend the path or leave it out")
+            raise UserError(f"there is no Inception weights file {named}; fix the path or omit it")
         return Path(named)
     folders = [cache, Path(torch.hub.get_dir()) / "checkpoints"]
     for candidate in (folder / name for folder in folders for name in NAMES):
         if candidate.is_file():
             return candidate
     if download:
-        return _download(cache / NAMES[0])
+        alternative = "pass --feature-extractor-weights"
+        return download_file(URL, cache / NAMES[0], lambda file: sha256(file) == SHA256, alternative)
     places = f"${VARIABLE}, " + ", ".join(str(folder) for folder in folders)
     raise UserError(MISSING.format(places=places, url=URL, variable=VARIABLE))
 
 
-def _download(path: Path) -> Path:
-    try:
-        with atomic_path(path) as temporary:
-            torch.hub.download_url_to_file(URL, str(temporary), hash_prefix=SHA256)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"the Inception weights could not be fetched from {URL}: {error}") from None
-    return path
-
-
 def load_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The state dict and the file's SHA-256."""
+    """The state dict, tensors (O, I, …), and the file's SHA-256. Raises UserError for other files and for code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a weights file ({first}); fetch it again from {URL}") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as a weights file ({reason}); download it again from {URL}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} does not hold a state dict of tensors; fetch the weights from {URL}")
+        raise UserError(f"{path} does not contain a state dict of tensors; download the weights from {URL}")
     return state, sha256(path)

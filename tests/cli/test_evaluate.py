@@ -1,6 +1,7 @@
-"""`svdit evaluate`, `compare` and `selftest` as a user meets them: flags, tables, files, exit codes."""
+"""`svdit evaluate`, `compare` and `selftest` from the command line: flags, tables, files, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from svdit.evaluation import inception
 
 
 class Means:
-    """A network of a few numbers: the means of 4 × 4 patches, times what a layer makes of them."""
+    """A tiny network: a function of the means of 4 × 4 patches for each layer."""
 
     name, digest, comparable = "random", "means", False
     widths = {"pool": 48, "spatial": 48, "logits": 48}  # noqa: RUF012
@@ -75,9 +76,9 @@ def test_files_and_table_of_two_sets_then_their_comparison(tmp_path: Path, capsy
         target = str(tmp_path / f"out_{Path(each).name}")
         common = ["--real_dir", real, "--fake_dir", each, "--paired_dir", full, "--output", target]
         assert run("evaluate", *common, *flags(tmp_path)) == 0
-    said = capsys.readouterr()
+    output = capsys.readouterr().out
     for part in ("random_fid", "NOT comparable", "psnr", "12 generated images of", "no random_fid_inf", "± se"):
-        assert part in said.out
+        assert part in output
     assert sorted(p.name for p in (tmp_path / "out_w4").iterdir()) == [
         "grid_fake.png", "grid_pairs.png", "metrics.json", "metrics.md",
     ]  # fmt: skip
@@ -86,7 +87,7 @@ def test_files_and_table_of_two_sets_then_their_comparison(tmp_path: Path, capsy
     assert "paired by seed" in capsys.readouterr().out
 
 
-def test_unlike_protocols_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_different_protocols_end_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     real, a, b = (
         folder(tmp_path / "real", 12, 0),
         folder(tmp_path / "a", 12, 1),
@@ -120,16 +121,20 @@ def test_pairs_alone_need_neither_weights_nor_real_images(tmp_path: Path, capsys
     [
         (["--cache-dir", "CACHE"], "need the 2015 Inception weights (95.6 MB), which were not found"),
         (["--metrics", "fidd", "--feature-extractor", "random"], "there is no metric 'fidd'"),
-        (["--num_images", "99", "--feature-extractor", "random"], "holds 5 images, 99 were asked for"),
+        (["--num_images", "99", "--feature-extractor", "random"], "contains 5 images, fewer than the 99 requested"),
         (["--num_images", "0", "--feature-extractor", "random"], "num_images is 0; it must be at least 1"),
-        (["--device", "tpu9", "--feature-extractor", "random"], "there is no device tpu9"),
+        (["--device", "tpu9", "--feature-extractor", "random"], "device 'tpu9' is not supported"),
         (["--metrics", "lpips", "--cache-dir", ""], "LPIPS needs"),
+        (["--metrics", "fid", "--paired_dir", "x"], "--paired_dir has no effect on --metrics fid; add paired"),
+        (["--metrics", "paired", "--save-stats", "x"], "--save-stats has no effect on --metrics paired"),
+        (["--feature-extractor", "random", "--feature-extractor-weights", "x"], "has no effect on"),
+        (["--seed", "-1"], "seed is -1"),
         (["--output", "FILE", "--feature-extractor", "random"], "cannot write into the folder"),
         (["--save-stats", "FILE/stats.npz", "--feature-extractor", "random"], "cannot write into the folder"),
         (["--cache-dir", "FILE", "--feature-extractor", "random"], "cannot write into the folder"),
     ],
 )
-def test_what_the_user_can_mend_ends_with_code_2(
+def test_user_errors_end_with_code_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], sentence: str
 ):
     real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
@@ -141,17 +146,78 @@ def test_what_the_user_can_mend_ends_with_code_2(
     }
     extra = [places.get(word, word) for word in extra]
     assert run("evaluate", "--real_dir", real, "--fake_dir", fake, *extra) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("svdit evaluate: ")
-    assert sentence in said
+    message = capsys.readouterr().err
+    assert message.startswith("svdit evaluate: ")
+    assert sentence in message
 
 
-def test_a_named_metric_that_cannot_be_had_ends_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_an_unavailable_named_metric_ends_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
     assert run("evaluate", "--real_dir", real, "--fake_dir", fake, "--metrics", "fid,prc", *flags(tmp_path)) == 1
-    assert "asked for, but not to be had: prc" in capsys.readouterr().err
+    assert "requested but unavailable: prc" in capsys.readouterr().err
 
 
 def test_selftest_needs_both_adm_files(capsys: pytest.CaptureFixture[str]):
     assert run("selftest", "--adm-samples", "x.npz") == 2
-    assert "needed together" in capsys.readouterr().err
+    assert "passed together" in capsys.readouterr().err
+
+
+def test_selftest_weights_need_the_adm_files(capsys: pytest.CaptureFixture[str]):
+    assert run("selftest", "--feature-extractor-weights", "x.pth") == 2
+    assert "no effect without --adm-samples" in capsys.readouterr().err
+
+
+def test_results_are_saved_when_the_reader_of_the_pipe_is_gone(tmp_path: Path):
+    """As in `svdit evaluate … | head -1`, with a reader that has gone before the first line."""
+    full, fake = folder(tmp_path / "full", 5, 0), folder(tmp_path / "fake", 5, 1)
+    argv = ["evaluate", "--fake_dir", fake, "--paired_dir", full, "--metrics", "paired", "--output", f"{tmp_path}/out"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from svdit.cli import main; main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", code, *argv], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["psnr"]["value"] > 0
+
+
+def test_each_process_uses_its_own_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """torch.cuda.set_device refuses a device without an index."""
+    fake = folder(tmp_path / "fake", 5, 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    devices = []
+
+    def session(device: torch.device) -> None:
+        devices.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("svdit.distributed.session", session)
+    for flags in ([], ["--device", "cuda"]):
+        assert run("evaluate", "--fake_dir", fake, "--paired_dir", fake, "--metrics", "paired", *flags) == 130
+    assert devices == [torch.device("cuda", 3)] * 2
+
+
+def test_evaluation_modules_import_without_the_optional_packages():
+    code = """
+import sys
+for name in ("scipy", "torch_fidelity", "torchvision"):
+    sys.modules[name] = None
+import pkgutil, importlib, svdit.evaluation
+for module in pkgutil.iter_modules(svdit.evaluation.__path__):
+    importlib.import_module(f"svdit.evaluation.{module.name}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["scipy", "torch_fidelity"])
+def test_a_missing_optional_package_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str
+):
+    for name in [n for n in sys.modules if n.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
+    assert run("evaluate", "--real_dir", real, "--fake_dir", fake, *flags(tmp_path)) == 2
+    assert "pip install 'svdit[eval]'" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from svdit.evaluation.evaluate import evaluate
 from svdit.evaluation.inception import random_extractor
-from svdit.evaluation.lpips import URLS, load_lpips
 from svdit.evaluation.neighbours import neighbour_metrics
 from svdit.evaluation.options import METRICS, Options
+from svdit.evaluation.paired import LPIPS_URLS, load_lpips
 from svdit.shims import allow_cpu_torchvision
 
 allow_cpu_torchvision()
@@ -59,7 +59,7 @@ def test_every_metric(tmp_path: Path) -> None:
 
     expected = evaluate(real, fake, Network(), options(torch.device("cpu")))
     with FakeCuda():
-        report = evaluate(real, fake, Network().to("cuda"), options(torch.device("cuda", 0)))
+        report = evaluate(real, fake, Network(), options(torch.device("cuda", 0)))
     assert report.failed == expected.failed == ()
     values, expected_values = ({name: e.value for name, e in each.metrics.items()} for each in (report, expected))
     assert values == pytest.approx(expected_values, rel=1e-6)
@@ -81,7 +81,7 @@ def test_lpips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch-fidelity's network, with random weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
-    for url in URLS:
+    for url in LPIPS_URLS:
         torch.save({}, tmp_path / "hub" / "checkpoints" / url.rsplit("/", 1)[1])
     plan = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"]
     features = torchvision.models.vgg.make_layers(plan).eval()

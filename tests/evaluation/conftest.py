@@ -1,4 +1,4 @@
-"""Pictures on disk, a network of a few numbers in Inception's place, and the random Inception itself."""
+"""Image folders, a tiny network in place of Inception, and Inception with random weights."""
 
 from pathlib import Path
 
@@ -9,10 +9,13 @@ from PIL import Image
 from torch import Tensor
 
 from svdit.evaluation.inception import Extractor, random_extractor
+from svdit.shims import allow_cpu_torchvision
+
+allow_cpu_torchvision()  # the tests import torch_fidelity as an oracle
 
 
 class TinyNetwork:
-    """Three seeded random layers of the picture's 4 × 4 mean: what `extract` needs, in microseconds."""
+    """Three seeded random layers of the image's 4 × 4 means: the interface that `extract` needs, in microseconds."""
 
     widths = {"pool": 16, "spatial": 12, "logits": 5}  # noqa: RUF012
 
@@ -20,15 +23,19 @@ class TinyNetwork:
         self.name, self.digest, self.comparable = name, digest, name == "inception"
         stream = torch.Generator().manual_seed(seed)
         self.layers = {key: torch.randn(48, width, generator=stream) for key, width in self.widths.items()}
-        self.pictures = 0  # how many it has seen
+        self.seen = 0  # number of images
+
+    def to(self, device: torch.device) -> "TinyNetwork":
+        self.layers = {key: layer.to(device) for key, layer in self.layers.items()}
+        return self
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
-        self.pictures += len(pixels)
+        self.seen += len(pixels)
         small = torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 64 - 2, 4).flatten(1)
         return {key: torch.relu(small @ layer) for key, layer in self.layers.items()}
 
 
-def pictures(n: int, size: int = 12, seed: int = 0, noise: float = 0.0) -> np.ndarray:
+def make_images(n: int, size: int = 12, seed: int = 0, noise: float = 0.0) -> np.ndarray:
     """uint8 (n, size, size, 3) with structure that repeats by index and, on top, noise that does not."""
     base = np.random.RandomState(seed).randint(0, 256, (n, 4, 4, 3)).repeat(size // 4, 1).repeat(size // 4, 2)
     grain = np.random.RandomState(seed + 1000).randn(n, size, size, 3) * noise

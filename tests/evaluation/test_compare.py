@@ -1,4 +1,4 @@
-"""Tables of several metrics.json, and the refusal to put unlike things into one."""
+"""Tables of several metrics.json, and the refusal to compare different protocols."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from svdit.evaluation.compare import compare
 from svdit.evaluation.protocol import disagreements
 
 
-def report(path: Path, fid: float, leave_out: list[float], **protocol: Any) -> Path:
+def report(path: Path, fid: float, leave_out: list[float], psnr: float | None = None, **protocol: Any) -> Path:
     fields = {
         "extractor": "inception",
         "n_fake": 50,
@@ -21,22 +21,24 @@ def report(path: Path, fid: float, leave_out: list[float], **protocol: Any) -> P
     } | protocol
     metrics = {"fid": {"value": fid, "leave_out": leave_out, "reason": None}}
     metrics |= {name: {"value": None, "leave_out": [], "reason": "why"} for name in ("mind", "ssim")}
+    if psnr is not None:
+        metrics["psnr"] = {"value": psnr, "leave_out": [], "reason": None}
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"schema": 1, "metrics": metrics, "protocol": fields}))
     return path
 
 
-def test_first_line_is_the_baseline_and_pairs_share_their_error(tmp_path: Path):
+def test_first_row_is_the_baseline_and_errors_are_paired(tmp_path: Path):
     a = report(tmp_path / "full" / "metrics.json", 10.0, [9.0, 10.0, 11.0])
     b = report(tmp_path / "w4.json", 12.0, [11.0, 12.0, 13.5])
     table = compare([a.parent, b])
     assert "| full | 10.0 ± 1.2 " in table
     assert "| w4   | 12.0 ± 1.5 (+2.00 ± 0.33) |" in table  # se of [2, 2, 2.5], not the root of two squares
     assert "errors of differences paired by seed" in table
-    assert "ssim" not in table  # nobody has it
+    assert "ssim" not in table  # no file has it
 
 
-def test_other_seeds_are_not_paired(tmp_path: Path):
+def test_different_seeds_are_not_paired(tmp_path: Path):
     a = report(tmp_path / "a.json", 10.0, [9.0, 10.0, 11.0])
     for seed in (1, None):
         b = report(tmp_path / "b.json", 12.0, [11.0, 12.0, 13.0], sample_seed=seed)
@@ -48,7 +50,7 @@ def test_other_seeds_are_not_paired(tmp_path: Path):
 @pytest.mark.parametrize(
     ("field", "value"), [("sample_steps", 50), ("n_fake", 10), ("extractor", "random"), ("new", 1)]
 )
-def test_unlike_protocols_are_refused_by_field_and_forced_ones_marked(tmp_path: Path, field: str, value: Any):
+def test_different_protocols_are_refused_by_field_and_marked_with_force(tmp_path: Path, field: str, value: Any):
     a = report(tmp_path / "a.json", 10.0, [9.0, 11.0])
     b = report(tmp_path / "b.json", 12.0, [11.0, 13.0], **{field: value})
     with pytest.raises(UserError, match=rf"a and b differ in {field}: .* against {value}; .*--force"):
@@ -58,7 +60,23 @@ def test_unlike_protocols_are_refused_by_field_and_forced_ones_marked(tmp_path: 
     assert f"* b differs in {field}: not comparable." in table
 
 
-def test_asked_metrics_and_random_features(tmp_path: Path):
+def test_psnr_against_different_counterparts_is_refused(tmp_path: Path):
+    a = report(tmp_path / "a.json", 10.0, [], psnr=30.0, counterparts_sha256="one")
+    b = report(tmp_path / "b.json", 12.0, [], psnr=40.0, counterparts_sha256="other")
+    with pytest.raises(UserError, match="a and b differ in counterparts_sha256: one against other"):
+        compare([a, b])
+    assert "* b differs in counterparts_sha256: not comparable." in compare([a, b], force=True)
+    assert "not comparable" not in compare([a, b], ["fid"])  # FID does not depend on the counterparts
+
+
+def test_sets_with_and_without_counterparts_share_a_table(tmp_path: Path):
+    full = report(tmp_path / "full.json", 10.0, [])
+    a, b = (report(tmp_path / f"{name}.json", 12.0, [], psnr=30.0, counterparts_sha256="one") for name in ("a", "b"))
+    for paths in ([full, a, b], [a, full, b]):
+        assert "not comparable" not in compare(paths)
+
+
+def test_named_metrics_and_random_features(tmp_path: Path):
     a = report(tmp_path / "a.json", 10.0, [], comparable=False)
     assert "–" in compare([a], ["fid", "mind"])
     assert "NOT comparable" in compare([a])
@@ -66,7 +84,7 @@ def test_asked_metrics_and_random_features(tmp_path: Path):
         compare([a], ["psnr"])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}', '{"schema": 1}', '{"schema": 1, "metrics": {}}'])
 def test_other_files_are_refused(tmp_path: Path, text: str):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UserError, match=r"x\.json is not a"):
@@ -75,7 +93,7 @@ def test_other_files_are_refused(tmp_path: Path, text: str):
         compare([tmp_path / "missing.json"])
 
 
-def test_protocols_disagree_in_any_field_but_the_seed():
+def test_protocols_disagree_in_any_field_but_the_sampling_seed():
     a = {"n_fake": 1, "sample_seed": 0, "x": None}
     assert disagreements(a, dict(a)) == []
     assert disagreements(a, a | {"sample_seed": 1}) == []

@@ -1,4 +1,4 @@
-"""The whole job: parity with torch-fidelity's, what is left empty and why, second sets, saved statistics, the cache."""
+"""evaluate(): parity with torch-fidelity, unavailable metrics, second sets, saved statistics, the cache."""
 
 import json
 from pathlib import Path
@@ -11,29 +11,32 @@ from PIL import Image
 from test_distributed import in_world
 
 from svdit.errors import UserError
+from svdit.evaluation.compare import compare
 from svdit.evaluation.evaluate import evaluate
 from svdit.evaluation.inception import load_extractor
-from svdit.evaluation.options import METRICS, Options
+from svdit.evaluation.jackknife import Estimate
+from svdit.evaluation.metrics import METRICS, Metric
+from svdit.evaluation.options import Options
 from svdit.evaluation.report import Report
 
-from .conftest import TinyNetwork, pictures, write_folder
+from .conftest import TinyNetwork, make_images, write_folder
 
 NAMES = ["fid", "sfid", "kid", "kid_std", "kid_full", "is", "precision", "recall", "density", "coverage", "mind"]
 
 
 @pytest.fixture
 def real(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "real", pictures(30, seed=1))
+    return write_folder(tmp_path / "real", make_images(30, seed=1))
 
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "fake", pictures(26, noise=30))
+    return write_folder(tmp_path / "fake", make_images(26, noise=30))
 
 
 @pytest.fixture
 def full(tmp_path: Path) -> Path:
-    return write_folder(tmp_path / "full", pictures(26))
+    return write_folder(tmp_path / "full", make_images(26))
 
 
 def values(report: Report) -> dict[str, float | None]:
@@ -43,7 +46,10 @@ def values(report: Report) -> dict[str, float | None]:
 def test_parity_with_torch_fidelity_on_the_same_weights_file(tmp_path: Path, weights_file: Path):
     """Features are bit-equal, so IS and precision/recall are exact; torch-fidelity's FID of a singular covariance
     carries round-off of 1e-6 relative itself."""
-    real, fake = write_folder(tmp_path / "real", pictures(8, seed=1)), write_folder(tmp_path / "fake", pictures(7))
+    real, fake = (
+        write_folder(tmp_path / "real", make_images(8, seed=1)),
+        write_folder(tmp_path / "fake", make_images(7)),
+    )
     network = load_extractor(torch.load(weights_file), "digest", fast=False)
     ours = values(evaluate(real, fake, network, Options(("fid", "kid", "is", "prc"))))
     theirs = torch_fidelity.calculate_metrics(
@@ -59,21 +65,21 @@ def test_parity_with_torch_fidelity_on_the_same_weights_file(tmp_path: Path, wei
     assert ours["fid"] > 1
 
 
-def test_everything_that_can_be_had_is_measured(real: Path, fake: Path, tiny_network: TinyNetwork):
+def test_all_available_metrics_are_measured_in_one_pass(real: Path, fake: Path, tiny_network: TinyNetwork):
     report = evaluate(real, fake, tiny_network)
     assert [name for name, value in values(report).items() if value is not None] == NAMES
     assert report.metrics["fid_inf"].reason == "needs at least 4000 images for its line, found 26"
     assert report.failed == ()
     assert report.metrics["fid"].se > 0
     assert report.inputs["fake"]["images"] == 26
-    assert tiny_network.pictures == 56  # one pass
+    assert tiny_network.seen == 56  # one pass
 
 
 @pytest.mark.parametrize("n", [2, 3])
 def test_two_images_are_enough_for_numbers_and_three_for_errors(
     tmp_path: Path, real: Path, tiny_network: TinyNetwork, n: int
 ):
-    report = evaluate(real, write_folder(tmp_path / "few", pictures(n)), tiny_network)
+    report = evaluate(real, write_folder(tmp_path / "few", make_images(n)), tiny_network)
     assert report.metrics["prc"].reason == f"needs more than 5 images on both sides, found 30 and {n}"
     for name in ("fid", "sfid", "kid_full", "is"):
         assert np.isfinite(report.metrics[name].value)
@@ -81,13 +87,13 @@ def test_two_images_are_enough_for_numbers_and_three_for_errors(
         assert (report.metrics[name].se is not None) == (n == 3)
 
 
-def test_what_is_named_and_cannot_be_had_is_failed(real: Path, fake: Path, tiny_network: TinyNetwork):
+def test_unavailable_metrics_fail_if_named(real: Path, fake: Path, tiny_network: TinyNetwork):
     report = evaluate(real, fake, tiny_network, Options(("fid", "prc", "fid_inf")))
     assert report.failed == ("fid_inf",)
 
 
 @pytest.mark.parametrize("metric", [name for name in METRICS if name not in ("lpips", "fid_inf", "paired")])
-def test_each_metric_can_be_asked_for_alone(real: Path, fake: Path, tiny_network: TinyNetwork, metric: str):
+def test_each_metric_can_be_measured_alone(real: Path, fake: Path, tiny_network: TinyNetwork, metric: str):
     everything = evaluate(real, fake, tiny_network)
     alone = evaluate(real, fake, tiny_network, Options((metric,)))
     assert alone.failed == ()
@@ -96,14 +102,14 @@ def test_each_metric_can_be_asked_for_alone(real: Path, fake: Path, tiny_network
 
 
 def test_real_images_as_npz_give_the_same_numbers(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
-    np.savez(tmp_path / "real.npz", pictures(30, seed=1))
+    np.savez(tmp_path / "real.npz", make_images(30, seed=1))
     np.savez_compressed(tmp_path / "fake.npz", np.stack([np.asarray(Image.open(p)) for p in sorted(fake.iterdir())]))
     assert values(evaluate(tmp_path / "real.npz", tmp_path / "fake.npz", tiny_network)) == values(
         evaluate(real, fake, tiny_network)
     )
 
 
-def test_saved_statistics_stand_for_the_folder(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
+def test_saved_statistics_replace_the_folder(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
     direct = evaluate(real, fake, tiny_network, Options(save_stats=tmp_path / "stats.npz"))
     stored = evaluate(tmp_path / "stats.npz", fake, tiny_network)
     assert values(stored) == values(direct)
@@ -119,7 +125,7 @@ def adm_reference(path: Path, real: Path, network: TinyNetwork, **arrays: np.nda
     return path
 
 
-def test_statistics_alone_leave_neighbour_metrics_empty(
+def test_statistics_without_images_leave_neighbour_metrics_empty(
     tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork
 ):
     reference = adm_reference(tmp_path / "adm.npz", real, tiny_network)
@@ -129,26 +135,26 @@ def test_statistics_alone_leave_neighbour_metrics_empty(
     assert values(report)["sfid"] == pytest.approx(direct["sfid"], rel=1e-12)
     for name in ("kid", "prc", "mind"):
         assert report.metrics[name].value is None
-        assert report.metrics[name].reason == "the reference holds statistics only, no images"
+        assert report.metrics[name].reason == "the reference has statistics only, no images"
     assert report.failed == ()
     assert evaluate(reference, fake, tiny_network, Options(("fid", "kid"))).failed == ("kid",)
     again = evaluate(reference, fake, tiny_network, Options(("fid",), save_stats=tmp_path / "again.npz"))
     assert values(evaluate(tmp_path / "again.npz", fake, tiny_network, Options(("fid",)))) == values(again)
 
 
-def test_spatial_statistics_alone_leave_fid_empty(tmp_path: Path, fake: Path, tiny_network: TinyNetwork):
+def test_without_pool_statistics_fid_is_empty(tmp_path: Path, fake: Path, tiny_network: TinyNetwork):
     np.savez(tmp_path / "s.npz", mu_s=np.zeros(12), sigma_s=np.eye(12))
     report = evaluate(tmp_path / "s.npz", fake, tiny_network, Options(("fid", "sfid")))
     assert report.failed == ("fid",)
-    assert report.metrics["fid"].reason == "the reference holds no statistics of the pool features"
+    assert report.metrics["fid"].reason == "the reference has no statistics of the pool features"
     assert report.metrics["sfid"].value > 0
 
 
-def test_adm_reference_gives_stored_statistics_and_neighbours_of_its_images(
+def test_adm_reference_uses_its_statistics_and_its_images(
     tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork
 ):
-    reference = adm_reference(tmp_path / "adm.npz", real, tiny_network, arr_0=pictures(30, seed=1)[:20])
-    some = write_folder(tmp_path / "some", pictures(30, seed=1)[:20])
+    reference = adm_reference(tmp_path / "adm.npz", real, tiny_network, arr_0=make_images(30, seed=1)[:20])
+    some = write_folder(tmp_path / "some", make_images(30, seed=1)[:20])
     found, whole, part = (
         values(evaluate(each, fake, tiny_network, Options(num_images=None))) for each in (reference, real, some)
     )
@@ -157,9 +163,7 @@ def test_adm_reference_gives_stored_statistics_and_neighbours_of_its_images(
     assert values(evaluate(reference, fake, tiny_network, Options(num_images=25)))["recall"] is not None
 
 
-def test_inceptions_statistics_and_random_features_do_not_mix(
-    tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork
-):
+def test_statistics_of_another_network_are_refused(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
     reference = adm_reference(tmp_path / "adm.npz", real, tiny_network)
     with pytest.raises(UserError, match="come from other weights"):
         evaluate(reference, fake, TinyNetwork(name="random"))
@@ -175,17 +179,59 @@ def test_random_features_are_labelled_everywhere(tmp_path: Path, real: Path, fak
     report.save(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]["comparable"] is False
     assert "NOT comparable" in (tmp_path / "out" / "metrics.md").read_text()
-    plain = evaluate(real, fake, TinyNetwork(), Options(("fid",))).pictures["grid_fake"]
-    assert report.pictures["grid_fake"].shape[0] > plain.shape[0]  # a line of text below
+    plain = evaluate(real, fake, TinyNetwork(), Options(("fid",))).images["grid_fake"]
+    assert report.images["grid_fake"].shape[0] > plain.shape[0]  # a line of text below
 
 
 def test_pairs_need_no_network(fake: Path, full: Path):
     report = evaluate(None, fake, options=Options(("paired",), paired=full))
     assert list(report.metrics) == ["psnr", "ssim", "relative_l2", "identical_pairs"]
-    assert sorted(report.pictures) == ["grid_fake", "grid_pairs"]
+    assert sorted(report.images) == ["grid_fake", "grid_pairs"]
 
 
-def test_second_set_is_measured_as_if_alone_and_differences_are_surer(
+def test_protocol_records_the_counterparts(tmp_path: Path, fake: Path, full: Path):
+    other = write_folder(tmp_path / "other", make_images(26, seed=9))
+    hashes = [
+        evaluate(None, fake, options=Options(("paired",), paired=path)).protocol["counterparts_sha256"]
+        for path in (full, full, other)
+    ]
+    assert None not in hashes
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_counterparts_of_other_sampling_options_are_a_warning(fake: Path, full: Path):
+    for folder, seed in ((fake, 0), (full, 1)):
+        (folder / "manifest.json").write_text(json.dumps({"seed": seed, "steps": 20, "sampler": "ddim"}))
+    warnings = evaluate(None, fake, options=Options(("paired",), paired=full)).warnings
+    assert warnings == (f"{fake} and {full} were sampled with seed 0 and 1",)
+
+
+def test_a_new_metric_is_one_entry(
+    tmp_path: Path, real: Path, fake: Path, full: Path, tiny_network: TinyNetwork, monkeypatch: pytest.MonkeyPatch
+):
+    """It can be named, is measured by default, debiased, and shown by `svdit compare`; so is one of pairs."""
+    mean = Metric(
+        "shift",
+        lambda d: {"shift": Estimate(float(d.fake.rows["pool"].mean()), (1.0, 2.0))},
+        biased=True,
+        in_comparison=("shift",),
+    )
+    peak = Metric("peak", distances={"peak": lambda device: lambda a, b: 3.0}, in_comparison=("peak",))
+    monkeypatch.setitem(METRICS, "shift", mean)
+    monkeypatch.setitem(METRICS, "peak", peak)
+    named = evaluate(real, fake, tiny_network, Options(("shift", "peak"), paired=full))
+    default = evaluate(real, fake, tiny_network, Options(paired=full))
+    for report in (named, default):
+        assert report.failed == ()
+        assert report.metrics["peak"].value == 3
+        assert report.rows()[list(report.metrics).index("shift")][3]  # debiased
+    default.save(tmp_path / "out")
+    table = compare([tmp_path / "out"])
+    assert " shift " in table
+    assert " peak " in table
+
+
+def test_second_set_is_measured_as_if_alone_and_differences_have_smaller_errors(
     real: Path, fake: Path, full: Path, tiny_network: TinyNetwork
 ):
     report = evaluate(real, fake, tiny_network, Options(("fid", "kid", "is", "prc"), compare=full))
@@ -197,47 +243,47 @@ def test_second_set_is_measured_as_if_alone_and_differences_are_surer(
         assert 0 < difference.se < 0.7 * np.hypot(report.metrics[name].se, alone.metrics[name].se)
 
 
-def test_choice_is_the_same_in_both_sets(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
+def test_both_sets_use_the_same_choice(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
     twin = write_folder(tmp_path / "twin", np.stack([np.asarray(Image.open(p)) for p in sorted(fake.iterdir())]))
     report = evaluate(real, fake, tiny_network, Options(("fid",), num_images=20, compare=twin, seed=3))
     assert report.difference["fid"].value == 0
     assert report.protocol["n_fake"] == report.protocol["n_real"] == 20
 
 
-def test_cache_is_used_and_notices_a_changed_picture(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
+def test_cache_is_used_until_an_image_changes(tmp_path: Path, real: Path, fake: Path, tiny_network: TinyNetwork):
     options = Options(("fid",), cache=tmp_path / "cache")
     first = evaluate(real, fake, tiny_network, options)
     again = evaluate(real, fake, tiny_network, options)
-    assert tiny_network.pictures == 56
+    assert tiny_network.seen == 56
     assert again.metrics == first.metrics
-    Image.fromarray(255 - pictures(1)[0]).save(fake / "000003.png")
+    Image.fromarray(255 - make_images(1)[0]).save(fake / "000003.png")
     changed = evaluate(real, fake, tiny_network, options)
-    assert tiny_network.pictures == 56 + 26
+    assert tiny_network.seen == 56 + 26
     assert changed.metrics["fid"].value != first.metrics["fid"].value
 
 
-def test_what_should_be_looked_at_is_said(tmp_path: Path, real: Path, tiny_network: TinyNetwork):
-    lossy = write_folder(tmp_path / "lossy", pictures(10, 16), [f"{i}.jpg" for i in range(10)])
-    said = " ".join(evaluate(real, lossy, tiny_network, Options(("fid", "kid"))).warnings)
+def test_suspicious_inputs_are_warnings(tmp_path: Path, real: Path, tiny_network: TinyNetwork):
+    lossy = write_folder(tmp_path / "lossy", make_images(10, 16), [f"{i}.jpg" for i in range(10)])
+    warnings = " ".join(evaluate(real, lossy, tiny_network, Options(("fid", "kid"))).warnings)
     for part in (
-        "compression alone moves FID", "10 generated images give a singular covariance of 16 features",
-        "KID's subsets are of 10 images, not 1000", "not the known 6726825d", "(12, 12), the generated (16, 16)",
+        "compression alone changes FID", "10 generated images have a singular covariance of 16 features",
+        "KID uses subsets of 10 images", "not the known 6726825d", "(12, 12), the generated (16, 16)",
     ):  # fmt: skip
-        assert part in said
+        assert part in warnings
     assert (
         evaluate(real, lossy, TinyNetwork(name="random"), Options(("is",))).warnings
         == evaluate(real, lossy, options=Options(("paired",), paired=lossy)).warnings
     )
-    assert "hold the same images" in " ".join(evaluate(real, real, tiny_network, Options(("fid",))).warnings)
+    assert "contain the same images" in " ".join(evaluate(real, real, tiny_network, Options(("fid",))).warnings)
 
 
-def test_a_network_is_needed_where_it_is(real: Path, fake: Path):
+def test_network_metrics_without_a_network_are_refused(real: Path, fake: Path):
     with pytest.raises(UserError, match="need a network"):
         evaluate(real, fake)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_share_the_images_and_find_the_same_numbers(
+def test_processes_share_the_images_and_agree_with_one_process(
     tmp_path: Path, real: Path, fake: Path, full: Path, world: int
 ):
     wanted = tuple(name for name in METRICS if name not in ("fid_inf", "lpips"))
@@ -246,11 +292,11 @@ def test_processes_share_the_images_and_find_the_same_numbers(
 
     def together() -> tuple[Report, int]:
         network = TinyNetwork()
-        return evaluate(real, fake, network, options), network.pictures
+        return evaluate(real, fake, network, options), network.seen
 
     found = in_world(world, together)
-    assert sum(pictures for _, pictures in found) == 3 * 23  # every image once, none padded
-    assert max(pictures for _, pictures in found) <= 3 * 8 + 3 * 4 * (world == 2)
+    assert sum(seen for _, seen in found) == 3 * 23  # every image once, none padded
+    assert max(seen for _, seen in found) <= 3 * 8 + 3 * 4 * (world == 2)
     for report, _ in found:
         for name, estimate in alone.metrics.items():
             assert report.metrics[name].value == pytest.approx(estimate.value, rel=1e-9), name

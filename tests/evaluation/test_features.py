@@ -1,5 +1,6 @@
-"""One pass: order, sums and rows; what is kept, and when it is not believed."""
+"""One pass over the images: order, sums, rows, the cache, and interrupted passes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,30 +8,31 @@ import pytest
 import torch
 
 from svdit.errors import UserError
-from svdit.evaluation.features import Features, cache_key, extract, features_folder
-from svdit.evaluation.sources import Source, open_source
+from svdit.evaluation.features import Extraction, Features, cache_key, extract, features_folder
+from svdit.evaluation.sources import ImageSet, open_source
 
-from .conftest import TinyNetwork, pictures, write_folder
+from .conftest import TinyNetwork, make_images, write_folder
 
 CPU = torch.device("cpu")
+CHOICE = [0, 2, 3, 5, 6]
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
-    return open_source(write_folder(tmp_path / "images", pictures(7)))
+def images(tmp_path: Path) -> ImageSet:
+    source = open_source(write_folder(tmp_path / "images", make_images(7)))
+    return ImageSet(source, np.array(CHOICE), (12, 12), "content")
 
 
 def run(
-    source: Source, network: TinyNetwork, folder: Path, keep: tuple[str, ...] = ("pool",), batch: int = 3
+    images: ImageSet, network: TinyNetwork, folder: Path, layers: tuple[str, ...] = ("pool",), batch: int = 3
 ) -> Features:
-    indices = np.array([0, 2, 3, 5, 6])
-    return extract(source, indices, network, keep, folder, CPU, batch)
+    return extract(images, network, layers, Extraction(folder, CPU, batch))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
-def test_rows_and_sums_are_the_networks_in_order(source: Source, tiny_network: TinyNetwork, tmp_path: Path, batch: int):
-    features = run(source, tiny_network, tmp_path / "f", ("pool", "logits"), batch)
-    pixels = torch.from_numpy(pictures(7)[[0, 2, 3, 5, 6]]).permute(0, 3, 1, 2)
+def test_rows_are_in_the_order_of_the_source(images: ImageSet, tiny_network: TinyNetwork, tmp_path: Path, batch: int):
+    features = run(images, tiny_network, tmp_path / "f", ("pool", "logits"), batch)
+    pixels = torch.from_numpy(make_images(7)[CHOICE]).permute(0, 3, 1, 2)
     expected = tiny_network(pixels)
     assert sorted(features.rows) == ["logits", "pool"]
     for name, rows in features.rows.items():
@@ -42,73 +44,72 @@ def test_rows_and_sums_are_the_networks_in_order(source: Source, tiny_network: T
         assert gaussian.count == 5
 
 
-def test_finished_features_are_used_again_and_unfinished_are_not(
-    source: Source, tiny_network: TinyNetwork, tmp_path: Path
+def test_complete_features_are_cached_and_incomplete_ones_are_not(
+    images: ImageSet, tiny_network: TinyNetwork, tmp_path: Path
 ):
-    first = run(source, tiny_network, tmp_path / "f")
-    again = run(source, tiny_network, tmp_path / "f")
-    assert tiny_network.pictures == 5
+    first = run(images, tiny_network, tmp_path / "f")
+    again = run(images, tiny_network, tmp_path / "f")
+    assert tiny_network.seen == 5
     np.testing.assert_array_equal(first.rows["pool"], again.rows["pool"])
     np.testing.assert_array_equal(first.gaussians["pool"].covariance, again.gaussians["pool"].covariance)
-    run(source, tiny_network, tmp_path / "f", ("pool", "logits"))
-    assert tiny_network.pictures == 10  # the logits were not there
-    (tmp_path / "f" / "statistics.npz").unlink()
-    run(source, tiny_network, tmp_path / "f")
-    assert tiny_network.pictures == 15
+    run(images, tiny_network, tmp_path / "f", ("pool", "logits"))
+    assert tiny_network.seen == 10  # the logits were not cached
+    (tmp_path / "f" / cache_key(images, tiny_network) / "statistics.npz").unlink()
+    run(images, tiny_network, tmp_path / "f")
+    assert tiny_network.seen == 15
 
 
-def test_an_interrupted_pass_leaves_nothing_to_be_believed(source: Source, tmp_path: Path):
+def test_an_interrupted_pass_caches_nothing(images: ImageSet, tmp_path: Path):
     class Breaks(TinyNetwork):
         def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-            if self.pictures:
+            if self.seen:
                 raise KeyboardInterrupt
             return super().__call__(pixels)
 
     with pytest.raises(KeyboardInterrupt):
-        run(source, Breaks(), tmp_path / "f")
-    assert not (tmp_path / "f").exists()
+        run(images, Breaks(), tmp_path / "f")
+    assert not (tmp_path / "f" / cache_key(images, TinyNetwork())).exists()
     whole = TinyNetwork()
-    run(source, whole, tmp_path / "f")
-    assert whole.pictures == 5
+    run(images, whole, tmp_path / "f")
+    assert whole.seen == 5
 
 
-def test_key_changes_with_content_weights_choice_and_format(monkeypatch: pytest.MonkeyPatch):
-    some, other = np.arange(3), np.arange(4)
+def test_key_changes_with_content_weights_choice_and_format(images: ImageSet, monkeypatch: pytest.MonkeyPatch):
     keys = {
-        cache_key("a", TinyNetwork(), some),
-        cache_key("b", TinyNetwork(), some),
-        cache_key("a", TinyNetwork(digest="other"), some),
-        cache_key("a", TinyNetwork(name="random"), some),
-        cache_key("a", TinyNetwork(), other),
+        cache_key(images, TinyNetwork()),
+        cache_key(replace(images, content="other"), TinyNetwork()),
+        cache_key(images, TinyNetwork(digest="other")),
+        cache_key(images, TinyNetwork(name="random")),
+        cache_key(replace(images, indices=np.arange(4)), TinyNetwork()),
     }
     assert len(keys) == 5
-    assert cache_key("a", TinyNetwork(), some) in keys
+    assert cache_key(images, TinyNetwork()) in keys
     monkeypatch.setattr("svdit.evaluation.features.FORMAT", "features 3")
-    assert cache_key("a", TinyNetwork(), some) not in keys
+    assert cache_key(images, TinyNetwork()) not in keys
 
 
-def test_without_a_cache_nothing_stays(source: Source, tiny_network: TinyNetwork):
+def test_without_a_cache_the_files_are_removed(images: ImageSet, tiny_network: TinyNetwork):
     with features_folder(None) as folder:
-        features = run(source, tiny_network, folder / "x")
-        assert (folder / "x").exists()
+        features = run(images, tiny_network, folder)
+        assert list(folder.iterdir())
     assert not folder.exists()
     assert features.rows["pool"].shape == (5, 16)
 
 
-def test_workers_change_nothing(
-    source: Source, tiny_network: TinyNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_workers_do_not_change_the_features(
+    images: ImageSet, tiny_network: TinyNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    alone = run(source, tiny_network, tmp_path / "a")
+    alone = run(images, tiny_network, tmp_path / "a")
     monkeypatch.setattr("svdit.evaluation.features.WORKERS_FROM", 1)
-    helped = run(source, tiny_network, tmp_path / "b")
-    np.testing.assert_array_equal(alone.rows["pool"], helped.rows["pool"])
+    parallel = run(images, tiny_network, tmp_path / "b")
+    np.testing.assert_array_equal(alone.rows["pool"], parallel.rows["pool"])
 
 
-def test_a_workers_complaint_is_one_sentence(
-    source: Source, tiny_network: TinyNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_error_in_a_worker_is_one_sentence(
+    images: ImageSet, tiny_network: TinyNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("svdit.evaluation.features.WORKERS_FROM", 1)
-    source.files[3].write_text("hello")
+    images.source.files[3].write_text("hello")
     with pytest.raises(UserError, match=r"000003\.png cannot be read as an image") as caught:
-        run(source, tiny_network, tmp_path / "f")
+        run(images, tiny_network, tmp_path / "f")
     assert "\n" not in str(caught.value)

@@ -10,9 +10,9 @@ import torchvision
 from torch_fidelity import sample_similarity_lpips
 
 from svdit.errors import UserError
-from svdit.evaluation.lpips import URLS, load_lpips
+from svdit.evaluation.paired import LPIPS_URLS, load_lpips
 
-from .conftest import Touch, pictures
+from .conftest import Touch, make_images
 
 CPU = torch.device("cpu")
 
@@ -22,19 +22,19 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    for url in URLS:
+    for url in LPIPS_URLS:
         torch.save({}, folder / url.rsplit("/", 1)[1])
     return folder
 
 
-@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("url", LPIPS_URLS)
 def test_each_missing_file_is_named_with_its_address(checkpoints: Path, url: str):
     (checkpoints / url.rsplit("/", 1)[1]).unlink()
-    with pytest.raises(UserError, match=f"LPIPS needs .*, which is not there; get it from {url}"):
+    with pytest.raises(UserError, match=f"LPIPS needs .*, which does not exist; download it from {url}"):
         load_lpips(CPU)
 
 
-@pytest.mark.parametrize("url", URLS)
+@pytest.mark.parametrize("url", LPIPS_URLS)
 def test_files_with_code_are_refused(checkpoints: Path, url: str):
     trace = checkpoints / "trace"
     torch.save(Touch(trace), checkpoints / url.rsplit("/", 1)[1])
@@ -53,7 +53,7 @@ def test_distance_is_the_formula_over_unit_features(checkpoints: Path, monkeypat
     vgg = SimpleNamespace(features=features)
     monkeypatch.setattr(sample_similarity_lpips, "torchvision_load_pretrained_vgg16", lambda: vgg)
     distance = load_lpips(CPU)
-    a, b = pictures(2, 32)
+    a, b = make_images(2, 32)
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     x, y = ((torch.from_numpy(p).permute(2, 0, 1)[None] / 255 - mean) / std for p in (a, b))
     expected = 0.0

@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from svdit.evaluation.inputs import Set, open_counterparts, open_set
+from svdit.evaluation.inputs import open_counterparts, open_set
 from svdit.evaluation.jackknife import assign_blocks
 from svdit.evaluation.options import Options
 from svdit.evaluation.paired import paired_metrics, psnr, relative_l2, ssim
+from svdit.evaluation.sources import ImageSet
 
-from .conftest import pictures, write_folder
+from .conftest import make_images, write_folder
+
+DISTANCES = {"psnr": psnr, "ssim": ssim, "relative_l2": relative_l2}
 
 
 def noisy(image: np.ndarray, amount: float) -> np.ndarray:
@@ -30,7 +33,7 @@ def test_psnr_and_ssim_are_scikit_images(shape: tuple[int, int, int], amount: fl
 
 
 def test_identical_pictures():
-    a = pictures(1)[0]
+    a = make_images(1)[0]
     assert (psnr(a, a), relative_l2(a, a)) == (100, 0)
     assert ssim(a, a) == pytest.approx(1, abs=1e-12)
 
@@ -46,8 +49,8 @@ def test_ssim_has_no_value_where_its_window_does_not_fit():
     assert np.isnan(ssim(a, a))
 
 
-def sets(tmp_path: Path, size: int = 12) -> tuple[Set, Set]:
-    images = pictures(8, size)
+def sets(tmp_path: Path, size: int = 12) -> tuple[ImageSet, ImageSet]:
+    images = make_images(8, size)
     other = images.copy()
     other[2] = noisy(other[2], 30)
     other[5] = noisy(other[5], 60)
@@ -57,7 +60,7 @@ def sets(tmp_path: Path, size: int = 12) -> tuple[Set, Set]:
 
 def test_averages_over_pairs_and_counts_the_identical(tmp_path: Path):
     fakes, others = sets(tmp_path)
-    found, psnrs = paired_metrics(fakes, others, assign_blocks(8), lambda items, name, count: items)
+    found, psnrs = paired_metrics(fakes, others, assign_blocks(8), DISTANCES)
     assert psnrs.argsort()[:2].tolist() == [5, 2]
     assert (psnrs == 100).sum() == found["identical_pairs"].value == 6
     assert found["psnr"].value == pytest.approx(psnrs.mean())
@@ -68,7 +71,7 @@ def test_averages_over_pairs_and_counts_the_identical(tmp_path: Path):
 def test_another_distance_can_be_added_and_small_pictures_have_no_ssim(tmp_path: Path):
     fakes, others = sets(tmp_path, size=8)
     distance = lambda a, b: float((a != b).any())  # noqa: E731
-    found, _ = paired_metrics(fakes, others, assign_blocks(8), lambda items, name, count: items, distance)
+    found, _ = paired_metrics(fakes, others, assign_blocks(8), DISTANCES | {"lpips": distance})
     assert found["lpips"].value == 2 / 8
     assert found["ssim"].value is None
     assert "at least 11×11" in (found["ssim"].reason or "")

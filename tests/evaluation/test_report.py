@@ -1,6 +1,7 @@
-"""What is written: JSON that keeps everything, tables that show as many digits as mean something, pictures."""
+"""What is written: JSON with every number, tables with the significant digits, images."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def report(**more: object) -> Report:
 
 def test_json_keeps_every_number(tmp_path: Path):
     picture = np.zeros((4, 4, 3), np.uint8)
-    report(pictures={"grid_fake": picture}).save(tmp_path / "new")
+    report(images={"grid_fake": picture}).save(tmp_path / "new")
     found = read_report(tmp_path / "new")
     fid = found["metrics"]["fid"]
     assert (fid["value"], fid["leave_out"]) == (12.3456, [12.0, 12.5, 12.6])
@@ -52,7 +53,8 @@ def test_table_and_notes():
 @pytest.mark.parametrize(
     ("value", "error", "text"),
     [(12.3456, None, "12.346"), (12.3456, 0.37, "12.35"), (12.3456, 0.0, "12.346"), (1234.5, 21.0, "1234"),
-     (0.0123421, 0.00098, "0.01234"), (None, None, ""), (-1e-9, 2.1, "0.0")],
+     (0.0123421, 0.00098, "0.01234"), (None, None, ""), (-1e-9, 2.1, "0.0"),
+     (1.0, math.nan, "1"), (1.0, math.inf, "1"), (math.nan, 0.1, "nan")],
 )  # fmt: skip
 def test_digits_follow_the_error(value: float | None, error: float | None, text: str):
     assert number(value, error) == text

@@ -1,4 +1,4 @@
-"""Everything a user may point at: what is read, what is chosen, and the sentence for each thing that is wrong."""
+"""Image sources: what is read, which images are chosen, and the message for every kind of bad input."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,20 +19,20 @@ from svdit.evaluation.inputs import open_inputs, open_set
 from svdit.evaluation.options import Options
 from svdit.evaluation.sources import Source, choose, open_source
 
-from .conftest import pictures, write_folder
+from .conftest import make_images, write_folder
 
 
 def test_folder_is_read_deep_in_natural_order(tmp_path: Path):
     names = ["b/10.png", "b/2.png", "a/1.jpg", "a/3.webp", "a/12.bmp"]
-    source = open_source(write_folder(tmp_path, pictures(5), names))
+    source = open_source(write_folder(tmp_path, make_images(5), names))
     assert source.names == ("a/1", "a/3", "a/12", "b/2", "b/10")
     assert source.labels == (0, 0, 0, 1, 1)
     assert (source.kind, source.lossy) == ("folder", True)
-    np.testing.assert_array_equal(source.read(4), pictures(5)[0])
+    np.testing.assert_array_equal(source.read(4), make_images(5)[0])
 
 
 def test_flat_folder_has_labels_only_from_its_manifest(tmp_path: Path):
-    write_folder(tmp_path, pictures(3))
+    write_folder(tmp_path, make_images(3))
     assert open_source(tmp_path).labels is None
     (tmp_path / "manifest.json").write_text(json.dumps({"labels": [4, 4, 7], "steps": 20}))
     source = open_source(tmp_path)
@@ -42,7 +43,7 @@ def test_flat_folder_has_labels_only_from_its_manifest(tmp_path: Path):
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npz_equals_its_images_however_it_is_stored(tmp_path: Path, save: Callable[..., None], order: str):
-    images = pictures(4)
+    images = make_images(4)
     save(tmp_path / "x.npz", np.array(images, order=order))
     (tmp_path / "x.json").write_text(json.dumps({"seed": 3}))
     source = open_source(tmp_path / "x.npz")
@@ -53,68 +54,68 @@ def test_npz_equals_its_images_however_it_is_stored(tmp_path: Path, save: Callab
 
 
 def test_grey_npz_becomes_rgb(tmp_path: Path):
-    grey = pictures(2)[..., :1]
+    grey = make_images(2)[..., :1]
     np.savez(tmp_path / "x.npz", grey)
     np.testing.assert_array_equal(open_source(tmp_path / "x.npz").read(1), grey[1].repeat(3, 2))
 
 
 def test_adm_reference_has_images_and_statistics(tmp_path: Path):
     np.savez(
-        tmp_path / "adm.npz", arr_0=pictures(3), mu=np.zeros(4), sigma=np.eye(4), mu_s=np.zeros(2), sigma_s=np.eye(2)
+        tmp_path / "adm.npz", arr_0=make_images(3), mu=np.zeros(4), sigma=np.eye(4), mu_s=np.zeros(2), sigma_s=np.eye(2)
     )
     source = open_source(tmp_path / "adm.npz")
     assert (len(source), sorted(source.gaussians), source.extractor) == (3, ["pool", "spatial"], "inception")
 
 
 def test_conversions_are_counted(tmp_path: Path):
-    write_folder(tmp_path, pictures(3))
-    Image.fromarray(pictures(1)[0]).convert("L").save(tmp_path / "000001.png")
-    Image.fromarray(pictures(1)[0]).convert("RGBA").save(tmp_path / "000002.png")
-    each = open_set(tmp_path, Options())
-    assert each.warnings == (f"{tmp_path}: 2 images were converted to RGB (1 of mode L, 1 of mode RGBA)",)
+    write_folder(tmp_path, make_images(3))
+    Image.fromarray(make_images(1)[0]).convert("L").save(tmp_path / "000001.png")
+    Image.fromarray(make_images(1)[0]).convert("RGBA").save(tmp_path / "000002.png")
+    image_set = open_set(tmp_path, Options())
+    assert image_set.warnings == (f"{tmp_path}: 2 images were converted to RGB (1 of mode L, 1 of mode RGBA)",)
 
 
 def test_resizing_makes_one_size(tmp_path: Path):
-    write_folder(tmp_path, pictures(2, 24))
-    Image.fromarray(pictures(1, 40)[0]).crop((0, 0, 40, 32)).save(tmp_path / "000001.png")
-    each = open_set(tmp_path, Options(resize_to=12))
-    assert each.size == (12, 12)
-    assert {each.source.read(i).shape for i in range(2)} == {(12, 12, 3)}
+    write_folder(tmp_path, make_images(2, 24))
+    Image.fromarray(make_images(1, 40)[0]).crop((0, 0, 40, 32)).save(tmp_path / "000001.png")
+    image_set = open_set(tmp_path, Options(resize_to=12))
+    assert image_set.size == (12, 12)
+    assert {image_set.source.read(i).shape for i in range(2)} == {(12, 12, 3)}
 
 
-# What is wrong, as files; and what must be said.
+# Malformed files, and the message for each.
 
 
 def truncated_png(folder: Path) -> Path:
-    write_folder(folder, pictures(3))
+    write_folder(folder, make_images(3))
     (folder / "000001.png").write_bytes((folder / "000001.png").read_bytes()[:20])
     return folder
 
 
 def text_as_png(folder: Path) -> Path:
-    write_folder(folder, pictures(3))
+    write_folder(folder, make_images(3))
     (folder / "000002.png").write_text("hello")
     return folder
 
 
 def empty_png(folder: Path) -> Path:
-    write_folder(folder, pictures(3))
+    write_folder(folder, make_images(3))
     (folder / "000000.png").write_bytes(b"")
     return folder
 
 
 def two_sizes(folder: Path) -> Path:
-    write_folder(folder, pictures(3))
-    Image.fromarray(pictures(1, 16)[0]).save(folder / "000002.png")
+    write_folder(folder, make_images(3))
+    Image.fromarray(make_images(1, 16)[0]).save(folder / "000002.png")
     return folder
 
 
 def one_name_twice(folder: Path) -> Path:
-    return write_folder(folder, pictures(2), ["1.png", "1.jpg"])
+    return write_folder(folder, make_images(2), ["1.png", "1.jpg"])
 
 
 def broken_manifest(folder: Path) -> Path:
-    write_folder(folder, pictures(3))
+    write_folder(folder, make_images(3))
     (folder / "manifest.json").write_text("{")
     return folder
 
@@ -128,7 +129,7 @@ def npz(**arrays: np.ndarray) -> Callable[[Path], Path]:
 
 
 def truncated_npz(folder: Path) -> Path:
-    path = npz(arr_0=pictures(20))(folder)
+    path = npz(arr_0=make_images(20))(folder)
     path.write_bytes(path.read_bytes()[:2000])
     return path
 
@@ -142,7 +143,7 @@ def npz_with_a_lying_header(folder: Path) -> Path:
     body = io.BytesIO()
     np.lib.format.write_array_header_1_0(body, {"descr": "|u1", "fortran_order": False, "shape": (1000, 12, 12, 3)})
     with zipfile.ZipFile(folder / "x.npz", "w") as archive:
-        archive.writestr("arr_0.npy", body.getvalue() + pictures(3).tobytes())
+        archive.writestr("arr_0.npy", body.getvalue() + make_images(3).tobytes())
     return folder / "x.npz"
 
 
@@ -158,7 +159,7 @@ def text_as_npz(folder: Path) -> Path:
 
 
 def bare_npy(folder: Path) -> Path:
-    np.save(folder / "x.npy", pictures(3))
+    np.save(folder / "x.npy", make_images(3))
     return folder / "x.npy"
 
 
@@ -168,26 +169,26 @@ def bare_npy_called_npz(folder: Path) -> Path:
 
 
 MALFORMED = {
-    "nothing there": (lambda folder: folder / "missing", r"no folder or file .*missing"),
-    "an empty folder": (lambda folder: folder, r"hold no images"),
-    "a folder without images": (lambda folder: (folder / "a.txt").write_text("x") and folder, r"hold no images"),
-    "one image": (lambda folder: write_folder(folder, pictures(1)), r"at least 2 images, found 1 in"),
-    "a truncated picture": (truncated_png, r"000001\.png cannot be read as an image"),
+    "a missing path": (lambda folder: folder / "missing", r"no folder or file .*missing"),
+    "an empty folder": (lambda folder: folder, r"contain no images"),
+    "a folder without images": (lambda folder: (folder / "a.txt").write_text("x") and folder, r"contain no images"),
+    "one image": (lambda folder: write_folder(folder, make_images(1)), r"contains 1 images; at least 2 images"),
+    "a truncated image": (truncated_png, r"000001\.png cannot be read as an image"),
     "text called PNG": (text_as_png, r"000002\.png cannot be read as an image"),
     "an empty file": (empty_png, r"000000\.png cannot be read as an image"),
     "two sizes": (two_sizes, r"000000\.png is 12×12 and .*000002\.png is 16×16.*--resize-to"),
-    "one name twice": (one_name_twice, r"two images called 1 with different extensions"),
+    "one name twice": (one_name_twice, r"two images named 1 with different extensions"),
     "a broken manifest": (broken_manifest, r"manifest\.json is not readable JSON"),
-    "an .npz of nothing": (npz(), r"holds nothing; expected images under arr_0"),
-    "an .npz of other things": (npz(images=pictures(3)), r"holds images; expected images under arr_0"),
-    "float images": (npz(arr_0=pictures(3) / 255), r"arr_0 in .* is float64; uint8 in 0 … 255 is needed"),
-    "int64 images": (npz(arr_0=pictures(3).astype(np.int64)), r"is int64; uint8"),
-    "channels first": (npz(arr_0=pictures(3).transpose(0, 3, 1, 2)), r"\(3, 3, 12, 12\).*move the channels last"),
-    "one picture without N": (npz(arr_0=pictures(1)[0]), r"has the shape \(12, 12, 3\); \(N, H, W, 3\) is needed"),
-    "four channels": (npz(arr_0=np.zeros((3, 8, 8, 4), np.uint8)), r"\(3, 8, 8, 4\); \(N, H, W, 3\) is needed"),
-    "no pixels": (npz(arr_0=np.zeros((3, 0, 8, 3), np.uint8)), r"\(3, 0, 8, 3\); \(N, H, W, 3\) is needed"),
-    "an .npz of one image": (npz(arr_0=pictures(1)), r"at least 2 images, found 1 in"),
-    "an .npz of no image": (npz(arr_0=pictures(3)[:0]), r"at least 2 images, found 0 in"),
+    "an .npz of nothing": (npz(), r"contains nothing; expected images under arr_0"),
+    "an .npz of other things": (npz(images=make_images(3)), r"contains images; expected images under arr_0"),
+    "float images": (npz(arr_0=make_images(3) / 255), r"arr_0 in .* is float64; expected uint8 in 0 … 255"),
+    "int64 images": (npz(arr_0=make_images(3).astype(np.int64)), r"is int64; expected uint8"),
+    "channels first": (npz(arr_0=make_images(3).transpose(0, 3, 1, 2)), r"\(3, 3, 12, 12\).*move the channels last"),
+    "one image without N": (npz(arr_0=make_images(1)[0]), r"has the shape \(12, 12, 3\); expected \(N, H, W, 3\)"),
+    "four channels": (npz(arr_0=np.zeros((3, 8, 8, 4), np.uint8)), r"\(3, 8, 8, 4\); expected \(N, H, W, 3\)"),
+    "no pixels": (npz(arr_0=np.zeros((3, 0, 8, 3), np.uint8)), r"\(3, 0, 8, 3\); expected \(N, H, W, 3\)"),
+    "an .npz of one image": (npz(arr_0=make_images(1)), r"contains 1 images; at least 2 images"),
+    "an .npz of no image": (npz(arr_0=make_images(3)[:0]), r"contains 0 images; at least 2 images"),
     "a truncated .npz": (truncated_npz, r"cannot be read as an \.npz"),
     "an .npz with code": (npz_of_objects, r"cannot be read as an \.npz.*objects"),
     "a lying header": (npz_with_a_lying_header, r"cannot be read as an \.npz"),
@@ -196,7 +197,7 @@ MALFORMED = {
     "an .npy": (bare_npy, r"neither a folder nor an \.npz"),
     "an .npy called .npz": (bare_npy_called_npz, r"cannot be read as an \.npz"),
     "statistics that do not fit": (npz(mu=np.zeros(3), sigma=np.eye(4)), r"\(3,\) and \(4, 4\)"),
-    "statistics with NaN": (npz(mu=np.full(3, np.nan), sigma=np.eye(3)), r"not finite"),
+    "statistics with NaN": (npz(mu=np.full(3, np.nan), sigma=np.eye(3)), r"contains NaN or Inf"),
 }
 
 
@@ -209,7 +210,7 @@ def test_malformed_input_gets_one_sentence_with_its_path(tmp_path: Path, what: s
     assert "\n" not in str(caught.value)
 
 
-def test_damage_behind_the_header_is_found_when_the_picture_is_read(tmp_path: Path):
+def test_damage_after_the_header_is_reported_when_the_image_is_read(tmp_path: Path):
     image = np.random.RandomState(0).randint(0, 256, (64, 64, 3)).astype(np.uint8)
     write_folder(tmp_path, np.stack([image, image]))
     whole = (tmp_path / "000001.png").read_bytes()
@@ -218,11 +219,11 @@ def test_damage_behind_the_header_is_found_when_the_picture_is_read(tmp_path: Pa
         open_set(tmp_path, Options()).source.read(1)
 
 
-# Which images are taken.
+# Which images are chosen.
 
 
 def labelled(counts: list[int]) -> Source:
-    """A source with so many images of each class, sorted by class."""
+    """A source with the given number of images of each class, sorted by class."""
     labels = tuple(np.repeat(np.arange(len(counts)), counts).tolist())
     return Source(Path("x"), tuple(str(i) for i in range(len(labels))), labels=labels)
 
@@ -234,44 +235,37 @@ def test_choice_keeps_classes_in_proportion(counts: list[int], count: int, seed:
     chosen = choose(source, count, seed)
     assert len(set(chosen.tolist())) == len(chosen) == count
     assert (np.diff(chosen) > 0).all()
-    taken = Counter(source.labels[i] for i in chosen)
+    per_class = Counter(source.labels[i] for i in chosen)
     for label, size in enumerate(counts):
-        assert abs(taken[label] - count * size / len(source)) < 1
+        assert abs(per_class[label] - count * size / len(source)) < 1
 
 
-def test_choice_is_seeded_and_never_just_the_first():
+def test_choice_is_seeded_and_not_the_first_images():
     source = labelled([50, 50])
     first, again, other = choose(source, 6, 0), choose(source, 6, 0), choose(source, 6, 1)
     np.testing.assert_array_equal(first, again)
     assert first.tolist() != other.tolist()
-    assert first.tolist() == [
-        10,
-        11,
-        28,
-        52,
-        73,
-        80,
-    ]  # the same on every system and NumPy: published subsets must not move
+    assert first.tolist() == [10, 11, 28, 52, 73, 80]  # on every system and NumPy: published subsets must not change
 
 
-def test_everything_is_taken_where_no_number_is_given():
+def test_all_images_are_chosen_by_default():
     np.testing.assert_array_equal(choose(labelled([3, 4]), None), np.arange(7))
 
 
-def test_more_than_there_is_must_be_allowed(tmp_path: Path):
-    write_folder(tmp_path, pictures(3))
-    with pytest.raises(UserError, match=r"holds 3 images, 5 were asked for; lower --num_images or pass --allow-fewer"):
+def test_more_images_than_available_need_allow_fewer(tmp_path: Path):
+    write_folder(tmp_path, make_images(3))
+    with pytest.raises(UserError, match=r"contains 3 images, fewer than the 5 requested; lower --num_images or pass"):
         open_set(tmp_path, Options(num_images=5))
-    each = open_set(tmp_path, Options(num_images=5, allow_fewer=True))
-    assert each.count == 3
-    assert each.warnings == (f"{tmp_path} holds only 3 of the 5 images asked for",)
+    image_set = open_set(tmp_path, Options(num_images=5, allow_fewer=True))
+    assert image_set.count == 3
+    assert image_set.warnings == (f"{tmp_path} contains only 3 of the 5 requested images",)
 
 
 def test_content_changes_with_a_byte_a_name_and_the_choice(tmp_path: Path):
-    write_folder(tmp_path, pictures(4))
+    write_folder(tmp_path, make_images(4))
     everything, some = np.arange(4), np.arange(3)
     contents = [open_source(tmp_path).content(indices) for indices in (everything, some)]
-    Image.fromarray(255 - pictures(4)[0]).save(tmp_path / "000000.png")
+    Image.fromarray(255 - make_images(4)[0]).save(tmp_path / "000000.png")
     contents.append(open_source(tmp_path).content(everything))
     (tmp_path / "000000.png").rename(tmp_path / "0.png")
     contents += [open_source(tmp_path).content(everything), open_source(tmp_path, 8).content(everything)]
@@ -286,46 +280,80 @@ def test_unknown_options_are_named():
         Options(batch_size=0)
 
 
-# Sets that must fit together.
+# Sets that belong together.
 
 
-def test_counterparts_are_found_by_name_whatever_the_order_and_the_kind(tmp_path: Path):
-    images = pictures(12)
+def test_counterparts_are_matched_by_name_across_orders_and_kinds(tmp_path: Path):
+    images = make_images(12)
     fake = write_folder(tmp_path / "fake", images, [f"{i}.png" for i in range(12)])
     np.savez(tmp_path / "full.npz", images)
     inputs = open_inputs(None, fake, Options(("paired",), num_images=5, paired=tmp_path / "full.npz"))
-    assert inputs.partners is not None
-    for i, j in zip(inputs.fake.indices, inputs.partners.indices, strict=True):
-        np.testing.assert_array_equal(inputs.fake.source.read(i), inputs.partners.source.read(j))
+    assert inputs.counterparts is not None
+    for i, j in zip(inputs.fake.indices, inputs.counterparts.indices, strict=True):
+        np.testing.assert_array_equal(inputs.fake.source.read(i), inputs.counterparts.source.read(j))
 
 
 def test_missing_counterparts_are_counted_and_the_first_is_named(tmp_path: Path):
-    fake, full = write_folder(tmp_path / "fake", pictures(5)), write_folder(tmp_path / "full", pictures(3))
+    fake, full = write_folder(tmp_path / "fake", make_images(5)), write_folder(tmp_path / "full", make_images(3))
     with pytest.raises(UserError, match=r"2 of 5 images of .*fake have no counterpart in .*full \(first: 000003\)"):
         open_inputs(None, fake, Options(("paired",), paired=full))
 
 
 def test_counterparts_of_another_size_are_refused(tmp_path: Path):
-    fake, full = write_folder(tmp_path / "fake", pictures(3)), write_folder(tmp_path / "full", pictures(3, 16))
+    fake, full = write_folder(tmp_path / "fake", make_images(3)), write_folder(tmp_path / "full", make_images(3, 16))
     with pytest.raises(UserError, match=r"\(16, 16\), those of .* \(12, 12\)"):
         open_inputs(None, fake, Options(("paired",), paired=full))
 
 
-def test_real_images_are_counterparts_only_by_equal_names_or_on_demand(tmp_path: Path):
-    fake, real = write_folder(tmp_path / "fake", pictures(3)), write_folder(tmp_path / "real", pictures(4, seed=1))
-    assert open_inputs(real, fake, Options()).partners is None
-    assert open_inputs(real, fake, Options(("paired",))).partners is not None
-    assert open_inputs(real, fake, Options(("fid",))).partners is None
-    (real / "000003.png").unlink()
-    assert open_inputs(real, fake, Options()).partners is not None
+def sampled(folder: Path, **manifest: object) -> Path:
+    """A folder of 3 images with the manifest of `svdit generate`, for one seed and one model."""
+    fields = {"model": "DiT-S", "seed": 0, "steps": 20, "sampler": "ddim", "labels": [0, 1, 2], "checkpoint": "full"}
+    write_folder(folder, make_images(3))
+    (folder / "manifest.json").write_text(json.dumps(fields | manifest))
+    return folder
 
 
-def test_what_is_missing_is_said(tmp_path: Path):
-    fake = write_folder(tmp_path / "fake", pictures(3))
+def test_unrelated_folders_with_equal_names_are_not_paired(tmp_path: Path):
+    fake, real = (write_folder(tmp_path / name, make_images(3, seed=i)) for i, name in enumerate(("fake", "real")))
+    assert open_inputs(real, fake, Options()).counterparts is None
+    assert open_inputs(real, fake, Options(("paired",))).counterparts is not None  # requested
+    assert open_inputs(real, fake, Options(("fid",))).counterparts is None
+
+
+@pytest.mark.parametrize(
+    ("difference", "paired"),
+    [({"checkpoint": "w4a4", "quantization": {"preset": "w4a4"}}, True), ({"seed": 1}, False), ({"steps": 50}, False),
+     ({"seed": None}, False), ({"labels": [0, 1, 1]}, False), ({"model": "DiT-B"}, False)],
+)  # fmt: skip
+def test_real_images_are_counterparts_if_both_manifests_record_the_same_noise(
+    tmp_path: Path, difference: dict[str, object], paired: bool
+):
+    real, fake = sampled(tmp_path / "real"), sampled(tmp_path / "fake", **difference)
+    assert (open_inputs(real, fake, Options()).counterparts is not None) == paired
+
+
+def test_seedless_manifests_prove_nothing(tmp_path: Path):
+    real, fake = sampled(tmp_path / "real", seed=None), sampled(tmp_path / "fake", seed=None)
+    assert open_inputs(real, fake, Options()).counterparts is None
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [({"metrics": ("fid", "kid"), "paired": "x"}, "--paired_dir has no effect on --metrics fid,kid; add paired"),
+     ({"metrics": ("paired",), "save_stats": Path("x")}, "--save-stats has no effect on --metrics paired"),
+     ({"seed": -1}, "seed is -1"), ({"seed": 2**32}, "seed is 4294967296")],
+)  # fmt: skip
+def test_options_without_effect_are_refused(options: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        Options(**options)
+
+
+def test_missing_inputs_are_named(tmp_path: Path):
+    fake = write_folder(tmp_path / "fake", make_images(3))
     with pytest.raises(UserError, match="fid, prc need --real_dir"):
         open_inputs(None, fake, Options(("fid", "prc")))
-    with pytest.raises(UserError, match="need counterparts; give --paired_dir"):
+    with pytest.raises(UserError, match="need counterparts; pass --paired_dir"):
         open_inputs(None, fake, Options(("paired",)))
     np.savez(tmp_path / "s.npz", mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(UserError, match="holds statistics only; --fake_dir must hold images"):
+    with pytest.raises(UserError, match="contains statistics only; --fake_dir must contain images"):
         open_inputs(fake, tmp_path / "s.npz", Options())

@@ -1,4 +1,4 @@
-"""Where weights are looked for, what is said when they are nowhere, and what is refused."""
+"""Where weights are searched, the message when they are missing, and which files are refused."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .conftest import Touch
 
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
@@ -38,7 +38,7 @@ def test_order_is_path_variable_cache_hub(tmp_path: Path, monkeypatch: pytest.Mo
     assert find_weights(given, cache) == given
 
 
-def test_nowhere_is_a_message_that_says_all(tmp_path: Path):
+def test_the_message_names_the_places_and_the_alternatives(tmp_path: Path):
     with pytest.raises(UserError) as caught:
         find_weights(None, tmp_path / "cache")
     for part in (str(tmp_path / "cache"), "hub/checkpoints", "curl -LO", NAMES[0], VARIABLE, "--paired_dir", "random"):
@@ -50,20 +50,19 @@ def test_a_named_file_must_exist(tmp_path: Path):
         find_weights(tmp_path / "missing.pth", tmp_path)
 
 
-def test_download_happens_only_when_asked_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fails(url: str, target: str, hash_prefix: str) -> None:
-        Path(target).write_bytes(b"half")
-        raise RuntimeError("invalid hash value")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fails)
-    with pytest.raises(UserError, match=r"could not be fetched from https://.*: invalid hash value"):
+def test_download_only_on_request_and_only_of_the_known_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = tmp_path / "content"
+    content.write_bytes(b"other")
+    monkeypatch.setattr(weights, "URL", content.as_uri())
+    with pytest.raises(UserError, match=r"content of file://.* is damaged .*pass --feature-extractor-weights"):
         find_weights(None, tmp_path / "cache", download=True)
-    assert list((tmp_path / "cache").iterdir()) == []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, target, hash_prefix: put(Path(target)))
+    assert not list((tmp_path / "cache").glob("*.pth"))
+    monkeypatch.setattr(weights, "SHA256", sha256(content))
     assert find_weights(None, tmp_path / "cache", download=True) == tmp_path / "cache" / NAMES[0]
+    assert (tmp_path / "cache" / NAMES[0]).read_bytes() == b"other"
 
 
-def test_state_comes_with_the_files_hash(tmp_path: Path):
+def test_state_is_loaded_with_the_files_hash(tmp_path: Path):
     torch.save({"a": torch.ones(2)}, tmp_path / "w.pth")
     state, digest = load_weights(tmp_path / "w.pth")
     assert state["a"].tolist() == [1, 1]
@@ -79,7 +78,7 @@ def test_foreign_and_malicious_files_are_refused_and_not_run(tmp_path: Path, how
         torch.save(Touch(trace), path)
     else:
         torch.save({"model": {"a": torch.ones(1)}}, path)
-    with pytest.raises(UserError, match=r"w\.pth.*(cannot be read as a weights file|does not hold a state dict)"):
+    with pytest.raises(UserError, match=r"w\.pth.*(cannot be read as a weights file|does not contain a state dict)"):
         load_weights(path)
     assert not trace.exists()
 
