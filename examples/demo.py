@@ -20,7 +20,7 @@ from svdit.images import grid, list_images, read_image
 
 PRESETS = ("w8a8", "w4a8", "w4a4", "svdquant-w4a4")
 COUNT = 200
-WALK = "--sampler ddim --num-sampling-steps 50 --cfg-scale 1.5 --per-proc-batch-size 100"
+SAMPLING = "--sampler ddim --num-sampling-steps 50 --cfg-scale 1.5 --per-proc-batch-size 100"
 
 
 def run(line: str) -> None:
@@ -32,12 +32,12 @@ def run(line: str) -> None:
 
 def main(folder: Path) -> None:
     """Run the demo; all files go into `folder`."""
-    run(f"generate --ckpt digits --num-fid-samples {COUNT} --sample-dir {folder}/full {WALK}")
+    run(f"generate --ckpt digits --num-fid-samples {COUNT} --sample-dir {folder}/full {SAMPLING}")
     table = Table("", "MB", "PSNR, dB", "relative L2", "Fréchet distance of random features*", box=None)
     for preset in PRESETS:
         file, samples, out = folder / f"{preset}.safetensors", folder / preset, folder / f"{preset}-evaluation"
         run(f"quantize --ckpt digits --preset {preset} --rank 8 --output {file}")
-        run(f"generate --ckpt {file} --num-fid-samples {COUNT} --sample-dir {samples} {WALK}")
+        run(f"generate --ckpt {file} --num-fid-samples {COUNT} --sample-dir {samples} {SAMPLING}")
         run(
             f"evaluate --real_dir {folder}/full --fake_dir {samples} --num_images {COUNT} --metrics fid,paired "
             f"--feature-extractor random --output {out}"
