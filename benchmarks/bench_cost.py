@@ -21,11 +21,12 @@ from record import record
 from svdit.checkpoints.store import save_model
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
-from svdit.quant.budget import allot
+from svdit.quant.budget import allot, options_of
 from svdit.quant.config import RECIPES, QuantConfig, dit_config
 from svdit.quant.linear import linears
 from svdit.quant.observe import observe
 from svdit.quant.quantize import quantize_
+from svdit.quant.select import select
 from svdit.quant.sensitivity import Call, recording
 from svdit.sampling.calibration import calibration_loop, calibration_size
 
@@ -94,7 +95,9 @@ def quantized(runs: list[str], name: str, images: int | None, note: Callable[[st
         start, model = time.perf_counter(), random_model(name)
         config = config_of(run)
         if run.isdigit():
-            config = allot(model, config, statistics, calls, int(run) * 10**6, None).config
+            selection = select(model, config)
+            options = options_of(selection, {name: statistics[name] for name in selection.recipes})
+            config = allot(model, selection, options, calls, int(run) * 10**6, None).config
             note(run, "plan", (time.perf_counter() - start) / 60, "min")
         report = quantize_(model, config, statistics=dict(statistics))
         note(run, "solving", report.seconds["quantize"] / 60, "min")

@@ -151,7 +151,8 @@ def planned(settings: QuantizeSettings, model: "DiT", loop: "ForwardLoop", recor
     if size is None and sqnr is None:
         return None
     target = None if size is None else round(size * 1e6)
-    plan = plan_(model, settings.config, loop, target_bytes=target, target_sqnr=sqnr)
+    memory = settings.max_memory * 1e9
+    plan = plan_(model, settings.config, loop, target_bytes=target, target_sqnr=sqnr, max_memory=memory)
     record["plan"] = {"target_mb": size, "target_sqnr": sqnr, "sqnr": plan.sqnr}
     return plan
 

@@ -1,9 +1,9 @@
 """Bits, group and rank of every layer for a size or a quality: the least predicted output error within a budget.
 
-Each layer offers options (bytes, error); choosing one each is a multiple-choice knapsack. Sizes are rounded up to
-1/RESOLUTION of the largest; with them the dynamic programme is exact, so the choice is at least as good as every
-one whose size is smaller by a layer count of such units. Errors are those of rounding to nearest on the calibration
-sample, times what GPTQ leaves of them, and weighted by how much the layer's output moves the model's (`sensitivity`).
+Each layer offers options (bytes, error); choosing one per layer is a multiple-choice knapsack. Sizes are rounded up
+to 1/RESOLUTION of the largest; for those dynamic programming is exact. An option's error is that of rounding to
+nearest on the calibration sample, times the share that GPTQ leaves, times the squared effect of the layer's output on
+the model's (`sensitivities`).
 """
 
 from dataclasses import dataclass, field, replace
@@ -17,15 +17,16 @@ from svdit.kernels import reference as ref
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.config import QuantConfig, Recipe, Rule
 from svdit.quant.gptq import Inverse
-from svdit.quant.linear import LinearSpec, linears
+from svdit.quant.linear import LinearSpec
 from svdit.quant.lowrank import truncated_svd
-from svdit.quant.observe import ForwardLoop, Statistics, observe
+from svdit.quant.observe import ForwardLoop, Statistics, chunks, full_precision, observe
+from svdit.quant.select import Selection, select
 from svdit.quant.sensitivity import Call, recording, sensitivities
 from svdit.quant.solve import fit
 from svdit.quant.transforms import TRIED, Transform, choose_transform
 
 RESOLUTION = 1 << 14
-HEADER = 1500  # bytes that a layer's names and spec take in the file
+HEADER = 1500  # bytes of a layer's names and spec in the file
 WEIGHTS = (
     Format(2, 64, "int8", "full"),
     Format(3, 64, "int8", "full"),
@@ -35,32 +36,38 @@ WEIGHTS = (
     WEIGHT_FORMATS["int8"],
 )
 RANKS = (0, 8, 16, 32, 64)
-PLENTY = 6  # bits, from which on activations decide
+PLENTY = 6  # from this many bits on, the error of the activations dominates
 
 
 class Option(NamedTuple):
+    """One way to store a layer."""
+
     recipe: Recipe
     nbytes: int
     error: float  # added to the squared norm of the model's output error
 
     @property
     def bits(self) -> int:
+        """Bits per weight of the residual."""
         assert self.recipe.weight is not None
         return self.recipe.weight.bits
 
 
+Options = dict[str, list[Option]]  # by layer
+
+
 @dataclass(frozen=True)
 class Plan:
-    """A choice for every layer, and the whole curve it was taken from: (bytes of the file, predicted SQNR in dB).
+    """An option for every layer, and the curve of (bytes of the file, predicted SQNR in dB) it was chosen from.
 
-    `statistics` are those of the layers' inputs, for `quantize_` to use again.
+    `statistics` are those of the layers' inputs, for `quantize_` to reuse; None where memory did not suffice.
     """
 
     config: QuantConfig
     nbytes: int
     sqnr: float
     curve: list[tuple[int, float]]
-    statistics: dict[str, Statistics] = field(repr=False)
+    statistics: dict[str, Statistics] | None = field(repr=False)
 
 
 def plan_(
@@ -70,83 +77,101 @@ def plan_(
     *,
     target_bytes: int | None = None,
     target_sqnr: float | None = None,
+    max_memory: float = 8e9,
 ) -> Plan:
     """The best configuration for a file of at most `target_bytes`, or the smallest with `target_sqnr` dB.
 
-    `config` says which layers, how their inputs are transformed and rounded, and the rest of the recipe; weights'
-    formats and ranks are chosen here. The model is not changed.
+    `config` selects the layers and all of their recipes but weight formats and ranks, which are chosen here. The
+    model is not changed. `max_memory` bounds the bytes of calibration statistics held at once, as in `quantize_`.
+    Raises UserError for a target that cannot be reached, for none or two, and for what `select` and `observe` refuse.
     """
-    calls: list[Call] = []
-    names = [name for name, _ in linears(model) if config.recipe(name)]
-    statistics = observe(model, names, recording(loop, calls))
-    return allot(model, config, statistics, calls, target_bytes, target_sqnr)
+    if (target_bytes is None) == (target_sqnr is None):
+        raise UserError(f"target_bytes is {target_bytes} and target_sqnr {target_sqnr}; pass one of them")
+    selection, calls, options = select(model, config), list[Call](), Options()
+    sizes = {name: Statistics.nbytes(linear.in_features) for name, linear in selection.linears.items()}
+    pieces = chunks(sizes, max_memory)
+    for piece in pieces:
+        statistics = observe(model, piece, loop if calls else recording(loop, calls))
+        options |= options_of(selection, statistics)
+    plan = allot(model, selection, options, calls, target_bytes, target_sqnr)
+    return replace(plan, statistics=statistics) if len(pieces) == 1 else plan
 
 
 def allot(
     model: nn.Module,
-    config: QuantConfig,
-    statistics: dict[str, Statistics],
+    selection: Selection,
+    options: Options,
     calls: list[Call],
     target_bytes: int | None,
     target_sqnr: float | None,
 ) -> Plan:
-    """`plan_` on what was observed: the layers' inputs, and some calls of the model."""
-    layers = {name: (layer, recipe) for name, layer in linears(model) if (recipe := config.recipe(name))}
-    weights, energy = sensitivities(model, layers, calls)
-    every = {n: options(*pair, statistics[n], weights[n]) for n, pair in layers.items()}
-    fixed = sum(t.nbytes for t in model.state_dict().values()) + HEADER * len(layers)
-    fixed -= sum(p.nbytes for layer, _ in layers.values() for p in layer.parameters())
-    choices = {name: frontier(found) for name, found in every.items()}
-    table = Table(list(choices.values()))
-    curve = [(fixed + size, 10 * float(np.log10(energy / error))) for size, error in table.curve()]
+    """Choose among every layer's options, weighted by the sensitivities on these calls of the model.
+
+    Raises UserError for a target that cannot be reached.
+    """
+    weights, energy = sensitivities(model, selection.recipes, calls)
+    options = {n: [o._replace(error=o.error * weights[n]) for o in options[n]] for n in selection.recipes}
+    fixed = sum(t.nbytes for t in model.state_dict().values()) + HEADER * len(options)
+    fixed -= sum(p.nbytes for linear in selection.linears.values() for p in linear.parameters())
+    frontiers = {name: frontier(each) for name, each in options.items()}
+    table = Table(list(frontiers.values()))
+    curve = [(fixed + size, decibels(energy, error)) for size, error in table.curve()]
     if target_bytes is not None:
         if target_bytes < curve[0][0]:
-            raise UserError(
-                f"{target_bytes / 1e6:.2f} MB cannot be reached; the smallest is {curve[0][0] / 1e6:.2f} MB"
-            )
-        room = target_bytes - fixed
-        choices = {name: frontier(left) for name, left in no_less_than_uniform(every, layers, room).items()}
-        table = Table(list(choices.values()))
+            raise UserError(f"{target_bytes / 1e6:.2f} MB is too small; the minimum is {curve[0][0] / 1e6:.2f} MB")
+        available = target_bytes - fixed
+        frontiers = {n: frontier(each) for n, each in at_least_uniform(options, selection, available).items()}
+        table = Table(list(frontiers.values()))
     else:
-        assert target_sqnr is not None, "give target_bytes or target_sqnr"
-        good = [size for size, db in curve if db >= target_sqnr]
+        good = [size for size, sqnr in curve if target_sqnr is None or sqnr >= target_sqnr]
         if not good:
-            raise UserError(f"{target_sqnr} dB cannot be reached; the best is {curve[-1][1]:.1f} dB")
-        room = good[0] - fixed
-    chosen = {name: choices[name][pick] for name, pick in zip(choices, table.solve(room), strict=True)}
+            raise UserError(f"{target_sqnr} dB is too high; the maximum is {curve[-1][1]:.1f} dB")
+        available = good[0] - fixed
+    chosen = {n: frontiers[n][i] for n, i in zip(frontiers, table.solve(available), strict=True)}
     nbytes = fixed + sum(option.nbytes for option in chosen.values())
-    sqnr = 10 * float(np.log10(energy / sum(option.error for option in chosen.values())))
-    rules = tuple(Rule(name, option.recipe) for name, option in chosen.items())
-    return Plan(QuantConfig(rules), nbytes, sqnr, curve, statistics)
+    rules = QuantConfig(tuple(Rule(name, option.recipe) for name, option in chosen.items()))
+    return Plan(rules, nbytes, decibels(energy, sum(option.error for option in chosen.values())), curve, None)
 
 
-def options(linear: nn.Linear, recipe: Recipe, statistics: Statistics, sensitivity: float) -> list[Option]:
-    """What a layer could be stored as."""
+def decibels(energy: float, error: float) -> float:
+    """10 log10 of energy to error, which may be zero."""
+    return 10 * float(np.log10(max(energy, 1e-30) / max(error, 1e-30)))
+
+
+def options_of(selection: Selection, statistics: dict[str, Statistics]) -> Options:
+    """The options of the layers with these statistics, their errors per unit of sensitivity."""
+    options = Options()
+    for name, each in statistics.items():
+        with full_precision(each.total.device):
+            options[name] = layer_options(selection.linears[name], selection.recipes[name], each)
+    return options
+
+
+def layer_options(linear: nn.Linear, recipe: Recipe, statistics: Statistics) -> list[Option]:
+    """How a layer could be stored, with the squared output error of each option."""
     W, x = linear.weight.detach().float(), statistics.selection_rows[:TRIED]
-    transform, _ = (
-        choose_transform(W, statistics, fit(recipe, W)) if recipe.smoothing else (plain(recipe, statistics), 0)
-    )
+    transform, _ = choose_transform(W, statistics, fit(recipe, W))
     hat, What = transform.inputs(x), transform.weight(W)
     lost = ref.fake_quantize(hat, recipe.act) - hat if recipe.act else 0 * hat
     left = Inverse(transform.second_moment(statistics)).left if recipe.rounding == "gptq" else 1.0
     l1, l2 = truncated_svd(What, min(max(RANKS), *W.shape)) if recipe.rank else (W[:, :0], W[:0])
-    found: list[Option] = []
+    options: list[Option] = []
     for rank in RANKS if recipe.rank else (0,):
         residual = What - l1[:, :rank] @ l2[:rank]
-        of_inputs = float((lost @ residual.T).square().sum())
+        input_error = float((lost @ residual.T).square().sum())
         for form in WEIGHTS:
             if form.group and W.shape[1] % form.group:
                 continue
-            of_weights = float((hat @ (ref.fake_quantize(residual, form) - residual).T).square().sum())
+            weight_error = float((hat @ (ref.fake_quantize(residual, form) - residual).T).square().sum())
             low_rank = recipe.low_rank if rank else "none"
             variant = fit(replace(recipe, weight=form, rank=rank, low_rank=low_rank), W)
-            error = (of_inputs + left * of_weights) / len(x) * sensitivity
-            found.append(Option(variant, size_of(variant, transform, linear), error))
-    return found
+            error = (input_error + left * weight_error) / len(x)
+            options.append(Option(variant, size_of(variant, transform, linear), error))
+    return options
 
 
 def frontier(options: list[Option]) -> list[Option]:
-    """Those that are not larger and worse than another, by size."""
+    """The options that no smaller one equals or beats, by size."""
     best, kept = float("inf"), []
     for option in sorted(options, key=lambda option: (option.nbytes, option.error)):
         if option.error < best:
@@ -155,41 +180,37 @@ def frontier(options: list[Option]) -> list[Option]:
     return kept
 
 
-def no_less_than_uniform(
-    every: dict[str, list[Option]], layers: dict[str, tuple[nn.Linear, Recipe]], room: int
-) -> dict[str, list[Option]]:
-    """If a uniform setting of PLENTY bits or more fits, with the recipes' ranks: only what is at least that.
+def at_least_uniform(options: Options, selection: Selection, available: int) -> Options:
+    """If a uniform setting of at least PLENTY bits fits with the recipes' ranks, only options at least as large.
 
-    Rounded inputs decide there, and a branch in every layer is worth more than its layer shows.
+    Rounded inputs dominate there, and a branch in every layer improves the images more than the layer's own error.
     """
     for bits in sorted({form.bits for form in WEIGHTS if form.bits >= PLENTY}, reverse=True):
-        left: dict[str, list[Option]] = {}
-        for name, (linear, recipe) in layers.items():
+        left: Options = {}
+        for name, linear in selection.linears.items():
+            recipe = selection.recipes[name]
             least = recipe.weight.bits if recipe.weight and recipe.low_rank == "none" else bits  # adaLN keeps its own
             rank = fit(recipe, linear.weight).rank
-            left[name] = [o for o in every[name] if o.bits >= least and o.recipe.rank >= rank]
-        if all(left.values()) and sum(min(o.nbytes for o in found) for found in left.values()) <= room:
+            left[name] = [o for o in options[name] if o.bits >= least and o.recipe.rank >= rank]
+        if all(left.values()) and sum(min(o.nbytes for o in each) for each in left.values()) <= available:
             return left
-    return every
-
-
-def plain(recipe: Recipe, statistics: Statistics) -> Transform:
-    return Transform(statistics.mean if recipe.centre else None, None, recipe.hadamard)
+    return options
 
 
 def size_of(recipe: Recipe, transform: Transform, linear: nn.Linear) -> int:
+    """Bytes of the layer that this recipe stores."""
     scaled, shifted = transform.scale is not None, transform.shift is not None
     spec = LinearSpec(recipe.rank, recipe.factors, recipe.factor_dtype, recipe.weight, None, scaled, shifted)
     return spec.nbytes(linear.out_features, linear.in_features, shifted or linear.bias is not None)
 
 
 class Table:
-    """The dynamic programme over layers: least error for every size up to the largest sensible one."""
+    """Dynamic programming over layers: the least error for every size up to the largest useful one."""
 
     def __init__(self, choices: list[list[Option]]) -> None:
         self.choices = choices
-        largest = sum(options[-1].nbytes for options in choices)
-        self.unit = max(1, -(-largest // RESOLUTION))
+        total = sum(options[-1].nbytes for options in choices)
+        self.unit = max(1, -(-total // RESOLUTION))
         self.sizes = [[-(-o.nbytes // self.unit) for o in options] for options in choices]
         width = sum(sizes[-1] for sizes in self.sizes) + 1
         least = np.full(width, np.inf)
@@ -207,7 +228,7 @@ class Table:
         self.least = least
 
     def solve(self, nbytes: int) -> list[int]:
-        """The options, one a layer, of least total error within `nbytes`; the smallest, if only rounding is over it."""
+        """Indices of the options of the least total error within `nbytes`; all 0 if only the rounding exceeds it."""
         at = int(self.least[: nbytes // self.unit + 1].argmin())
         if np.isinf(self.least[at]):
             return [0] * len(self.choices)
@@ -218,7 +239,7 @@ class Table:
         return picks[::-1]
 
     def curve(self) -> list[tuple[int, float]]:
-        """(bytes, error) of every choice that no smaller one equals; ascending in bytes."""
+        """(bytes, error) of every total that no smaller one equals or beats, by size."""
         best = np.minimum.accumulate(self.least)
         steps = np.flatnonzero(np.isfinite(best) & (best < np.concatenate([[np.inf], best[:-1]])))
         return [(int(s) * self.unit, float(best[s])) for s in steps]

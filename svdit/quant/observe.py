@@ -159,3 +159,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def chunks(sizes: dict[str, int], max_memory: float) -> list[list[str]]:
+    """Names in order, cut so that the bytes of each chunk stay within `max_memory`, or are of one layer.
+
+    Raises UserError where `max_memory` is not positive.
+    """
+    if not max_memory > 0:
+        raise UserError(f"max_memory is {max_memory}; pass a positive number of bytes")
+    pieces: list[list[str]] = []
+    held = 0
+    for name, size in sizes.items():
+        if not pieces or held + size > max_memory:
+            pieces.append([])
+            held = 0
+        pieces[-1].append(name)
+        held += size
+    return pieces

@@ -18,10 +18,10 @@ from torch import nn
 from svdit import distributed
 from svdit.errors import UserError
 from svdit.quant.config import QuantConfig
-from svdit.quant.observe import ForwardLoop, Statistics, full_precision, observe
+from svdit.quant.observe import ForwardLoop, Statistics, chunks, full_precision, observe
 from svdit.quant.report import QuantReport
 from svdit.quant.resume import Results
-from svdit.quant.select import Selection, replace_, select
+from svdit.quant.select import replace_, select
 from svdit.quant.solve import quantize_linear
 
 Progress = Callable[[int, int], None]
@@ -56,7 +56,8 @@ def quantize_(
     needing = [name for name in pending if selection.recipes[name].needs_inputs]
     if needing and forward_loop is None and statistics is None:
         raise UserError(f"the recipe of {needing[0]} needs calibration; pass a forward loop to quantize_")
-    for chunk in chunks(selection, pending, max_memory):
+    sizes = {n: Statistics.nbytes(selection.linears[n].in_features) if n in needing else 0 for n in pending}
+    for chunk in chunks(sizes, max_memory):
         start = time.perf_counter()
         inputs = statistics
         if inputs is None:
@@ -86,22 +87,3 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all tensors of a model."""
     return sum(tensor.nbytes for tensor in model.state_dict().values())
-
-
-def chunks(selection: Selection, names: list[str], max_memory: float) -> list[list[str]]:
-    """Names in order, cut so that the statistics of each chunk stay within `max_memory` bytes, or are of one layer.
-
-    Raises UserError where `max_memory` is not positive.
-    """
-    if not max_memory > 0:
-        raise UserError(f"max_memory is {max_memory}; pass a positive number of bytes")
-    pieces: list[list[str]] = []
-    held = float("inf")
-    for name in names:
-        needed = Statistics.nbytes(selection.linears[name].in_features) if selection.recipes[name].needs_inputs else 0
-        if held + needed > max_memory:
-            pieces.append([])
-            held = 0
-        pieces[-1].append(name)
-        held += needed
-    return pieces

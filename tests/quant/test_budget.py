@@ -11,8 +11,8 @@ from torch import nn
 
 from svdit.errors import UserError
 from svdit.model.dit import DiT
-from svdit.quant.budget import HEADER, Option, Table, options, plan_
-from svdit.quant.config import RECIPES, dit_config
+from svdit.quant.budget import HEADER, Option, Table, layer_options, plan_
+from svdit.quant.config import RECIPES, QuantConfig, Rule, dit_config
 from svdit.quant.observe import Statistics
 from svdit.quant.quantize import quantize_
 from svdit.quant.sensitivity import Call, recording, sensitivities
@@ -21,7 +21,7 @@ from svdit.sampling.calibration import calibration_loop
 LOOP = calibration_loop(images=6, steps=5)
 RECIPE = RECIPES["w8a8"]
 
-layer_options = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 10**6)), min_size=1, max_size=4, unique=True).map(
+offered = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 10**6)), min_size=1, max_size=4, unique=True).map(
     lambda pairs: [
         Option(RECIPE, size, float(error))
         for size, error in zip(sorted(p[0] for p in pairs), sorted((p[1] for p in pairs), reverse=True), strict=True)
@@ -29,7 +29,7 @@ layer_options = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 10**6)), m
 )
 
 
-@given(st.lists(layer_options, min_size=1, max_size=4), st.integers(0, 120))
+@given(st.lists(offered, min_size=1, max_size=4), st.integers(0, 120))
 @settings(max_examples=60, deadline=None)
 def test_the_choice_is_the_best_there_is(choices: list[list[Option]], slack: int) -> None:
     budget = sum(options[0].nbytes for options in choices) + slack
@@ -74,7 +74,7 @@ def test_calls_are_recorded_and_cut(tiny: DiT) -> None:
 def test_the_prediction_knows_what_gptq_leaves(linear: nn.Linear, statistics: Statistics) -> None:
     recipe = replace(RECIPES["w4a16"], smoothing=0)
     found, nearest = (
-        [option.error for option in options(linear, replace(recipe, rounding=rounding), statistics, 1.0)]
+        [option.error for option in layer_options(linear, replace(recipe, rounding=rounding), statistics)]
         for rounding in ("gptq", "nearest")
     )
     ratios = [a / b for a, b in zip(found, nearest, strict=True)]
@@ -118,7 +118,50 @@ def test_a_quality_is_reached_with_the_fewest_bytes(tiny: DiT) -> None:
     assert low.nbytes < high.nbytes
     assert low.sqnr >= 15
     assert high.sqnr >= 30
-    with pytest.raises(UserError, match="99 dB cannot be reached; the best is"):
+    with pytest.raises(UserError, match="99 dB is too high; the maximum is"):
         plan_(tiny, config, LOOP, target_sqnr=99)
-    with pytest.raises(UserError, match=r"0\.00 MB cannot be reached; the smallest is"):
+    with pytest.raises(UserError, match=r"0\.00 MB is too small; the minimum is"):
         plan_(tiny, config, LOOP, target_bytes=1)
+    with pytest.raises(UserError, match="pass one of them"):
+        plan_(tiny, config, LOOP)
+    with pytest.raises(UserError, match="pass one of them"):
+        plan_(tiny, config, LOOP, target_bytes=10**6, target_sqnr=20)
+
+
+def test_memory_bounds_the_plan_and_does_not_change_it(tiny: DiT) -> None:
+    config, runs = dit_config(replace(RECIPES["w8a8"], smoothing=0)), list[int]()
+
+    def counting(model: nn.Module) -> None:
+        runs.append(1)
+        LOOP(model)
+
+    whole = plan_(tiny, config, counting, target_sqnr=20.0)
+    assert len(runs) == 1
+    pieces = plan_(tiny, config, counting, target_sqnr=20.0, max_memory=Statistics.nbytes(256))
+    assert len(runs) > 4
+    assert (pieces.config, pieces.curve) == (whole.config, whole.curve)
+    assert whole.statistics is not None and pieces.statistics is None
+    with pytest.raises(UserError, match="max_memory is 0"):
+        plan_(tiny, config, counting, target_sqnr=20.0, max_memory=0)
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
+def test_a_plan_needs_no_gradients_of_the_caller(context: type[torch.no_grad]) -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).train()
+    config = QuantConfig((Rule("*", replace(RECIPES["w4a16"], smoothing=0)),))
+    x = torch.randn(64, 64)
+
+    def loop(model: nn.Module) -> None:
+        with context():
+            model(x)
+
+    with context():
+        within = plan_(model, config, loop, target_sqnr=15.0)
+    assert within.curve == plan_(model, config, loop, target_sqnr=15.0).curve  # without dropout
+    assert model[0].training
+
+
+def test_a_model_called_by_keyword_only_is_a_sentence() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(UserError, match="pass its input by position"):
+        plan_(model, QuantConfig((Rule("*", RECIPES["rtn"]),)), lambda m: m(input=torch.ones(2, 64)), target_sqnr=9.0)
