@@ -15,14 +15,17 @@ allow_cpu_torchvision()  # the tests import torch_fidelity as an oracle
 
 
 class TinyNetwork:
-    """Three seeded random layers of the image's 4 × 4 means: the interface that `extract` needs, in microseconds."""
+    """Three seeded random layers of the image's 4 × 4 means: the interface that `extract` needs, in microseconds.
+
+    Computed in float64, so that the float32 features do not depend on the batch size, whatever the processor.
+    """
 
     widths = {"pool": 16, "spatial": 12, "logits": 5}  # noqa: RUF012
 
     def __init__(self, seed: int = 0, name: str = "inception", digest: str = "tiny") -> None:
         self.name, self.digest, self.comparable = name, digest, name == "inception"
         stream = torch.Generator().manual_seed(seed)
-        self.layers = {key: torch.randn(48, width, generator=stream) for key, width in self.widths.items()}
+        self.layers = {key: torch.randn(48, width, generator=stream).double() for key, width in self.widths.items()}
         self.seen = 0  # number of images
 
     def to(self, device: torch.device) -> "TinyNetwork":
@@ -31,8 +34,8 @@ class TinyNetwork:
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         self.seen += len(pixels)
-        small = torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 64 - 2, 4).flatten(1)
-        return {key: torch.relu(small @ layer) for key, layer in self.layers.items()}
+        small = torch.nn.functional.adaptive_avg_pool2d(pixels.double() / 64 - 2, 4).flatten(1)
+        return {key: torch.relu(small @ layer).float() for key, layer in self.layers.items()}
 
 
 def make_images(n: int, size: int = 12, seed: int = 0, noise: float = 0.0) -> np.ndarray:

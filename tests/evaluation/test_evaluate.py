@@ -155,11 +155,11 @@ def test_adm_reference_uses_its_statistics_and_its_images(
 ):
     reference = adm_reference(tmp_path / "adm.npz", real, tiny_network, arr_0=make_images(30, seed=1)[:20])
     some = write_folder(tmp_path / "some", make_images(30, seed=1)[:20])
-    found, whole, part = (
+    mixed, whole, part = (
         values(evaluate(each, fake, tiny_network, Options(num_images=None))) for each in (reference, real, some)
     )
-    assert found["fid"] == pytest.approx(whole["fid"], rel=1e-12)
-    assert found["precision"] == part["precision"] != whole["precision"]
+    assert mixed["fid"] == pytest.approx(whole["fid"], rel=1e-12)
+    assert mixed["precision"] == part["precision"] != whole["precision"]
     assert values(evaluate(reference, fake, tiny_network, Options(num_images=25)))["recall"] is not None
 
 
@@ -294,10 +294,10 @@ def test_processes_share_the_images_and_agree_with_one_process(
         network = TinyNetwork()
         return evaluate(real, fake, network, options), network.seen
 
-    found = in_world(world, together)
-    assert sum(seen for _, seen in found) == 3 * 23  # every image once, none padded
-    assert max(seen for _, seen in found) <= 3 * 8 + 3 * 4 * (world == 2)
-    for report, _ in found:
+    results = in_world(world, together)
+    assert sum(seen for _, seen in results) == 3 * 23  # every image once, none padded
+    assert max(seen for _, seen in results) <= 3 * 8 + 3 * 4 * (world == 2)
+    for report, _ in results:
         for name, estimate in alone.metrics.items():
             assert report.metrics[name].value == pytest.approx(estimate.value, rel=1e-9), name
             assert report.metrics[name].leave_out == pytest.approx(estimate.leave_out, rel=1e-9), name

@@ -32,8 +32,8 @@ def test_diagonal_gaussians_have_a_closed_form():
     stream = np.random.RandomState(0)
     m1, m2, s1, s2 = stream.rand(4, 64) + 0.1
     expected = ((m1 - m2) ** 2 + (s1 - s2) ** 2).sum()
-    got = frechet_distance(Gaussian(m1, np.diag(s1**2)), Gaussian(m2, np.diag(s2**2)))
-    assert got == pytest.approx(expected, rel=1e-10)
+    distance = frechet_distance(Gaussian(m1, np.diag(s1**2)), Gaussian(m2, np.diag(s2**2)))
+    assert distance == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize(("n", "D"), [(500, 64), (2000, 256)])
@@ -42,18 +42,18 @@ def test_equals_scipy_and_torch_fidelity_at_full_rank(n: int, D: int):
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
     a, b = gaussian(sample(n, D)), gaussian(sample(n, D, seed=1, scale=1.2, shift=0.1))
-    got = frechet_distance(a, b)
+    distance = frechet_distance(a, b)
     root = scipy.linalg.sqrtm(a.covariance @ b.covariance).real
     shift = a.mean - b.mean
-    assert got == pytest.approx(shift @ shift + np.trace(a.covariance + b.covariance - 2 * root), abs=1e-6)
+    assert distance == pytest.approx(shift @ shift + np.trace(a.covariance + b.covariance - 2 * root), abs=1e-6)
     stats = [{"mu": g.mean, "sigma": g.covariance} for g in (a, b)]
-    assert got == pytest.approx(fid_statistics_to_metric(*stats, False)["frechet_inception_distance"], abs=1e-6)
-    assert got == pytest.approx(frechet_distance(b, a), abs=1e-9)
-    assert got > 1
+    assert distance == pytest.approx(fid_statistics_to_metric(*stats, False)["frechet_inception_distance"], abs=1e-6)
+    assert distance == pytest.approx(frechet_distance(b, a), abs=1e-9)
+    assert distance > 1
 
 
 @pytest.mark.parametrize(("n1", "n2"), [(8, 400), (400, 8), (8, 8), (100, 300)])
-def test_singular_covariances_get_no_round_off(n1: int, n2: int):
+def test_singular_covariances_add_no_round_off(n1: int, n2: int):
     x, y = sample(n1, 256), sample(n2, 256, seed=1, scale=1.2, shift=0.1)
     a, b = gaussian(x), gaussian(y)
     exact = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance) - 2 * exact_cross(x, y)
@@ -68,11 +68,11 @@ def test_a_set_is_at_distance_zero_from_itself():
 
 
 @pytest.mark.parametrize("n", [30, 80])
-def test_leaving_blocks_out_equals_doing_without_them(n: int):
-    """30 rows of 48 columns go another way than 80."""
+def test_leave_out_values_equal_distances_without_the_block(n: int):
+    """30 rows of 48 columns use the inner products of the rows, 80 rows the covariance."""
     rows, blocks, reference = sample(n, 48, seed=3), assign_blocks(n, blocks=7), gaussian(sample(300, 48))
     kept = [np.ones(n, bool), *(blocks != k for k in range(7))]
-    expected = [frechet_distance(reference, gaussian(rows[each])) for each in kept]
+    expected = [frechet_distance(reference, gaussian(rows[subset])) for subset in kept]
     whole = gaussian(rows)
     assert jackknifed_distance(reference, whole, rows, blocks) == pytest.approx(expected, abs=1e-9)
     assert jackknifed_distance(reference, whole, rows, 0 * blocks) == pytest.approx(expected[:1], abs=1e-9)
@@ -84,7 +84,7 @@ def test_widths_must_agree():
         frechet_distance(Gaussian(np.zeros(3), np.eye(3)), Gaussian(np.zeros(4), np.eye(4)))
 
 
-def test_a_set_of_one_picture_repeated_has_no_spread():
+def test_a_repeated_image_has_a_zero_covariance():
     still, moving = gaussian(np.ones((5, 16), np.float32)), gaussian(sample(40, 16))
     expected = ((still.mean - moving.mean) ** 2).sum() + np.trace(moving.covariance)
     assert frechet_distance(still, moving) == pytest.approx(expected, rel=1e-12)

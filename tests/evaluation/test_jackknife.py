@@ -8,20 +8,20 @@ from svdit.evaluation.jackknife import Estimate, assign_blocks
 from svdit.evaluation.statistics import Gaussian
 
 
-def test_deleting_one_value_each_gives_the_textbook_error_of_a_mean():
+def test_leave_one_out_is_the_textbook_error_of_a_mean():
     x = np.random.RandomState(0).randn(50)
     estimate = Estimate(x.mean(), tuple(np.delete(x, i).mean() for i in range(50)))
     assert estimate.se == pytest.approx(x.std(ddof=1) / np.sqrt(50), rel=1e-10)
     assert estimate.bias == pytest.approx(0, abs=1e-12)
 
 
-def test_bias_of_the_plug_in_variance_is_found():
+def test_bias_of_the_plug_in_variance():
     x = np.random.RandomState(0).randn(50)
     estimate = Estimate(x.var(), tuple(np.delete(x, i).var() for i in range(50)))
     assert estimate.value - estimate.bias == pytest.approx(x.var(ddof=1), rel=1e-10)
 
 
-def test_difference_of_sets_in_step_is_surer_than_either():
+def test_paired_difference_has_a_smaller_error_than_either_set():
     noise = np.random.RandomState(0).randn(20)
     a = Estimate(1.0, tuple(1 + noise))
     b = Estimate(3.0, tuple(3 + noise + 0.01 * np.roll(noise, 1)))
@@ -30,7 +30,7 @@ def test_difference_of_sets_in_step_is_surer_than_either():
     assert 0 < difference.se < 0.02 * a.se
 
 
-def test_nothing_comes_of_nothing():
+def test_single_values_have_no_error():
     assert Estimate(1.0).se is None
     assert Estimate(1.0).bias is None
     assert Estimate(1.0).minus(Estimate(None, reason="why")) == Estimate(None, reason="why")
@@ -51,7 +51,7 @@ def gaussian(x: np.ndarray) -> Gaussian:
 
 
 def test_error_and_bias_of_fid_agree_with_monte_carlo():
-    """D = 16, n = 400, 300 seeds: the jackknife must know both the spread over seeds and the bias without them."""
+    """D = 16, n = 400, 300 seeds: the jackknife must estimate both the spread over seeds and the bias."""
     D, n, seeds = 16, 400, 300
     scale = 1 / np.arange(1, D + 1)
     reference = Gaussian(np.full(D, 0.3), np.diag((1.3 * scale) ** 2))
@@ -65,6 +65,6 @@ def test_error_and_bias_of_fid_agree_with_monte_carlo():
     values = np.array([e.value for e in estimates])
     assert np.sqrt(np.mean([e.se**2 for e in estimates])) == pytest.approx(values.std(ddof=1), rel=0.2)
     debiased = values - [e.bias for e in estimates]
-    plain_error, left = values.mean() - truth, debiased.mean() - truth
-    assert abs(left) < 3 * debiased.std() / np.sqrt(seeds)
-    assert abs(plain_error) > 3 * abs(left)
+    plain_error, error = values.mean() - truth, debiased.mean() - truth
+    assert abs(error) < 3 * debiased.std() / np.sqrt(seeds)
+    assert abs(plain_error) > 3 * abs(error)

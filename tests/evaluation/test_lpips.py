@@ -1,4 +1,4 @@
-"""The wiring of torch-fidelity's LPIPS, with random VGG features in place of half a gigabyte of weights."""
+"""torch-fidelity's LPIPS, with random VGG features instead of 500 MB of weights."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("url", LPIPS_URLS)
-def test_each_missing_file_is_named_with_its_address(checkpoints: Path, url: str):
+def test_each_missing_file_is_named_with_its_url(checkpoints: Path, url: str):
     (checkpoints / url.rsplit("/", 1)[1]).unlink()
     with pytest.raises(UserError, match=f"LPIPS needs .*, which does not exist; download it from {url}"):
         load_lpips(CPU)
@@ -61,8 +61,8 @@ def test_distance_is_the_formula_over_unit_features(checkpoints: Path, monkeypat
         for i, layer in enumerate(features):
             x, y = layer(x), layer(y)
             if i in (3, 8, 15, 22, 29):  # relu1_2, 2_2, 3_3, 4_3, 5_3
-                apart = (torch.nn.functional.normalize(x) - torch.nn.functional.normalize(y)) ** 2
-                expected += float((apart * linear[(3, 8, 15, 22, 29).index(i)]).sum(1).mean())
+                squared = (torch.nn.functional.normalize(x) - torch.nn.functional.normalize(y)) ** 2
+                expected += float((squared * linear[(3, 8, 15, 22, 29).index(i)]).sum(1).mean())
     assert distance(a, b) == pytest.approx(expected, rel=1e-3)
     assert distance(a, a) == 0
     assert np.isclose(distance(a, b), distance(b, a))

@@ -56,7 +56,7 @@ def test_class_order_does_not_lower_the_score():
     assert metrics.inception_score(logits, assign_blocks(1000))["is"].value > 40
 
 
-def test_scores_left_out_equal_scores_without_the_rows():
+def test_leave_out_scores_equal_scores_without_the_rows():
     logits, blocks = rows(60, 8), assign_blocks(60, blocks=6)
     left = metrics.inception_score(logits, blocks)["is"].leave_out
     expected = [adm_inception_score(logits[blocks != k], 5000) for k in range(6)]
@@ -64,7 +64,7 @@ def test_scores_left_out_equal_scores_without_the_rows():
     assert np.std(left) > 0
 
 
-def test_scores_left_out_keep_their_splits(monkeypatch: pytest.MonkeyPatch):
+def test_leave_out_scores_keep_their_splits(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metrics, "IS_SPLIT_SIZE", 20)
     logits, blocks = rows(60, 8), assign_blocks(60, blocks=6)
     splits = np.random.RandomState(2020).permutation(60).reshape(3, 20)
@@ -75,12 +75,12 @@ def test_scores_left_out_keep_their_splits(monkeypatch: pytest.MonkeyPatch):
 def test_kid_is_torch_fidelitys(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(metrics, "KID_SUBSET_SIZE", 100)
     real, fake = (torch.from_numpy(rows(n, seed=n, shift=s)) for n, s in ((150, 0.0), (120, 0.3)))
-    found = metrics.kernel_distance(real, fake, assign_blocks(120))
+    estimates = metrics.kernel_distance(real, fake, assign_blocks(120))
     options = {"kid_subsets": 100, "kid_subset_size": 100, "rng_seed": 2020, "verbose": False}
     expected = kid_features_to_metric(fake, real, **options)
-    assert found["kid"].value == expected["kernel_inception_distance_mean"]
-    assert found["kid_std"].value == expected["kernel_inception_distance_std"]
-    assert found["kid_full"].value == pytest.approx(found["kid"].value, rel=0.1)
+    assert estimates["kid"].value == expected["kernel_inception_distance_mean"]
+    assert estimates["kid_std"].value == expected["kernel_inception_distance_std"]
+    assert estimates["kid_full"].value == pytest.approx(estimates["kid"].value, rel=0.1)
 
 
 def kernel_statistic(real: np.ndarray, fake: np.ndarray) -> float:
@@ -95,10 +95,10 @@ def kernel_statistic(real: np.ndarray, fake: np.ndarray) -> float:
 def test_full_kid_is_the_u_statistic_with_and_without_blocks(monkeypatch: pytest.MonkeyPatch, tile: int):
     monkeypatch.setattr(metrics, "TILE", tile)
     real, fake, blocks = rows(31), rows(40, seed=1, shift=0.2), assign_blocks(40, blocks=6)
-    found = metrics.kernel_distance(torch.from_numpy(real), torch.from_numpy(fake), blocks)["kid_full"]
-    assert found.value == pytest.approx(kernel_statistic(real, fake), rel=1e-5)
+    statistic = metrics.kernel_distance(torch.from_numpy(real), torch.from_numpy(fake), blocks)["kid_full"]
+    assert statistic.value == pytest.approx(kernel_statistic(real, fake), rel=1e-5)
     expected = [kernel_statistic(real, fake[blocks != k]) for k in range(6)]
-    assert found.leave_out == pytest.approx(expected, rel=1e-4)
+    assert statistic.leave_out == pytest.approx(expected, rel=1e-4)
 
 
 def test_full_kid_is_unbiased():
@@ -110,7 +110,10 @@ def test_full_kid_is_unbiased():
 
 
 def explicit_mind(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """The definition, one direction after the other, with torch-fidelity's order of random draws."""
+    """The definition, direction by direction; the draws are in the order of torch-fidelity's development branch.
+
+    torch-fidelity 0.4.0 has no MIND, so the oracle is the formula of arXiv 2605.06797.
+    """
     stream, n = torch.Generator().manual_seed(2020), min(len(real), len(fake))
     if len(fake) > n:
         fake = fake[torch.randperm(len(fake), generator=stream)[:n]]
@@ -130,7 +133,7 @@ def test_mind_is_its_definition(n_real: int, n_fake: int):
 
 
 def test_fid_infinity_removes_the_bias_of_few_images():
-    """D = 8: the true distance of N(0, I) and N(0.2, I) is 0.32; 400 images alone give a third more."""
+    """D = 8: the true distance of N(0, I) and N(0.2, I) is 0.32; with 400 images FID is a third larger."""
     D, reference = 8, Gaussian(np.zeros(8), np.eye(8))
     values, plain = [], []
     for seed in range(40):

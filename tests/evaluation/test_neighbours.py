@@ -1,4 +1,4 @@
-"""Against torch-fidelity, against NumPy over full matrices, and on tilings that do not fit."""
+"""Against torch-fidelity, against NumPy with full matrices, and with tiles that do not divide the sizes."""
 
 import numpy as np
 import pytest
@@ -32,8 +32,8 @@ def by_full_matrices(real: np.ndarray, fake: np.ndarray) -> dict[str, float]:
 @pytest.mark.parametrize(("tile_rows", "tile_columns"), [(1024, 4096), (7, 5), (1, 1), (50, 3)])
 def test_equals_numpy_for_every_tiling(tile_rows: int, tile_columns: int):
     real, fake = rows(40), rows(33, 1, 1.3)
-    found = neighbour_metrics(real, fake, None, tile_rows, tile_columns)
-    assert {name: each.value for name, each in found.items()} == pytest.approx(
+    estimates = neighbour_metrics(real, fake, None, tile_rows, tile_columns)
+    assert {name: estimate.value for name, estimate in estimates.items()} == pytest.approx(
         by_full_matrices(real.numpy(), fake.numpy())
     )
 
@@ -41,34 +41,34 @@ def test_equals_numpy_for_every_tiling(tile_rows: int, tile_columns: int):
 @pytest.mark.parametrize("save_ram", [False, True])
 def test_precision_and_recall_are_exactly_torch_fidelitys(save_ram: bool):
     real, fake = rows(700), rows(500, 1, 1.2)
-    found = neighbour_metrics(real, fake)
+    estimates = neighbour_metrics(real, fake)
     options = {"prc_neighborhood": 3, "prc_batch_size": 10000, "save_cpu_ram": save_ram, "verbose": False}
     expected = prc_features_to_metric(fake, real, **options)
     for name, n in (("precision", 500), ("recall", 700)):  # counts, as torch-fidelity averages in float32
-        assert found[name].value * n == pytest.approx(expected[name] * n, abs=1e-3)
+        assert estimates[name].value * n == pytest.approx(expected[name] * n, abs=1e-3)
     assert 0 < expected["precision"] < 1
 
 
-def test_a_tight_cluster_in_a_wide_cloud_is_precise_and_recalls_little():
-    found = neighbour_metrics(rows(200), rows(200, 1, 0.1))
-    assert found["precision"].value > 0.95
-    assert found["recall"].value < 0.2
+def test_a_tight_cluster_has_high_precision_and_low_recall():
+    estimates = neighbour_metrics(rows(200), rows(200, 1, 0.1))
+    assert estimates["precision"].value > 0.95
+    assert estimates["recall"].value < 0.2
 
 
 def test_a_set_with_itself_is_perfect():
-    found = neighbour_metrics(rows(50), rows(50))
-    assert (found["precision"].value, found["recall"].value, found["coverage"].value) == (1, 1, 1)
+    estimates = neighbour_metrics(rows(50), rows(50))
+    assert (estimates["precision"].value, estimates["recall"].value, estimates["coverage"].value) == (1, 1, 1)
 
 
-def test_left_out_values_are_those_without_the_rows():
+def test_leave_out_values_equal_those_without_the_rows():
     real, fake, blocks = rows(40), rows(36, 1, 1.3), assign_blocks(36, blocks=5)
-    found = neighbour_metrics(real, fake, blocks)
+    estimates = neighbour_metrics(real, fake, blocks)
     for k in range(5):
         expected = by_full_matrices(real.numpy(), fake.numpy()[blocks != k])
         for name in ("precision", "density", "coverage"):
-            assert found[name].leave_out[k] == pytest.approx(expected[name], abs=1e-9)
-    assert found["recall"].leave_out == ()
-    assert found["precision"].se > 0
+            assert estimates[name].leave_out[k] == pytest.approx(expected[name], abs=1e-9)
+    assert estimates["recall"].leave_out == ()
+    assert estimates["precision"].se > 0
 
 
 def test_radii_are_sorted_distances_to_others():

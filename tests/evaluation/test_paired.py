@@ -32,7 +32,7 @@ def test_psnr_and_ssim_are_scikit_images(shape: tuple[int, int, int], amount: fl
     assert ssim(a, b) < 1
 
 
-def test_identical_pictures():
+def test_identical_images():
     a = make_images(1)[0]
     assert (psnr(a, a), relative_l2(a, a)) == (100, 0)
     assert ssim(a, a) == pytest.approx(1, abs=1e-12)
@@ -44,7 +44,7 @@ def test_relative_l2_by_hand():
     assert relative_l2(b, b) == 0
 
 
-def test_ssim_has_no_value_where_its_window_does_not_fit():
+def test_ssim_is_nan_for_images_smaller_than_the_window():
     a = np.zeros((10, 64, 3), np.uint8)
     assert np.isnan(ssim(a, a))
 
@@ -60,18 +60,18 @@ def sets(tmp_path: Path, size: int = 12) -> tuple[ImageSet, ImageSet]:
 
 def test_averages_over_pairs_and_counts_the_identical(tmp_path: Path):
     fakes, others = sets(tmp_path)
-    found, psnrs = paired_metrics(fakes, others, assign_blocks(8), DISTANCES)
+    estimates, psnrs = paired_metrics(fakes, others, assign_blocks(8), DISTANCES)
     assert psnrs.argsort()[:2].tolist() == [5, 2]
-    assert (psnrs == 100).sum() == found["identical_pairs"].value == 6
-    assert found["psnr"].value == pytest.approx(psnrs.mean())
-    assert found["psnr"].se == pytest.approx(psnrs.std(ddof=1) / np.sqrt(8))
-    assert 0 < found["ssim"].value < 1
+    assert (psnrs == 100).sum() == estimates["identical_pairs"].value == 6
+    assert estimates["psnr"].value == pytest.approx(psnrs.mean())
+    assert estimates["psnr"].se == pytest.approx(psnrs.std(ddof=1) / np.sqrt(8))
+    assert 0 < estimates["ssim"].value < 1
 
 
-def test_another_distance_can_be_added_and_small_pictures_have_no_ssim(tmp_path: Path):
+def test_distances_can_be_added_and_small_images_have_no_ssim(tmp_path: Path):
     fakes, others = sets(tmp_path, size=8)
     distance = lambda a, b: float((a != b).any())  # noqa: E731
-    found, _ = paired_metrics(fakes, others, assign_blocks(8), DISTANCES | {"lpips": distance})
-    assert found["lpips"].value == 2 / 8
-    assert found["ssim"].value is None
-    assert "at least 11×11" in (found["ssim"].reason or "")
+    estimates, _ = paired_metrics(fakes, others, assign_blocks(8), DISTANCES | {"lpips": distance})
+    assert estimates["lpips"].value == 2 / 8
+    assert estimates["ssim"].value is None
+    assert "at least 11×11" in (estimates["ssim"].reason or "")

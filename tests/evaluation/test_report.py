@@ -27,15 +27,15 @@ def report(**more: object) -> Report:
 def test_json_keeps_every_number(tmp_path: Path):
     picture = np.zeros((4, 4, 3), np.uint8)
     report(images={"grid_fake": picture}).save(tmp_path / "new")
-    found = read_report(tmp_path / "new")
-    fid = found["metrics"]["fid"]
+    content = read_report(tmp_path / "new")
+    fid = content["metrics"]["fid"]
     assert (fid["value"], fid["leave_out"]) == (12.3456, [12.0, 12.5, 12.6])
     assert fid["se"] == ESTIMATES["fid"].se
     assert fid["bias"] == ESTIMATES["fid"].bias
-    assert found["metrics"]["mind"] == {"value": None, "se": None, "bias": None, "leave_out": [], "reason": "too few"}
-    assert (found["warnings"], found["protocol"]["n_fake"]) == (["look"], 3)
+    assert content["metrics"]["mind"] == {"value": None, "se": None, "bias": None, "leave_out": [], "reason": "too few"}
+    assert (content["warnings"], content["protocol"]["n_fake"]) == (["look"], 3)
     assert Image.open(tmp_path / "new" / "grid_fake.png").size == (4, 4)
-    assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == found
+    assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == content
     assert len((tmp_path / "new" / "metrics.json").read_text().splitlines()) < 60  # lists stay on one line
 
 

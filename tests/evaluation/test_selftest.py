@@ -1,15 +1,15 @@
-"""That the selftest passes here, and would not pass with a wrong formula."""
+"""The selftest passes, and fails with a wrong formula."""
 
 import pytest
 
-from svdit.cli import selftest as door
+from svdit.cli import selftest as command
 from svdit.errors import UserError
 from svdit.evaluation import selftest
 from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.selftest import Check
 
 
-def test_every_formula_is_right_here():
+def test_every_formula_passes():
     failed = [check for check in selftest.formulas() if not check.passed]
     assert failed == []
 
@@ -25,13 +25,11 @@ def test_every_formula_is_right_here():
         ("paired.ssim", lambda a, b: 1.0),
     ],
 )
-def test_a_wrong_formula_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, wrong
-):
+def test_a_wrong_formula_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, wrong):
     monkeypatch.setattr(f"svdit.evaluation.selftest.{name}", wrong)
     monkeypatch.setattr(selftest, "_network", lambda: iter(()))
     with pytest.raises(SystemExit) as end:
-        door.run(door.parser().parse_args([]))
+        command.run(command.parser().parse_args([]))
     assert end.value.code == 1
     assert "FAIL" in capsys.readouterr().out
 
