@@ -74,6 +74,7 @@ BAD = {
                  "--max-memory nan", "--factors int4", "--adaln int2"],
     "train": ["--lr nan", "--lr inf", "--lr -1", "--ema-decay 1.1", "--label-dropout nan", "--epochs 0", "--steps -5",
               "--seed -1", "--num-workers -1", "--global-batch-size 0", "--augment crop", "--epochs 1 --steps 1"],
+    "evaluate": ["--num_images x", "--feature-extractor clip", "--seed 1.5"],
     "verify": ["--against"],
     "inspect": ["--layers 3"],
 }  # fmt: skip
@@ -81,7 +82,7 @@ BAD = {
 
 @pytest.mark.parametrize(("name", "argv"), [(name, line) for name, lines in BAD.items() for line in lines])
 def test_usage_errors_are_one_line(name: str, argv: str, capsys: pytest.CaptureFixture[str]) -> None:
-    required = {"train": ["--data", "digits"], "verify": ["file"], "inspect": ["file"]}
+    required = {"train": ["--data", "digits"], "evaluate": ["--fake_dir", "x"], "verify": ["file"], "inspect": ["file"]}
     with pytest.raises(SystemExit) as stop:
         command(name, [*required.get(name, []), *argv.split()])
     assert stop.value.code == 2
