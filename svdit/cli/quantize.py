@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
     setup.output_file(args.output, ".safetensors", ".pt")
     device = setup.device(args.device)
     with distributed.session(device):
+        for sentence in settings.unused() if distributed.rank() == 0 else ():
+            setup.note(sentence)
         source = setup.load_checkpoint(args, device)
         if args.output.resolve() == source.path.resolve():
             raise UserError(f"--output is {args.output}, which is also the source; choose another name")

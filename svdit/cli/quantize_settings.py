@@ -1,6 +1,6 @@
 """What `svdit quantize` was asked to do: one frozen object, made from the arguments and checked once.
 
-Options that contradict each other, and options that would have no effect, are errors that name them.
+Options that contradict each other are errors that name them; options without effect are reported.
 """
 
 import argparse
@@ -64,12 +64,12 @@ class QuantizeSettings:
         return cls(**options | {"skip": tuple(options.get("skip", ())), "given": frozenset(options)})
 
     def problems(self) -> Iterator[str]:
-        """A sentence for every option that contradicts the preset, or another option, or has no effect."""
+        """A sentence for every option that contradicts the preset or another option."""
+        if self.whiten and self.rank_ratio is None:
+            yield "--whiten requires --rank-ratio; omit it"
         yield from self.format_problems()
         if target := self.given & {"target_size", "target_sqnr"}:
             yield from self.target_problems(flag(*target))
-        for option, reason in self.unused():
-            yield f"{flag(option)} has no effect: {reason}; omit it"
 
     def format_problems(self) -> Iterator[str]:
         """Options of integer formats for a preset of floating-point formats."""
@@ -90,18 +90,16 @@ class QuantizeSettings:
         if "adaln" in self.given and self.adaln != "fp16":
             yield f"--adaln {self.adaln} excludes {target}, which chooses bits; omit it, or use fp16"
 
-    def unused(self) -> Iterator[tuple[str, str]]:
-        """Options that would have no effect, and why."""
-        if self.whiten and self.rank_ratio is None:
-            yield "whiten", "it applies to --rank-ratio"
+    def unused(self) -> Iterator[str]:
+        """A sentence for every option without effect."""
         branchless = "--rank 0" if self.rank == 0 else f"--preset {self.preset}"
         if self.rank == 0 or (self.rank_ratio is None and RECIPES[self.preset].low_rank == "none"):
             for option in sorted(self.given & ({"factors", "rank"} if self.rank else {"factors"})):
-                yield option, f"there is no low-rank branch with {branchless}"
+                yield f"{flag(option)} has no effect: there is no low-rank branch with {branchless}"
         if not self.calibrates:
             seeds = set() if self.figures else {"seed", "cfg_scale"}  # figures are measured on other images
             for option in sorted(self.given & {"calib_images", "calib_steps", "max_memory", *seeds}):
-                yield option, "nothing is calibrated"
+                yield f"{flag(option)} has no effect: nothing is calibrated"
 
     @property
     def recipe(self) -> Recipe:
