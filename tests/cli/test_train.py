@@ -61,7 +61,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     errors = [relative(states[1][key], weight) for key, weight in states[0].items() if weight.norm() > 0]
     assert 0 < max(errors) < 1e-4
     curves = [[float(row["loss"]) for row in read_curve(tmp_path / name / "loss.csv")] for name in ("one", "two")]
-    assert curves[0] == pytest.approx(curves[1], abs=2e-6)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)  # as equal as the weights
 
 
 def class_folders(folder: Path) -> Path:

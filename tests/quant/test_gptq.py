@@ -34,7 +34,7 @@ def test_correlated_inputs_profit(name: str) -> None:
         codes, scales = round_weight(W, form, None, used)
         errors.append(output_error(W - ref.dequantize(codes, scales, form), R))
     assert 0 < errors[1] < 0.7 * errors[0]
-    assert errors[1] / errors[0] == pytest.approx(inverse.left, rel=0.2)
+    assert errors[1] / errors[0] == pytest.approx(inverse.left, rel=0.25)  # `left` assumes equal noise
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:

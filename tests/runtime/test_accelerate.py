@@ -103,8 +103,9 @@ def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
     quantization = relative(pictures["reference"], drawn(load_model("digits")))
     assert quantization > 0.005
     for name, picture in pictures.items():
-        # Codes on the edge between two move, and some processors have a branch of bfloat16.
-        assert relative(picture, pictures["reference"]) < 0.25 * quantization, name
+        # Codes between two values move, and some processors compute the branch in bfloat16. A deviation of half the
+        # quantization error raises the total error by at most √1.25, 1 dB.
+        assert relative(picture, pictures["reference"]) < 0.5 * quantization, name
         assert picture.std() > 0.5
 
 
