@@ -85,11 +85,9 @@ def add_calibration(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Load, quantize, save, report. Raises UserError for options that contradict each other or the checkpoint."""
-    from svdit import __version__, distributed
+    from svdit import distributed
     from svdit.checkpoints.store import save_model
     from svdit.files import sha256
-    from svdit.progress import progress
-    from svdit.quant.quantize import quantize_
     from svdit.quant.select import select
 
     settings = QuantizeSettings.of(args)
@@ -102,35 +100,46 @@ def run(args: argparse.Namespace) -> None:
         if args.output.resolve() == source.path.resolve():
             raise UserError(f"--output is {args.output}, which is also the source; choose another name")
         select(source.model, settings.config)  # before calibration, errors in patterns and shapes
-        record = settings.record()
-        loop = calibration(settings, source.model, record)
-        start = time.perf_counter()
-        plan = planned(settings, source.model, loop, record) if loop else None
-        planning = time.perf_counter() - start
-        digest = sha256(source.path)
+        record, digest = settings.record(), sha256(source.path)
         work = args.output.with_name(f"{args.output.name}.partial")
-        with progress("calibrating and quantizing") as tick:
-            report = quantize_(
-                source.model,
-                plan.config if plan else settings.config,
-                loop,
-                max_memory=settings.max_memory * 1e9,
-                work_dir=work,
-                statistics=plan.statistics if plan else None,
-                run_id=json.dumps([__version__, digest, record]),
-                progress=tick,
-            )
-        if plan:
-            report.add_seconds(plan=planning)
+        report, plan = quantize(settings, source.model, record, digest, work)
         if distributed.rank() == 0:
             original = setup.load_checkpoint(args, device).model if settings.figures else None
             measured = measure(settings, source.model, original, report, plan) if original else None
             record["weight_errors"] = {line.name: line.weight_error for line in report.layers}
             provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": record}
             save_model(source.model, args.output, name=source.name, provenance=provenance)
-            paths = write_report(args.output, report, record, measured)
+            paths = write_report(args.output, report, {"settings": record}, measured)
             remove(work)
-            print_report(report, [args.output, *paths])
+            print_report(report, report.warnings, [args.output, *paths])
+
+
+def quantize(
+    settings: QuantizeSettings, model: "DiT", record: dict[str, Any], digest: str, work: Path
+) -> "tuple[QuantReport, Plan | None]":
+    """Plan, calibrate and quantize `model` in place; finished layers are kept in `work`."""
+    from svdit import __version__, distributed
+    from svdit.progress import progress
+    from svdit.quant.quantize import quantize_
+
+    loop = calibration(settings, model, record)
+    start = time.perf_counter()
+    plan = planned(settings, model, loop, record) if loop else None
+    planning = time.perf_counter() - start
+    with progress("calibrating and quantizing", shown=distributed.rank() == 0) as tick:
+        report = quantize_(
+            model,
+            plan.config if plan else settings.config,
+            loop,
+            max_memory=settings.max_memory * 1e9,
+            work_dir=work,
+            statistics=plan.statistics if plan else None,
+            run_id=json.dumps([__version__, digest, record]),
+            progress=tick,
+        )
+    if plan:
+        report.add_seconds(plan=planning)
+    return report, plan
 
 
 def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]) -> "ForwardLoop | None":
@@ -172,7 +181,7 @@ def measure(
 
 
 def write_report(
-    output: Path, report: "QuantReport", record: dict[str, Any], measured: dict[str, Any] | None
+    output: Path, report: "QuantReport", header: dict[str, Any], measured: dict[str, Any] | None
 ) -> list[Path]:
     """Write the report as JSON and the figures as PNG beside the checkpoint; returns their paths."""
     from svdit.extras import require
@@ -181,7 +190,7 @@ def write_report(
 
     path = output.with_suffix(".report.json")
     with atomic_path(path) as temporary:
-        content = {"settings": record, **report.to_dict(), "measured": measured}
+        content = {**header, **report.to_dict(), "measured": measured}
         temporary.write_text(json.dumps(content, indent=1))
     if measured:
         try:
@@ -201,7 +210,7 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def print_report(report: "QuantReport", paths: list[Path]) -> None:
+def print_report(report: "QuantReport", warnings: list[str], paths: list[Path]) -> None:
     """Print the table of layers, the totals, warnings, and the paths."""
     from svdit.report.tables import console, layer_table
 
@@ -212,6 +221,6 @@ def print_report(report: "QuantReport", paths: list[Path]) -> None:
         f"{report.bytes_before / 1e6:.2f} MB before, {report.bytes_after / 1e6:.2f} MB after "
         f"({report.bytes_before / report.bytes_after:.2f}× smaller); {seconds}"
     )
-    for warning in report.warnings:
+    for warning in warnings:
         out.print(f"[yellow]warning:[/] {warning}")
     out.print("  ".join(map(str, paths)), soft_wrap=True)
