@@ -1,4 +1,4 @@
-"""Weights to codes: scales chosen by largest magnitude or by weighted squared error, then rounding."""
+"""Weights to codes: scales from the absmax or by the least weighted squared error, then rounding."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,22 @@ from svdit.kernels import reference as ref
 from svdit.kernels.formats import Format
 from svdit.quant.gptq import Inverse, gptq
 
-RATIOS = torch.linspace(0.6, 1.0, 9).tolist()
-ROWS = 64  # searched together: what fits a processor's cache
+RATIOS = torch.linspace(0.6, 1.0, 9, device="cpu").tolist()
+ROWS = 64  # searched together, to fit the cache
 
 
 def weight_scales(W: Tensor, form: Format, importance: Tensor | None) -> ref.Scales:
-    """Scales for W (O, I). With `importance` (I,), the mean square of each input, and fewer than 8 bits, those of
-    least weighted error: nine sizes from 0.6 to 1.0 of what just avoids clipping; both signs where the span is full.
+    """Scales (O, G) for W (O, I), from the absmax; with `importance` (I,) and fewer than 8 bits, by search.
+
+    `importance` is the mean square of each input. Tried are nine ratios from 0.6 to 1.0 of the scale that just avoids
+    clipping, and both signs where the span is full; the one with the least weighted squared error is kept.
     """
     ideal = ref.ideal_scales(W, form)
     zeros = ref.zero_points(W, ideal, form) if form.span == "affine" else None
     if importance is None or form.element != "int" or form.bits == 8:
         return ref.store_scales(ideal, form)._replace(zeros=zeros)
     if form.span == "full":
-        ideal = ideal * (form.lo / (form.lo + 0.5))  # the middle between the two ends of the range
+        ideal = ideal * (form.lo / (form.lo + 0.5))  # the mean of both ends of the range
     best = torch.empty_like(ideal)
     for i in range(0, len(W), ROWS):
         rows = slice(i, i + ROWS)
@@ -29,7 +31,7 @@ def weight_scales(W: Tensor, form: Format, importance: Tensor | None) -> ref.Sca
 
 
 def _searched(W: Tensor, ideal: Tensor, zeros: Tensor | None, form: Format, importance: Tensor) -> Tensor:
-    """The best of the tried scales (O, G) for a few rows of W."""
+    """The best of the tried scales (O, G) for a few rows of W (O, I)."""
     best, least = ideal, torch.full_like(ideal, torch.inf)
     for sign in (1.0, -1.0) if form.span == "full" else (1.0,):
         for ratio in RATIOS:
@@ -45,7 +47,7 @@ def _searched(W: Tensor, ideal: Tensor, zeros: Tensor | None, form: Format, impo
 def round_weight(
     W: Tensor, form: Format, importance: Tensor | None = None, inverse: Inverse | None = None
 ) -> tuple[Tensor, ref.Scales]:
-    """Codes (O, I) and scales of W; GPTQ where `inverse` is given, else to nearest."""
+    """Codes (O, I) and scales of W (O, I); by GPTQ with an `inverse`, else to nearest."""
     scales = weight_scales(W, form, importance)
     W, values = scales.shifted(W), scales.values()
     return (gptq(W, inverse, values, form) if inverse else ref.encode(W, values, form)), scales

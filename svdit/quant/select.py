@@ -69,7 +69,7 @@ def check_patterns(config: QuantConfig, names: list[str]) -> None:
     """Raises UserError for a rule whose pattern matches none of the names, unless it is optional."""
     for rule in config.rules:
         if not rule.optional and not any(fnmatchcase(name, rule.pattern) for name in names):
-            raise UserError(f"{rule.pattern!r} matches no linear layer of this model; names are like {names[-1:]}")
+            raise UserError(f"{rule.pattern!r} matches no linear layer of this model; it has {', '.join(names[-2:])}")
 
 
 def shared_recipe(config: QuantConfig, names: list[str]) -> Recipe | None:
