@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks.tables import MARKED, TABLES, filled, latest, read
 from benchmarks.tables import PAGES as TABLED
@@ -97,3 +99,15 @@ def test_speed_in_the_readme_is_the_measured_one(readme: Path, scheme: str) -> N
     memory = measured["fp32, memory added"] / measured[f"{scheme}, memory added"]
     row = rf"^\| {scheme} \| {eager:.1f}×.* \| {compiled:.1f}×.* \| {memory:.1f}×.*\|$"
     assert re.search(row, readme.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda page: page.name)
+def test_the_python_example_keeps_the_head_and_quantizes_the_rest(readme: Path) -> None:
+    example = next(
+        code for code in re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL) if "svdit." in code
+    )
+    model = nn.Sequential()
+    model.body, model.head = nn.Linear(64, 64), nn.Linear(64, 8)
+    exec(example, {"model": model, "batches": [torch.randn(64, 64) for _ in range(4)]})
+    assert type(model.head) is nn.Linear
+    assert type(model.body).__name__ == "SVDLinear"
