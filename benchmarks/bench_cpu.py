@@ -38,7 +38,6 @@ from svdit.model.dit import DiT
 from svdit.model.layers import attend
 from svdit.quant.linear import LinearSpec
 from svdit.runtime.accelerate import accelerate
-from svdit.runtime.linear import stored
 
 SPREAD = 1.15
 HAS_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
@@ -179,7 +178,7 @@ def parts(setting: Setting) -> None:
             "W4A8": replace(full, weight=WEIGHT_FORMATS["int4"]),
         }
         layers = {what: random_layer(linear, spec, generator) for what, spec in specs.items()}
-        packed = {what: cpu.IntegerLinear(stored(layer), kernels) for what, layer in layers.items()}
+        packed = {what: cpu.IntegerLinear(layer.layer().detached(), kernels) for what, layer in layers.items()}
         runs: dict[str, Run] = {what: lambda p=p, x=x: p(x) for what, p in packed.items()}
         bare = packed.pop("product alone")
         codes, peaks = bare.quantize(x), list[float]()

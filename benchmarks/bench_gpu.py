@@ -30,7 +30,6 @@ from svdit.quant.linear import LinearSpec
 from svdit.runtime.accelerate import accelerate
 from svdit.runtime.dit import FastDiT
 from svdit.runtime.graph import Replayed
-from svdit.runtime.linear import stored
 
 RUNS = 4  # runs between two events, one per batch
 Run = Callable[[], Tensor]
@@ -152,7 +151,7 @@ def products(setting: Setting, batch: int, ceiling: dict[str, float]) -> None:
         for scheme, (_, act) in {"W8A8": ("int8", 8), "W4A8": ("int4", 8)}.items():
             form = WEIGHT_FORMATS[{"W8A8": "int8", "W4A8": "int4"}[scheme]]
             spec = LinearSpec(setting.rank, None, "bfloat16", form, Format(act), True, True, 64)
-            layer = ops.pack(stored(random_layer(linear, spec, generator).cuda()), "triton", inner=True)
+            layer = ops.pack(random_layer(linear, spec, generator).cuda().layer().detached(), "triton", inner=True)
             runs[scheme] = lambda layer=layer, x=x: layer(x)
             runs[f"{scheme} quantize alone"] = lambda layer=layer, x=x: layer.quantize(x)[0]
         median = {what: statistics.median(times) for what, times in measure(runs, setting.rounds).items()}

@@ -1,4 +1,4 @@
-"""The names the documentation promises, whatever happens inside."""
+"""The documented names, kept stable."""
 
 from torch import nn
 
@@ -11,8 +11,8 @@ __all__ = ["DiT_models", "SVDLinear", "apply_svd_to_dit"]
 def apply_svd_to_dit(model: nn.Module, rank_ratio: float) -> nn.Module:
     """Replace every nn.Linear of `model`, in place, by its truncated SVD; returns the model.
 
-    The rank is round(rank_ratio · min(in, out)). Above a ratio of out/(in + out) — 0.5 for square layers — the two
-    factors hold more numbers than the weight; `quantize_parameters(num_bits)` on each layer makes up for it.
+    The rank is round(rank_ratio · min(in, out)). Above a ratio of max(in, out)/(in + out), 0.5 for square layers, the
+    two factors hold more numbers than the weight; `quantize_parameters(num_bits)` on each layer compensates for that.
     """
     for name, linear in list(linears(model)):
         swap(model, name, SVDLinear.from_linear(linear, rank_ratio))

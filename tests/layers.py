@@ -1,39 +1,57 @@
-"""Random packed layers and shapes, for the tests of every backend."""
+"""Random layers and shapes, for the tests of every backend."""
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from svdit.kernels import reference as ref
 from svdit.kernels.cpu import ffi
 from svdit.kernels.formats import Format
-from svdit.kernels.layer import Dequantized, Layer, Linear, Modulation, Residual
+from svdit.kernels.generic import dequantized
+from svdit.kernels.layer import Layer, Linear, LinearSpec, Modulation, Residual
 
 U, U_BF16 = 2.0**-24, 2.0**-8  # unit roundoffs
+
+
+def layer_of(
+    codes: torch.Tensor, scales: ref.Scales, weight: Format, act: Format | None = None, hadamard: int = 0, **rest: Any
+) -> Layer:
+    """A layer of these codes (O, I) and scales; `rest` are tensors by name, None for missing ones."""
+    tensors = ref.encoded("residual", codes, scales, weight)
+    tensors |= {name: tensor for name, tensor in rest.items() if tensor is not None}
+    rank = tensors["l1"].shape[1] if "l1" in tensors else 0
+    spec = LinearSpec(rank, None, "bfloat16", weight, act, "in_scale" in tensors, "in_shift" in tensors, hadamard)
+    return Layer(spec, (codes.shape[0], codes.shape[1]), tensors)
+
+
+def with_spec(layer: Layer, **changes: Any) -> Layer:
+    """The layer with some fields of its spec replaced."""
+    return replace(layer, spec=replace(layer.spec, **changes))
 
 
 def random_layer(O: int, I: int, R: int, weight: Format, seed: int, hadamard: int = 0) -> Layer:
     g = torch.Generator().manual_seed(seed)
     codes, scales = ref.quantize(torch.randn(O, I, generator=g) / I**0.5, weight)
     transformed = seed % 3 > 0
-    return Layer(
-        ref.pack(codes, weight),
-        I,
+    return layer_of(
+        codes,
         scales,
         weight,
         Format(8),
+        hadamard,
         bias=torch.randn(O, generator=g) if seed % 2 else None,
         in_shift=torch.randn(I, generator=g) if transformed else None,
         in_scale=torch.rand(I, generator=g) + 0.1 if transformed else None,
-        hadamard=hadamard,
         l1=torch.randn(O, R, generator=g).bfloat16() if R else None,
         l2=(torch.randn(R, I, generator=g) / I**0.5).bfloat16() if R else None,
     )
 
 
 def model_bound(backend: str, bits: int = 8) -> float:
-    """How far, relatively, a backend may be from the definition after a whole small model.
+    """The relative error of a backend against the definition, allowed after a whole small model.
 
     Sums run in another order, so that a code on the edge between two moves, and where the processor multiplies bfloat16
     the branch and attention are rounded to it. A code of 4 bits that moves counts sixteen times as much as one of 8,
@@ -53,7 +71,7 @@ def shapes(count: int, seed: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def error_around(layer: Layer, packed: Linear, N: int, T: int, gelu: bool, device: torch.device) -> float:
-    """Relative L2 error of a backend's linear with all that can be around it, against the definition.
+    """Relative L2 error of a backend's linear with everything fused around it, against the definition.
 
     A code may move by one where the normalized number lies on the edge between two.
     """
@@ -61,9 +79,9 @@ def error_around(layer: Layer, packed: Linear, N: int, T: int, gelu: bool, devic
     modulations, gates = torch.randn(N, 2 * I, generator=g), torch.randn(N, 2 * O, generator=g)
     modulation = Modulation(*modulations.to(device).chunk(2, dim=1))  # not contiguous
     gate, x = gates.to(device)[:, O:], torch.randn(N, T, I, generator=g).to(device) + 3
-    stream, found = torch.randn(N, T, O, generator=g).to(device), []
-    for linear in (packed, Dequantized(layer)):
+    stream, outputs = torch.randn(N, T, O, generator=g).to(device), []
+    for linear in (packed, dequantized(layer)):
         residual = Residual(stream.clone(), gate)
-        found.append(linear(x, modulation=modulation, gelu=gelu, residual=residual))
-        assert found[-1] is residual.x
-    return float((found[0] - found[1]).norm() / (found[1] - stream).norm())
+        outputs.append(linear(x, modulation=modulation, gelu=gelu, residual=residual))
+        assert outputs[-1] is residual.x
+    return float((outputs[0] - outputs[1]).norm() / (outputs[1] - stream).norm())

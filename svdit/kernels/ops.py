@@ -2,58 +2,76 @@
 
 Each packs a stored layer (`layer.Layer`) once and computes
 
-    y = residual + gate · gelu(SVDLinear(modulate(LayerNorm(x))))        every part around SVDLinear optional
+    y = residual + gate · gelu(linear(modulate(LayerNorm(x))))        every part around `linear` optional
 
 Activation codes, unpacked weights and int32 sums are the same in all of them; floats differ by rounding.
-A layer that a backend does not take is computed by `dequant`, never wrongly.
+Layers the backend does not support fall back to `dequant`; `unsupported` says why.
 """
 
 import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.errors import UserError
+from svdit.kernels import generic
 from svdit.kernels.cpu import ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cuda import backend as cuda
-from svdit.kernels.layer import Dequantized, Layer, Linear, TorchInt8
+from svdit.kernels.layer import Layer, Linear, LinearSpec
 
-BACKENDS = {
-    "cpu": "kernels in C for this processor",
-    "torch-int8": "torch's integer product, where the processor has VNNI",
-    "triton": "kernels for CUDA devices of capability 8.0 and above",
-    "dequant": "weights decoded once, products in floats",
-    "reference": "the stored layers themselves",
+Shape = tuple[int, int]  # (O, I)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`missing(device)`: why it is unavailable, empty where it is available. `unsupported(spec, shape, device)`: why it
+    does not support a layer. `pack(layer, inner)`: the layer ready to run, None where it is not supported."""
+
+    description: str
+    missing: Callable[[torch.device], str]
+    unsupported: Callable[[LinearSpec, Shape, torch.device], str]
+    pack: Callable[[Layer, bool], Linear | None]
+
+
+def _nothing(*_: object) -> str:
+    return ""
+
+
+BACKENDS = {  # best first
+    "cpu": Backend("C kernels for this processor", ffi.missing, cpu.unsupported, cpu.pack),
+    "torch-int8": Backend(
+        "torch's integer product, on processors with VNNI",
+        generic.torch_int8_missing,
+        generic.torch_int8_unsupported,
+        generic.torch_int8,
+    ),
+    "triton": Backend(
+        "kernels for CUDA devices of capability 8.0 and above", cuda.missing, cuda.unsupported, cuda.pack
+    ),
+    "dequant": Backend("weights decoded once, products in fp32", _nothing, _nothing, generic.dequantized),
+    "reference": Backend("the definition; weights decoded at every call", _nothing, _nothing, generic.reference),
 }
 
 
 def reasons(device: torch.device | str = "cpu") -> dict[str, str]:
-    """For each backend why it cannot be used on `device`; empty where it can."""
-    kind = torch.device(device).type
-    elsewhere = "" if kind == "cpu" else f"it computes on the CPU, not on {kind}"
-    has = torch.cpu.get_capabilities()
-    saturates = not (has.get("avx512_vnni") or has.get("avx_vnni"))
-    return {
-        "cpu": elsewhere or ffi.why_not(),
-        "torch-int8": elsewhere or ("without VNNI torch's integer product saturates" if saturates else ""),
-        "triton": cuda.why_not(device),
-        "dequant": "",
-        "reference": "",
-    }
+    """For each backend why it is unavailable on `device`; empty where it is available."""
+    return {name: backend.missing(torch.device(device)) for name, backend in BACKENDS.items()}
 
 
 def choose(device: torch.device | str = "cpu", backend: str | None = None) -> str:
-    """`backend`, else SVDIT_BACKEND, else the best for `device`. UserError where it is unknown or impossible."""
+    """`backend`, else SVDIT_BACKEND, else the best for `device`. Raises UserError if it is unknown or unavailable."""
     wanted = backend or os.environ.get("SVDIT_BACKEND") or "auto"
     if wanted not in ("auto", *BACKENDS):
         raise UserError(f"there is no backend {wanted!r}; choose auto, {', '.join(BACKENDS)}")
-    missing = reasons(device)
     if wanted == "auto":
-        return next(name for name in BACKENDS if not missing[name])
-    if missing[wanted]:
-        raise UserError(f"backend {wanted} cannot be used here: {missing[wanted]}; choose auto")
+        return next(name for name, backend in BACKENDS.items() if not backend.missing(torch.device(device)))
+    if reason := BACKENDS[wanted].missing(torch.device(device)):
+        raise UserError(f"backend {wanted} cannot be used here: {reason}; choose auto")
     return wanted
 
 
@@ -62,25 +80,31 @@ def describe(backend: str) -> str:
     return f"cpu ({ffi.kernels().isa})" if backend == "cpu" else backend
 
 
-def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
-    """The layer as `backend` computes it. Its tensors may be freed afterwards.
+def unsupported(spec: LinearSpec, shape: Shape, backend: str, device: torch.device | str = "cpu") -> str:
+    """Why `backend` does not support a layer of this spec and shape (O, I), so it runs in fp32; empty: supported."""
+    return BACKENDS[backend].unsupported(generic.whole_codes(spec), shape, torch.device(device))
 
-    `inner`: only layers and attention of this backend read the output, so that it may be bfloat16.
+
+def summary(unsupported: Mapping[str, str]) -> str:
+    """One line from the reason (or "") of every quantized layer: "N of M layers in fp32: reason"; empty for none."""
+    reasons = Counter(reason for reason in unsupported.values() if reason)
+    if not reasons:
+        return ""
+    counted = [f"{reason} ({count})" if len(reasons) > 1 else reason for reason, count in reasons.most_common()]
+    return f"{reasons.total()} of {len(unsupported)} layers in fp32: {'; '.join(counted)}"
+
+
+def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
+    """The layer as `backend` computes it; decoded to fp32 where it is not supported. Its tensors may be freed then.
+
+    `inner`: only layers and attention of this backend read the output, so it may be bfloat16.
     """
-    layer = layer.with_whole_codes()
-    if backend == "cpu" and cpu.IntegerLinear.takes(layer):
-        return cpu.IntegerLinear(layer, ffi.kernels(), inner)
-    if backend == "cpu" and cpu.WeightOnlyLinear.takes(layer):
-        return cpu.WeightOnlyLinear(layer, ffi.kernels())
-    if backend == "torch-int8" and TorchInt8.takes(layer):
-        return TorchInt8(layer)
-    if backend == "triton":
-        return cuda.pack(layer, inner)
-    return Dequantized(layer)
+    layer = generic.with_whole_codes(layer)
+    return BACKENDS[backend].pack(layer, inner) or generic.dequantized(layer)
 
 
 def attention(qkv: Tensor, heads: int, backend: str) -> Tensor:
-    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU, and where `pack` left qkv in it."""
+    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU, and where `pack` made qkv bfloat16."""
     if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype:
         return cpu.attention(qkv, heads, ffi.kernels())
     if backend == "triton" and qkv.is_cuda:

@@ -251,9 +251,8 @@ def assemble(linear: nn.Linear, recipe: Recipe, transform: Transform, split: Spl
     if transform.shift is not None:
         bias = W @ transform.shift + (0 if bias is None else bias)
     layer = SVDLinear(linear.in_features, linear.out_features, bias is not None, spec=spec, device=W.device)
-    layer.in_scale, layer.in_shift = transform.scale, transform.shift
-    if bias is not None:
-        layer.bias = nn.Parameter(bias)
+    inputs = {"in_scale": transform.scale, "in_shift": transform.shift, "bias": bias}
+    layer.store({name: tensor for name, tensor in inputs.items() if tensor is not None})
     if split.factors and recipe.rank:
         layer.store_factors(*split.factors)
     if split.codes is not None and split.scales is not None:

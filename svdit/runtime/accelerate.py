@@ -1,9 +1,9 @@
-"""A quantized model made ready to run: layers packed for a backend, the steps around them fused into theirs.
+"""A quantized model for inference: layers packed for a backend, the steps around them fused.
 
     model = accelerate(load_model("dit.safetensors"))
 
-The result computes what the stored model computes. It cannot be saved or trained, and it takes the layers' memory
-over: the model that it was made from is empty afterwards.
+The result computes what the quantized model computes. It cannot be saved, copied, moved or trained, and it owns the
+layers' memory: the model it was made from is empty afterwards.
 """
 
 from typing import TypeVar
@@ -14,23 +14,28 @@ from svdit.kernels import ops
 from svdit.model.dit import DiT
 from svdit.quant.linear import quantized_layers, swap
 from svdit.runtime.dit import FastDiT
-from svdit.runtime.linear import FastLinear, Packer
+from svdit.runtime.linear import FastLinear, packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def accelerate(model: Model, backend: str | None = None, *, debug: bool = False) -> Model | FastDiT:
-    """A DiT in few launches, or another model with its quantized layers swapped in place; float models unchanged.
+    """A DiT with fused steps, or another model with its quantized layers replaced in place; float models unchanged.
 
-    `backend` as in `ops.choose`. With `debug` a layer that is given numbers that are not finite is a UserError.
+    `backend` as in `ops.choose`. With `debug` a layer whose input contains NaN or Inf raises UserError.
     """
     layers = quantized_layers(model)
     if not layers:
         return model
-    device = next(iter(next(iter(layers.values())).state_dict().values())).device
-    pack = Packer(ops.choose(device, backend), debug)
+    backend = ops.choose(next(iter(layers.values())).layer().device, backend)
     if isinstance(model, DiT):
-        return FastDiT(model, pack)
+        return FastDiT(model, backend, debug)
     for name, layer in layers.items():
-        swap(model, name, FastLinear(pack(layer, name)))
+        swap(model, name, packed(layer, name, backend, debug))
     return model
+
+
+def fallbacks(model: nn.Module) -> dict[str, str]:
+    """For every quantized layer of an accelerated model why it runs in fp32; empty where the backend supports it."""
+    layers = (module for module in model.modules() if isinstance(module, FastLinear))
+    return {layer.name: layer.reason for layer in layers if layer.reason is not None}

@@ -1,7 +1,7 @@
-"""A step recorded as a CUDA graph for every shape of its inputs, and replayed: hundreds of launches become one.
+"""A step recorded as a CUDA graph per input shape and replayed: hundreds of launches become one.
 
-The first call of a shape runs as it is (kernels are compiled and tiled then), the second records. Where a step cannot
-be recorded it runs as before, and a warning says why, once. Outputs are copies: they stay what they are.
+The first call of a shape runs normally (kernels are compiled and tuned then), the second records. Where recording
+fails, steps run normally and one warning says why. Outputs are cloned, so a later replay does not overwrite them.
 """
 
 import warnings
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHAPES = 4  # that are recorded; each keeps its input and output, and the largest one's activations
+SHAPES = 4  # recorded at most; each holds its input and output, and all share the activations of the largest
 
 Step = Callable[..., Tensor]
 Recorder = Callable[[Step, list[Tensor]], tuple[Callable[[], None], Tensor]]
@@ -32,7 +32,7 @@ class CudaRecorder:
 
 
 class Replayed:
-    """A step, tensors to a tensor; `record` returns what repeats it on the same inputs, and its output."""
+    """A step, tensors to a tensor; `record` returns a function that repeats it on the same inputs, and its output."""
 
     def __init__(self, step: Step, record: Recorder | None = None) -> None:
         self.step, self.record = step, record or CudaRecorder()
@@ -44,14 +44,15 @@ class Replayed:
         key = tuple((x.shape, x.dtype, x.device) for x in inputs)
         if key in self.graphs:
             return self._replay(key, inputs)
-        room = self.possible and len(self.graphs) < SHAPES
-        if key in self.seen and room and self._recorded(key, inputs):
+        allowed = self.possible and len(self.graphs) < SHAPES
+        if key in self.seen and allowed and self._recorded(key, inputs):
             return self._replay(key, inputs)
         self.seen.add(key)
         return self.step(*inputs)
 
     def _recorded(self, key: object, inputs: tuple[Tensor, ...]) -> bool:
-        own = [x.clone() for x in inputs]
+        with torch.inference_mode(False):  # inference tensors could not be written to outside of inference mode
+            own = [x.clone() for x in inputs]
         try:
             self.graphs[key] = (own, *self.record(self.step, own))
         except RuntimeError as error:

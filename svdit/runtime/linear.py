@@ -1,85 +1,126 @@
-"""Layers of a model as callables of the kernels' schema."""
+"""A packed layer as a module: (…, I) to (…, O), or with the steps around it fused.
+
+Under torch.compile a packed layer is one custom operator, which is not traced into, so no graph breaks.
+"""
+
+from collections.abc import Callable
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from svdit.errors import UserError
 from svdit.kernels import ops
-from svdit.kernels.layer import Composed, Layer, Linear, Modulation, Residual
-from svdit.kernels.reference import Scales
+from svdit.kernels import reference as ref
+from svdit.kernels.layer import Linear, Modulation, Residual
 from svdit.quant.linear import SVDLinear
-from svdit.runtime.opaque import Opaque
 
-
-def stored(layer: SVDLinear) -> Layer:
-    """What an SVDLinear with a residual stores, for a backend to pack."""
-    spec = layer.spec
-    assert spec.weight is not None
-    factors = layer.low_rank() if spec.factors and spec.rank else (layer.l1, layer.l2)
-    l1, l2 = (None if factor is None else factor.detach() for factor in factors)
-    groups, steps, zeros = layer.scales("residual")
-    return Layer(
-        stored=layer.get_buffer("residual_codes"),
-        columns=layer.in_features,
-        scales=Scales(groups, steps, zeros),
-        weight=spec.weight,
-        act=spec.act,
-        bias=None if layer.bias is None else layer.bias.detach().float(),
-        in_shift=layer.in_shift,
-        in_scale=layer.in_scale,
-        hadamard=spec.hadamard,
-        l1=l1,
-        l2=l2,
-    )
-
-
-class Plain(Composed):
-    """A module as it is: a float layer, a layer of factors alone, or the reference."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def core(self, x: Tensor) -> Tensor:
-        return self.module(x.float())
-
-
-class Checked:
-    """A layer that refuses input that is not finite and says which layer it is."""
-
-    def __init__(self, linear: Linear, name: str) -> None:
-        self.linear, self.name = linear, name
-
-    def __call__(
-        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
-    ) -> Tensor:
-        if not all(bool(part.isfinite().all()) for part in (x, *(modulation or ()), *(residual or ()))):
-            raise UserError(f"layer {self.name} was given a number that is not finite; look at what comes before it")
-        return self.linear(x, modulation=modulation, gelu=gelu, residual=residual)
-
-
-class Packer:
-    """Packs the layers of one model, one after the other, and frees each layer that it packed."""
-
-    def __init__(self, backend: str, debug: bool = False) -> None:
-        self.backend, self.debug = backend, debug
-
-    def __call__(self, module: nn.Module, name: str, inner: bool = False) -> Linear:
-        """The layer called `name`; a packed SVDLinear is left without memory. `inner` as in `ops.pack`."""
-        linear: Linear = Plain(module)
-        if isinstance(module, SVDLinear) and module.spec.weight and self.backend != "reference":
-            linear = Opaque(ops.pack(stored(module), self.backend, inner), module.out_features)
-            module.to("meta")
-        return Checked(linear, name) if self.debug else linear
+NUMBERS, LAYERS = count(), WeakValueDictionary[int, "FastLinear"]()
 
 
 class FastLinear(nn.Module):
-    """A packed layer as a module, in place of an SVDLinear of any model: (…, I) to (…, O)."""
+    """A layer packed for inference. It cannot be saved, copied, moved or trained; with `debug` its inputs are checked.
 
-    def __init__(self, linear: Linear) -> None:
+    `reason`: why the backend does not support the layer, which then runs in fp32; None for a layer not quantized.
+    """
+
+    def __init__(
+        self, linear: Linear, outputs: int, name: str, reason: str | None, device: torch.device, debug: bool
+    ) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear, self.outputs, self.name, self.reason, self.debug = linear, outputs, name, reason, debug
+        self.device, self.dtype = device, getattr(linear, "dtype", torch.float32)
+        self.number = next(NUMBERS)
+        LAYERS[self.number] = self
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x.reshape(1, -1, x.shape[-1]).float())
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            y = self.fused(x.reshape(1, -1, x.shape[-1]).float())
+        return y.view(*x.shape[:-1], -1).to(x.dtype)  # (…, O)
+
+    def fused(
+        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
+    ) -> Tensor:
+        """(N, T, I) to (N, T, O), as `kernels.layer.Linear`. With `debug` raises UserError for NaN or Inf."""
+        if self.debug and not all(bool(p.isfinite().all()) for p in (x, *(modulation or ()), *(residual or ()))):
+            raise UserError(f"the input of layer {self.name} contains NaN or Inf; check the layers before it")
+        if self.reason is None or not torch.compiler.is_compiling():
+            return self.linear(x, modulation=modulation, gelu=gelu, residual=residual)
+        shift, scale = modulation or (None, None)
+        if residual is None:
+            return linear(self.number, x, shift, scale, gelu)
+        linear_(self.number, x, shift, scale, gelu, residual.gate, residual.x)
+        return residual.x
+
+    def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raises UserError if `fn`, tensors (…) to tensors, moves or casts."""
+        before = torch.empty(0, device=self.device)
+        after = fn(before)
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            raise UserError(
+                f"accelerated layers stay on {before.device} in their own types; move the model before accelerating it"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FastLinear":
+        self.check_move(fn)
+        return self
+
+    def _save_to_state_dict(self, *args: object) -> None:
+        raise UserError("an accelerated model cannot be saved; save the quantized model before accelerating it")
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        """For copy and pickle. Raises UserError."""
+        raise UserError(
+            "an accelerated model cannot be copied or pickled; copy the quantized model, then accelerate it"
+        )
+
+
+def packed(module: nn.Module, name: str, backend: str, debug: bool = False, inner: bool = False) -> FastLinear:
+    """The layer `module` packed for a backend; an SVDLinear is left without memory. `inner` as in `ops.pack`."""
+    if not isinstance(module, SVDLinear):
+        weight = next(module.parameters())
+        float_layer = ref.composed(lambda x: module(x.float()))
+        return FastLinear(float_layer, len(weight), name, None, weight.device, debug)
+    with torch.no_grad():
+        layer = module.layer()
+        reason = ops.unsupported(layer.spec, layer.shape, backend, layer.device)
+        linear = ops.pack(layer.detached(), backend, inner)
+    module.to("meta")
+    return FastLinear(linear, module.out_features, name, reason, layer.device, debug)
+
+
+def _modulation(shift: Tensor | None, scale: Tensor | None) -> Modulation | None:
+    return None if shift is None or scale is None else Modulation(shift, scale)
+
+
+@torch.library.custom_op("svdit::linear", mutates_args=())
+def linear(number: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, gelu: bool) -> Tensor:
+    """The layer of that number: (N, T, I) to (N, T, O)."""
+    return LAYERS[number].linear(x, modulation=_modulation(shift, scale), gelu=gelu)
+
+
+@linear.register_fake
+def _(number: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, gelu: bool) -> Tensor:
+    layer = LAYERS[number]
+    return x.new_empty(*x.shape[:-1], layer.outputs, dtype=layer.dtype)
+
+
+@torch.library.custom_op("svdit::linear_", mutates_args=("stream",))
+def linear_(
+    number: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, gelu: bool, gate: Tensor, stream: Tensor
+) -> None:
+    """The same, times the gate (N, O) and added to the stream (N, T, O)."""
+    LAYERS[number].linear(x, modulation=_modulation(shift, scale), gelu=gelu, residual=Residual(stream, gate))
+
+
+@torch.library.custom_op("svdit::attention", mutates_args=())
+def attention(qkv: Tensor, heads: int) -> Tensor:
+    """Attention of the backend `cpu`: (N, T, 3D) to (N, T, D)."""
+    return ops.attention(qkv, heads, "cpu")
+
+
+@attention.register_fake
+def _(qkv: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=torch.float32)

@@ -5,13 +5,14 @@ import re
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import relative
-from layers import random_layer
+from layers import random_layer, with_spec
 
 from svdit.checkpoints.store import load_model
 from svdit.errors import UserError
@@ -19,7 +20,7 @@ from svdit.kernels import ops
 from svdit.kernels import reference as ref
 from svdit.kernels.cuda import backend, fp8
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
-from svdit.kernels.layer import Dequantized, Layer, Modulation, Residual
+from svdit.kernels.layer import Layer, Modulation, Residual
 from svdit.model.dit import DiT
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -27,7 +28,8 @@ from svdit.runtime.accelerate import accelerate
 from svdit.runtime.dit import FastDiT
 
 INT8 = Format(8)
-needs_triton = pytest.mark.skipif("triton is not" in backend.why_not("cuda"), reason="triton is not installed")
+NO_TRITON = "triton is not" in backend.missing(torch.device("cuda"))
+needs_triton = pytest.mark.skipif(NO_TRITON, reason="triton is not installed")
 
 
 @needs_triton
@@ -85,7 +87,9 @@ def sm_90(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         with monkeypatch.context() as patch:
             for name, kernel in zip(("ROWS", "PRODUCT", "weigh"), kernels, strict=True):
                 patch.setattr(tri, name, kernel)
-            backend.pack(layer, inner)(torch.zeros(1, 16, layer.columns), **around)
+            packed = backend.pack(layer, inner)
+            assert packed is not None
+            packed(torch.zeros(1, 16, layer.shape[1]), **around)
         return [made for kernel in kernels for made in kernel.made]
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -107,7 +111,7 @@ def resources(kernel: Any, folder: Path) -> tuple[int, int]:
 
 def hopper_layer(weight: str, act: str | None = "int8") -> Layer:
     layer = random_layer(256, 256, 64, WEIGHT_FORMATS[weight], 1, 64)
-    return Layer(**{**vars(layer), "act": None if act is None else ACT_FORMATS[act]})
+    return with_spec(layer, act=None if act is None else ACT_FORMATS[act])
 
 
 AROUND: dict[str, dict[str, Any]] = {
@@ -157,7 +161,7 @@ def test_the_smallest_sides_compile(sm_90: Any) -> None:
     """One is a constant to Triton."""
     around = Residual(torch.zeros(1, 16, 1), torch.zeros(1, 1))
     assert len(sm_90(random_layer(1, 1, 1, INT8, 1), FIRST, LAST, residual=around)) == 2
-    weight_only = Layer(**{**vars(random_layer(1, 1, 0, INT8, 1)), "act": None})
+    weight_only = with_spec(random_layer(1, 1, 0, INT8, 1), act=None)
     assert len(sm_90(weight_only, FIRST, LAST)) == 1
 
 
@@ -201,52 +205,69 @@ def test_it_is_chosen_on_ampere_and_later(monkeypatch: pytest.MonkeyPatch) -> No
 def test_where_it_cannot_be_had_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backend, "find_spec", lambda name: object())
-    with pytest.raises(UserError, match="triton cannot be used here: it computes on CUDA devices, not on cpu; choose"):
+    with pytest.raises(UserError, match="triton cannot be used here: it runs on CUDA devices, not on cpu; choose"):
         ops.choose("cpu", "triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert backend.why_not("cuda") == "there is no CUDA device that torch can use"
+    assert backend.missing(torch.device("cuda")) == "there is no CUDA device that torch can use"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert backend.why_not("cpu") == ""
+    assert backend.missing(torch.device("cpu")) == ""
     monkeypatch.setattr(backend, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="triton cannot be used here: triton is not installed"):
         ops.choose("cpu", "triton")
 
 
+SUPPORTED = [
+    *((weight, act) for weight in ("int8", "int4", "int4-channel") for act in ("int8", "int4")),
+    *((weight, None) for weight in ("int8", "int4", "int4-channel", "int4-bf16")),
+    ("fp8", "fp8"),
+]
+UNSUPPORTED = [
+    ("nvfp4", "nvfp4", "not FP4 E2M1 g16"),
+    ("fp8", "int8", "not FP8 E4M3 weights with INT8 activations"),
+    ("int8", "fp8", "not INT8 weights with FP8 E4M3 activations"),
+    ("fp8", None, "with float activations"),
+    ("int4-bf16", "int8", "INT4 g64 weights with bf16 scales are not integers with one scale per row"),
+]
+
+
 @needs_triton
-def test_every_format_has_its_kernel() -> None:
-    from svdit.kernels.cuda.linear import IntegerLinear, WeightOnlyLinear
+@pytest.mark.parametrize(("weight", "act"), SUPPORTED)
+def test_supported_formats_are_packed(weight: str, act: str | None) -> None:
+    layer = hopper_layer(weight, act)
+    assert backend.unsupported(layer.spec, layer.shape, layer.device) == ""
+    assert backend.pack(layer) is not None
 
-    def kind(weight: str, act: str | None) -> type:
-        return type(backend.pack(hopper_layer(weight, act), False))
 
-    assert {kind(weight, act) for weight in ("int8", "int4", "int4-channel") for act in ("int8", "int4")} == {
-        IntegerLinear
-    }
-    assert {kind(weight, None) for weight in ("int8", "int4", "int4-channel", "int4-bf16")} == {WeightOnlyLinear}
-    assert kind("fp8", "fp8") is fp8.Float8Linear
-    assert not IntegerLinear.takes(Layer(**{**vars(hopper_layer("int8")), "hadamard": 512}))  # registers would spill
-    for weight, act in (("nvfp4", "nvfp4"), ("fp8", "int8"), ("int4-bf16", "int8"), ("int8", "fp8"), ("fp8", None)):
-        assert kind(weight, act) is Dequantized
+@pytest.mark.parametrize(("weight", "act", "reason"), UNSUPPORTED)
+def test_other_formats_have_a_reason(weight: str, act: str | None, reason: str) -> None:
+    layer = hopper_layer(weight, act)
+    assert reason in backend.unsupported(layer.spec, layer.shape, layer.device)
+    assert backend.pack(layer) is None
+
+
+def test_blocks_that_would_spill_and_odd_sides_have_a_reason() -> None:
+    spec, cuda = hopper_layer("int8").spec, torch.device("cpu")
+    assert "blocks of 512 are larger than 256" in backend.unsupported(replace(spec, hadamard=512), (256, 512), cuda)
+    fp8_spec = hopper_layer("fp8", "fp8").spec
+    assert backend.unsupported(fp8_spec, (256, 256), cuda) == ""
+    for shape in ((256, 250), (250, 256)):
+        assert "sides divisible by 16" in backend.unsupported(fp8_spec, shape, cuda)
 
 
 def test_fp8_by_torch() -> None:
     """torch has the product on the CPU too."""
     layer = hopper_layer("fp8", "fp8")
     x = torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0))
-    y = fp8.Float8Linear(layer)(x)
+    y = fp8.float8(layer)(x)
     assert y.shape == (2, 5, 256) and y.dtype == torch.float32
-    hat = layer.transform(x)
+    hat = ref.transform(layer, x)
     rounded = ref.fake_quantize(hat, fp8.FP8).double()
-    weight = ref.decode(layer.codes(), layer.scales.values(), fp8.FP8).double()
-    main = rounded @ weight.T
-    assert layer.l1 is not None and layer.l2 is not None and layer.bias is not None
-    branch = hat.double() @ layer.l2.double().T @ layer.l1.double().T
+    weight, l1, l2 = (ref.matrix(layer, name).double() for name in ("residual", "l1", "l2"))
+    main, branch = rounded @ weight.T, hat.double() @ l2.T @ l1.T
+    assert layer.bias is not None
     error = (y - (main + branch + layer.bias)).abs()
     size = rounded.abs() @ weight.abs().T  # fp32 sums of 256 products; then bfloat16; then a branch in fp32
     assert (error <= 2.0**-8 * main.abs() + 2.0**-15 * size + 1e-4).all() and error.max() > 1e-4
-    for change in ({"act": INT8}, {"weight": INT8}, {"columns": 250}, {"stored": layer.stored[:250]}):
-        assert not fp8.Float8Linear.takes(Layer(**{**vars(layer), **change}))
-    assert fp8.Float8Linear.takes(layer)
 
 
 def digits(preset: str) -> tuple[DiT, list[torch.Tensor]]:

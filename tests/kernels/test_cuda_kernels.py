@@ -1,6 +1,6 @@
 """The Triton kernels against the definition: integers bit for bit, floats within the bound of their arithmetic.
 
-Runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, as test_triton.py runs it), or on a GPU. The bounds
+Runs on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1, as test_cuda.py runs it), or on a GPU. The bounds
 are those of test_cpu.py; on a GPU the low-rank branch is of bfloat16.
 """
 
@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative
-from layers import U_BF16, U, error_around, random_layer, shapes
+from layers import U_BF16, U, error_around, layer_of, random_layer, shapes, with_spec
 
+from svdit.kernels import generic
 from svdit.kernels import reference as ref
+from svdit.kernels.cuda import backend
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.kernels.layer import Layer, Modulation
 from svdit.model.dit import DiT
@@ -24,7 +26,7 @@ from svdit.runtime.accelerate import accelerate
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs TRITON_INTERPRET=1 (test_triton.py sets it) or a GPU", allow_module_level=True)
+    pytest.skip("needs TRITON_INTERPRET=1 (test_cuda.py sets it) or a GPU", allow_module_level=True)
 tri = pytest.importorskip("svdit.kernels.cuda.linear", reason="triton is not installed")
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -36,19 +38,17 @@ SCHEMES = {
 
 
 def on_device(layer: Layer) -> Layer:
-    moved = {name: x.to(DEVICE) for name, x in vars(layer).items() if isinstance(x, torch.Tensor)}
-    scales = ref.Scales(*(None if part is None else part.to(DEVICE) for part in layer.scales))  # type: ignore[arg-type]
-    return replace(layer, scales=scales, **moved)
+    return replace(layer, tensors={name: tensor.to(DEVICE) for name, tensor in layer.tensors.items()})
 
 
 def make(scheme: str, O: int, I: int, R: int, seed: int, hadamard: int = 0) -> Layer:
     weight, act = SCHEMES[scheme]
-    return on_device(replace(random_layer(O, I, R, WEIGHT_FORMATS[weight], seed, hadamard), act=act))
+    return on_device(with_spec(random_layer(O, I, R, WEIGHT_FORMATS[weight], seed, hadamard), act=act))
 
 
 def sums(layer: Layer, codes: torch.Tensor) -> torch.Tensor:
     """What the integer product gives for codes (M, width), with every scale one: exact in fp32 below 2^24."""
-    bare = tri.IntegerLinear(replace(layer, l1=None, l2=None, bias=None))
+    bare = tri.IntegerLinear(with_spec(layer, rank=0).without("l").without("bias"))
     bare.channel = torch.ones_like(bare.channel)
     steps = torch.ones((len(codes), bare.width // 64) if bare.group else len(codes), device=DEVICE)
     out = torch.full((1, len(codes), layer.shape[0]), torch.nan, device=DEVICE)
@@ -58,23 +58,25 @@ def sums(layer: Layer, codes: torch.Tensor) -> torch.Tensor:
 
 def check(layer: Layer, x: torch.Tensor) -> None:
     """Codes, scales and sums equal; every output within its bound of the float64 value, and not all of them exact."""
-    assert tri.IntegerLinear.takes(layer) and layer.act is not None
-    (M, I), packed, hat = x.shape, tri.IntegerLinear(layer), layer.transform(x)
-    codes, scales = ref.quantize(hat, layer.act)
+    act = layer.spec.act
+    assert act is not None and not backend.unsupported(layer.spec, layer.shape, DEVICE)
+    (M, I), packed, hat = x.shape, tri.IntegerLinear(layer), ref.transform(layer, x)
+    codes, scales = ref.quantize(hat, act)
     got, steps, low = packed.quantize(x[None])
     assert torch.equal(got[:, :I], codes)
     assert not got[:, I:].any()
     assert torch.equal(steps.view(M, -1)[:, : scales.groups.shape[1]], scales.values())
-    exact = codes.double() @ layer.integers().double().T
+    integers = generic.integers(layer).double()
+    exact = codes.double() @ integers.T
     assert exact.abs().max() < 2**24
     assert torch.equal(sums(layer, got).double(), exact)
-    steps_of = layer.steps().double()
-    decoded = (ref.grouped(codes.double(), layer.act) * scales.values().double().unsqueeze(-1)).flatten(-2)
-    main = decoded @ layer.integers().double().T * steps_of
-    size = decoded.abs() @ layer.integers().double().abs().T * steps_of
+    steps_of = generic.row_steps(layer).double()
+    decoded = (ref.grouped(codes.double(), act) * scales.values().double().unsqueeze(-1)).flatten(-2)
+    main = decoded @ integers.T * steps_of
+    size = decoded.abs() @ integers.abs().T * steps_of
     branch, branch_bound, rank = torch.zeros_like(main), torch.zeros_like(main), 0
-    if layer.l1 is not None and layer.l2 is not None and low is not None:
-        l1, l2, rank = layer.l1.double(), layer.l2.double(), layer.l1.shape[1]
+    if low is not None:
+        rank, l1, l2 = layer.spec.rank, ref.matrix(layer, "l1").double(), ref.matrix(layer, "l2").double()
         branch = hat.double() @ l2.T @ l1.T
         roundings = (I + rank + 4) * U + (2.1 * U_BF16 if low.dtype == torch.bfloat16 else 0)
         branch_bound = roundings * (hat.abs().double() @ l2.abs().T @ l1.abs().T)
@@ -116,10 +118,10 @@ def test_every_hadamard_block(block: int) -> None:
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
 def test_weights_are_unpacked_exactly(name: str) -> None:
-    layer = on_device(replace(random_layer(70, 192, 0, WEIGHT_FORMATS[name], 3), act=INT8))
+    layer = on_device(random_layer(70, 192, 0, WEIGHT_FORMATS[name], 3))
     width = tri.IntegerLinear(layer).width
     one_each = torch.eye(192, width, dtype=torch.int8, device=DEVICE)
-    assert torch.equal(sums(layer, one_each), layer.integers().T.float())
+    assert torch.equal(sums(layer, one_each), generic.integers(layer).T.float())
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
@@ -128,10 +130,10 @@ def test_sums_of_the_largest_codes_are_exact(name: str) -> None:
     weights = torch.randint(0, 2, (67, 256), generator=g, dtype=torch.int8) * (form.hi - form.lo) + form.lo
     groups = torch.full((67, form.groups(256)), 15.0 if form.group else 1.0) * (1 - 2 * (torch.arange(67) % 2))[:, None]
     scales = ref.Scales(groups.to(ref.SCALE_DTYPES[form.scale]), torch.ones(67, 1) if form.group else None)
-    layer = on_device(Layer(ref.pack(weights, form), 256, scales, form, INT8))
+    layer = on_device(layer_of(weights, scales, form, INT8))
     codes = torch.randint(0, 2, (13, 256), generator=g) * 254 - 127
     codes[0], codes[1] = 127, -127
-    expected = codes @ layer.integers().cpu().long().T
+    expected = codes @ generic.integers(layer).cpu().long().T
     assert 2**15 < expected.abs().max() < 2**24  # so that float32 holds the sums exactly
     assert torch.equal(sums(layer, codes.to(DEVICE, torch.int8)).cpu().long(), expected)
 
@@ -148,7 +150,7 @@ def test_extreme_rows(scheme: str) -> None:
     check(layer, x[[0, 3, 4, 7]])
     packed = tri.IntegerLinear(layer)
     codes, steps, _ = packed.quantize(x[None])
-    expected, scales = ref.quantize(x[finite], layer.act)  # type: ignore[arg-type]
+    expected, scales = ref.quantize(x[finite], SCHEMES[scheme][1])
     assert torch.equal(codes[finite], expected)
     assert torch.equal(steps.view(8, -1)[finite], scales.values())
     y = packed(x[None])[0]
@@ -192,7 +194,7 @@ def test_everything_around_a_layer() -> None:
 
 def test_layer_norm_and_gelu_are_precise() -> None:
     """Looked at through a weight that hands single codes on."""
-    identity = on_device(Layer(torch.eye(64, dtype=torch.int8), 64, ref.Scales(torch.ones(64, 1)), INT8, INT8))
+    identity = on_device(layer_of(torch.eye(64, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8))
     x, ones = rows(50, 64, 2)[None] * 40 + 1000, torch.ones(1, 64, device=DEVICE)
     got = tri.IntegerLinear(identity)(x, modulation=Modulation(0 * ones, 0 * ones))
     expected = F.layer_norm(x.double(), (64,), eps=1e-6)
@@ -200,7 +202,7 @@ def test_layer_norm_and_gelu_are_precise() -> None:
     assert ((got - expected).abs() <= step * 0.5 + 2e-5).all()
     y = torch.linspace(-12, 12, 64, device=DEVICE)
     wide = torch.cat([y, torch.full((1,), 127.0, device=DEVICE)])[None, None]
-    layer = on_device(Layer(torch.eye(64, 65, dtype=torch.int8), 65, ref.Scales(torch.ones(64, 1)), INT8, INT8))
+    layer = on_device(layer_of(torch.eye(64, 65, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8))
     rounded = wide[0, :, :64].round().double()
     got = tri.IntegerLinear(layer)(wide, gelu=True)[0]
     assert (got - F.gelu(rounded, approximate="tanh")).abs().max() < 2e-6
@@ -211,13 +213,13 @@ def test_weight_only() -> None:
     for seed, (M, O, I, _) in enumerate(shapes(12, seed=5)):
         form = WEIGHT_FORMATS[names[seed % 4]]
         columns = 64 * (1 + I // 64) if form.bits == 4 else I
-        layer = random_layer(O, columns, 0, form, seed)
-        layer = on_device(Layer(layer.stored, columns, layer.scales, form, None, layer.bias))
-        assert tri.WeightOnlyLinear.takes(layer) and not tri.IntegerLinear.takes(layer)
+        layer = with_spec(random_layer(O, columns, 0, form, seed), act=None, scaled=False, shifted=False)
+        layer = on_device(layer.without("in_"))
+        assert not backend.unsupported(layer.spec, layer.shape, DEVICE)
         x = rows(M, columns, seed)
-        weight = ref.dequantize(layer.codes(), layer.scales, form).double()
+        weight = ref.matrix(layer).double()
         bias = torch.zeros(O, device=DEVICE) if layer.bias is None else layer.bias
-        got = tri.WeightOnlyLinear(layer)(x[None])[0].double()
+        got = tri.weight_only(layer)(x[None])[0].double()
         split = 0 if INTERPRETED else U_BF16**2  # x as the sum of two bfloat16
         bound = ((columns + 4) * U + split) * (x.abs().double() @ weight.abs().T) + U * bias.abs() + 1e-30
         assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
@@ -225,7 +227,7 @@ def test_weight_only() -> None:
 
 @pytest.mark.parametrize("preset", ["w8a8", "w4a4"])
 def test_whole_model(tiny: DiT, preset: str) -> None:
-    """Every layer, the steps around them and the conditioning; see test_triton.py for the digits on a GPU."""
+    """Every layer, the steps around them and the conditioning; see test_cuda.py for the digits on a GPU."""
     recipe = recipe_for(preset, smoothing=0, low_rank="svd", rounding="nearest", centre=False, search_scales=False)
     quantize_(tiny, dit_config(recipe))
     g = torch.Generator().manual_seed(1)

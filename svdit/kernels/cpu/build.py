@@ -1,8 +1,8 @@
 """The kernels in C as one shared library: the installed one, or compiled at first use into the user's cache.
 
-It holds every instruction set of this kind of processor; cpu.py chooses. A library is used only if it was made from
-exactly the sources that lie beside this file. SVDIT_KERNELS names another library instead (`make sanitize` does),
-CC another compiler.
+It holds every instruction set of this kind of processor; ffi.py chooses. A library is used only if it was compiled
+from exactly the sources in csrc/. SVDIT_KERNELS names another library instead (`make sanitize` does), CC another
+compiler.
 """
 
 import ctypes
@@ -24,16 +24,32 @@ class MissingKernelsError(Exception):
     """Why there is no library."""
 
 
-@cache
 def library() -> ctypes.CDLL:
-    """The library; MissingKernelsError says why there is none."""
+    """The library. Raises MissingKernelsError, with the reason, where there is none."""
+    result = _attempt()
+    if isinstance(result, str):
+        raise MissingKernelsError(result)
+    return result
+
+
+@cache
+def _attempt() -> ctypes.CDLL | str:
+    """The library or why there is none, so that a failing compiler runs only once per process."""
+    try:
+        return _find()
+    except MissingKernelsError as error:
+        return str(error)
+
+
+def _find() -> ctypes.CDLL:
     torch.get_num_threads()
     before = openmp_runtimes()
     lib = _load(os.environ["SVDIT_KERNELS"]) if "SVDIT_KERNELS" in os.environ else _installed() or _cached()
     if lib is None:
-        raise MissingKernelsError(f"{os.environ['SVDIT_KERNELS']} was not made from these sources; unset SVDIT_KERNELS")
+        path = os.environ.get("SVDIT_KERNELS", "the compiled library")
+        raise MissingKernelsError(f"{path} was not made from these sources; unset SVDIT_KERNELS")
     if before and openmp_runtimes() != before:
-        raise MissingKernelsError(f"the kernels brought a second OpenMP runtime beside torch's {', '.join(before)}")
+        raise MissingKernelsError(f"the kernels loaded a second OpenMP runtime beside torch's {', '.join(before)}")
     return lib
 
 
@@ -62,38 +78,36 @@ def _installed() -> ctypes.CDLL | None:
     return None
 
 
-def _cached() -> ctypes.CDLL:
+def _cached() -> ctypes.CDLL | None:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     path = root / "svdit" / f"kernels-{source_hash()}.so"
     if not path.exists():
         compile_library(path)
-    lib = _load(path)
-    assert lib is not None, f"{path} is named after these sources"
-    return lib
+    return _load(path)
 
 
 def compile_library(path: Path, extra: Sequence[str] = ()) -> None:
-    """Compile the sources into `path`, with `extra` flags."""
+    """Compile the sources into `path`, with `extra` flags. Raises MissingKernelsError where that fails."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise MissingKernelsError("there is no C compiler (cc, gcc or clang); install one for fast inference")
     print(f"compiling the CPU kernels with {compiler}, once", file=sys.stderr)
     define = f'-DSVDIT_SOURCE="{source_hash()}"'
     with tempfile.TemporaryDirectory() as folder:
-        steps = [(source, Path(folder) / f"{Path(source).stem}.o") for source in files()]
+        objects = [(source, Path(folder) / f"{Path(source).stem}.o") for source in files()]
         flags = [*compiler.split(), *FLAGS, *extra]
-        _run([[*flags, define, "-c", source, "-o", str(made)] for source, made in steps])
+        _run([[*flags, define, "-c", source, "-o", str(made)] for source, made in objects])
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             fresh = path.with_name(f"{path.name}.{os.getpid()}")
-            _run([[*flags, "-shared", *(str(made) for _, made in steps), "-lm", "-o", str(fresh)]])
+            _run([[*flags, "-shared", *(str(made) for _, made in objects), "-lm", "-o", str(fresh)]])
             fresh.replace(path)
         except OSError as error:
             raise MissingKernelsError(f"{path} cannot be written ({error})") from error
 
 
 def _run(commands: list[list[str]]) -> None:
-    """All commands side by side."""
+    """Run all commands in parallel."""
     try:
         running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
     except OSError as error:

@@ -1,11 +1,12 @@
-"""The library of C kernels as Python calls it: instruction sets, structures, pointers. What is computed: cpu.py.
+"""The library of C kernels as Python calls it: instruction sets, structures, pointers. What is computed: linear.py.
 
-Every pointer that goes down is taken from a tensor whose type, shape and layout were asserted in `pointer`.
+Every pointer passed down comes from a tensor whose device, type, shape and layout `pointer` or `row_pointer` checked,
+or that was allocated here. The checks raise ValueError, also under `python -O`.
 """
 
 import os
 import time
-from ctypes import POINTER, Structure, c_int64, c_void_p, sizeof
+from ctypes import POINTER, Structure, c_int, c_int64, c_void_p, sizeof
 from functools import cache
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from svdit.errors import UserError
+from svdit.kernels import reference as ref
 from svdit.kernels.cpu.build import MissingKernelsError, library
 from svdit.kernels.layer import Layer
 
 DEPTH_STEP = 16
-ISAS: dict[str, tuple[str, ...]] = {  # best first; what torch.cpu.get_capabilities() must say
+ISAS: dict[str, tuple[str, ...]] = {  # best first; the capabilities each needs, by torch.cpu.get_capabilities()
     "avx512bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16", "fma3"),
     "avx512vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3"),
     "avxvnni": ("avx2", "fma3", "avx_vnni"),
@@ -31,7 +33,7 @@ def _structure(name: str, integers: str, pointers: str) -> type[Structure]:
     return type(name, (Structure,), {"_fields_": fields})
 
 
-# As in csrc/kernels.h.
+# The structures of csrc/kernels.h, field by field.
 Rows = _structure(
     "Rows",
     "rows depth tokens stride hadamard rank group lo hi offset wide bf16",
@@ -42,15 +44,6 @@ Product = _structure(
     "rows depth outputs tokens stride rank bits gelu group floats offset row_steps bf16",
     "codes low steps weight multiples offsets channel bias l1 gate residual out",
 )
-
-
-@cache
-def isas() -> list[str]:
-    """Instruction sets of this processor, best first."""
-    has = torch.cpu.get_capabilities()
-    return [isa for isa, needs in ISAS.items() if all(has.get(need, False) for need in needs)]
-
-
 Attention = _structure("Attention", "images tokens heads head", "qkv out")
 WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
 Packing = _structure("Packing", "outputs depth bits group", "stored multiples weight sums")
@@ -68,6 +61,13 @@ SIGNATURES = {
 }
 
 
+@cache
+def isas() -> list[str]:
+    """Instruction sets of this processor, best first."""
+    has = torch.cpu.get_capabilities()
+    return [isa for isa, needs in ISAS.items() if all(has.get(need, False) for need in needs)]
+
+
 class Kernels:
     """The functions of one instruction set and the shapes of its tiles."""
 
@@ -76,57 +76,62 @@ class Kernels:
         numbers = (c_int64 * 9)()
         self.call("geometry", numbers)
         self.panel, self.low_panel, self.wide, pairs, *sizes = numbers
-        assert sizes == [sizeof(kind) for kind in STRUCTURES], "kernels.h says otherwise"
+        if sizes != [sizeof(kind) for kind in STRUCTURES]:
+            raise RuntimeError(f"structures of csrc/kernels.h have {sizes} bytes; make those of ffi.py match")
         self.low_dtype = torch.bfloat16 if pairs else torch.float32
 
     def call(self, name: str, *arguments: Any) -> None:
-        """The function `name` of this instruction set."""
+        """The function `name` of this instruction set. Raises MemoryError where it cannot allocate its buffers."""
         function = getattr(self.lib, f"{name}_{self.isa}")
-        function.argtypes, function.restype = SIGNATURES[name], None
-        function(*arguments)
+        function.argtypes, function.restype = SIGNATURES[name], c_int
+        if function(*arguments):
+            raise MemoryError(f"the CPU kernel {name} cannot allocate its buffers")
 
     def pack_weight(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """The weight in panels, and the sums of its integers (O,) int32."""
-        (O, I), bits = layer.shape, layer.weight.bits
-        count = padded(O, self.panel) * padded(I, DEPTH_STEP) * bits // 8
-        packed, sums = (
-            torch.full((count,), 0x88 if bits == 4 else 0, dtype=torch.uint8),
-            torch.empty(O, dtype=torch.int32),
-        )
-        call = Packing(outputs=O, depth=I, bits=bits, group=layer.weight.group)
-        stored = layer.stored.contiguous()
-        call.stored = pointer(stored, torch.int8 if bits == 8 else torch.uint8, (O, -(-I * bits // 8)))
-        if layer.weight.scale == "int8":
-            groups = layer.scales.groups.contiguous()
-            call.multiples = pointer(groups, torch.int8, (O, layer.weight.groups(I)))
+        """The weight in panels, bytes (n,), and the sums of its integers (O,) int32."""
+        (O, I), form, scales = layer.shape, layer.form("residual"), ref.layer_scales(layer)
+        count = padded(O, self.panel) * padded(I, DEPTH_STEP) * form.bits // 8
+        packed = torch.full((count,), 0x88 if form.bits == 4 else 0, dtype=torch.uint8, device="cpu")
+        sums = torch.empty(O, dtype=torch.int32, device="cpu")
+        call = Packing(outputs=O, depth=I, bits=form.bits, group=form.group)
+        codes = layer.tensors["residual_codes"].contiguous()
+        call.stored = pointer(codes, torch.int8 if form.bits == 8 else torch.uint8, (O, -(-I * form.bits // 8)))
+        groups = scales.groups.contiguous()
+        if form.scale == "int8":
+            call.multiples = pointer(groups, torch.int8, (O, form.groups(I)))
         call.weight, call.sums = packed.data_ptr(), sums.data_ptr()
         self.call("pack_weight", call)
         return packed, sums
 
-    def pack_factor(self, factor: Tensor, width: int, step: int) -> Tensor:
-        """bf16 (O, R) to panels of `width` outputs, R padded to a multiple of `step`."""
-        O, R = factor.shape
+    def pack_factor(self, factor: Tensor, shape: tuple[int, int], width: int, step: int) -> Tensor:
+        """A factor (O, R), rounded to bf16, to panels (n,) of `width` outputs, R padded to a multiple of `step`."""
+        (O, R), factor = shape, factor.bfloat16().contiguous()
         depth = padded(R, step)
-        packed = torch.zeros(padded(O, width) * depth, dtype=torch.bfloat16)
+        packed = torch.zeros(padded(O, width) * depth, dtype=torch.bfloat16, device="cpu")
         self.call("pack_factor", pointer(factor, torch.bfloat16, (O, R)), O, R, depth, width, packed.data_ptr())
         return packed
 
 
 @cache
 def kernels(isa: str | None = None) -> Kernels:
-    """Those of `isa`, or of SVDIT_ISA, or the best of this processor. MissingKernelsError where there is no library."""
+    """Those of `isa`, or of SVDIT_ISA, or the best of this processor.
+
+    Raises MissingKernelsError where there is no library, UserError for an instruction set this processor lacks.
+    """
     isa = isa or os.environ.get("SVDIT_ISA") or isas()[0]
     if isa not in isas():
         raise UserError(f"SVDIT_ISA is {isa}, but this processor has {', '.join(isas())}")
     return Kernels(isa)
 
 
-def why_not() -> str:
-    """Why the kernels cannot be used here; empty where they can."""
+def missing(device: torch.device = torch.device("cpu")) -> str:  # noqa: B008
+    """Why the kernels are unavailable on `device`; empty where they are available."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
     try:
         kernels()
-    except MissingKernelsError as missing:
-        return str(missing)
+    except MissingKernelsError as error:
+        return str(error)
     return ""
 
 
@@ -137,29 +142,35 @@ def padded(n: int, step: int) -> int:
 
 def pad(x: Tensor, length: int) -> Tensor:
     """x (n,) followed by zeros, (length,) fp32."""
-    out = torch.zeros(length)
+    out = torch.zeros(length, dtype=torch.float32, device="cpu")
     out[: len(x)] = x
     return out
 
 
 def pointer(x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int | None:
-    """The address of x, checked; None for None."""
+    """The address of x, checked to be contiguous and of that shape (M, …); None for None."""
     if x is None:
         return None
-    assert x.device.type == "cpu" and x.dtype == dtype, f"{x.dtype} on {x.device} where {dtype} is needed on the CPU"
-    assert x.shape == shape and x.is_contiguous(), f"{tuple(x.shape)} with strides {x.stride()} where {shape} is needed"
+    if x.device.type != "cpu" or x.dtype != dtype:
+        raise ValueError(f"got {x.dtype} on {x.device}, expected {dtype} on the CPU")
+    if x.shape != shape or not x.is_contiguous():
+        raise ValueError(f"got {tuple(x.shape)} with strides {x.stride()}, expected a contiguous {shape}")
     return x.data_ptr()
 
 
 def row_pointer(x: Tensor, images: int, columns: int, stride: int) -> int:
-    """The address of x (images, columns), whose rows lie `stride` apart, checked."""
-    assert x.device.type == "cpu" and x.dtype == torch.float32 and x.shape == (images, columns), f"{x.dtype} {x.shape}"
-    assert x.stride(1) == 1 and (images == 1 or x.stride(0) == stride), f"strides {x.stride()} where {stride} is needed"
+    """The address of x (images, columns), fp32, checked to have rows `stride` apart."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape != (images, columns):
+        raise ValueError(
+            f"got {x.dtype} {tuple(x.shape)} on {x.device}, expected float32 {(images, columns)} on the CPU"
+        )
+    if x.stride(1) != 1 or (images > 1 and x.stride(0) != stride):
+        raise ValueError(f"got strides {x.stride()}, expected ({stride}, 1)")
     return x.data_ptr()
 
 
 def peak(kernels: Kernels, integers: bool, repeats: int = 20_000_000) -> float:
-    """Operations a second (a multiply-add is two) of all threads out of registers, for benchmarks."""
+    """Operations per second (a multiply-add is two) of all threads on registers, for benchmarks."""
     lanes = c_int64()
     start = time.perf_counter()
     kernels.call("peak", Peak(repeats=repeats, integers=integers), lanes)

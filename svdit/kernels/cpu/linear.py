@@ -1,15 +1,15 @@
-"""The C kernels as operations on tensors: a packed layer, attention.
+"""The C kernels as operations on tensors: packed layers, attention.
 
-Integers are those of reference.py. Where the processor has bf16 dot products (avx512bf16, and portable, which
-mirrors it), attention and what `inner` layers hand on are bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it;
-elsewhere all is fp32.
+Integers equal those of reference.py. Where the processor has bf16 dot products (avx512bf16, and portable, which
+emulates it), attention and the outputs of `inner` layers are bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it;
+elsewhere everything is fp32. Factors are rounded to bf16, unless they are stored so: 2^−9 relative per element.
 """
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from svdit.kernels import generic
+from svdit.kernels import reference as ref
 from svdit.kernels.cpu.ffi import (
     DEPTH_STEP,
     Attention,
@@ -17,93 +17,126 @@ from svdit.kernels.cpu.ffi import (
     Product,
     Rows,
     WeightOnly,
+    kernels,
     pad,
     padded,
     pointer,
     row_pointer,
 )
 from svdit.kernels.formats import Format
-from svdit.kernels.layer import Composed, Layer, Modulation, Residual
+from svdit.kernels.layer import Layer, Linear, LinearSpec, Modulation, Residual
 
-GROUPS = (16, 32, 64, 128, 256)  # that are added up in fp32
-CHUNK = 32  # columns that WeightOnlyLinear reads at once
-EXACT_IN_BF16 = (torch.bfloat16, torch.int8)
+GROUPS = (16, 32, 64, 128, 256)  # group sizes that are summed in fp32
+CHUNK = 32  # columns that the weight-only kernel reads at once
+
+
+def unsupported(spec: LinearSpec, shape: tuple[int, int], device: torch.device) -> str:
+    """Why the kernels do not support a layer of this spec and shape (O, I); empty where they do."""
+    form = spec.weight
+    if form is None:
+        return generic.FACTORS_ONLY
+    if form.element != "int" or form.span == "unsigned" or form.bits not in (4, 8):
+        return f"the CPU kernels read signed integer weights, not {form}"
+    return _integer(spec, spec.act, form) if spec.act else _weight_only(form, shape[1])
+
+
+def _integer(spec: LinearSpec, act: Format, form: Format) -> str:
+    """Integers of 4 or 8 bits, with one scale per row or scales per group that bf16 represents."""
+    if act != Format(8) and (act.element, act.bits, act.scale) != ("int", 4, "bf16"):
+        return f"the CPU kernels read INT8 activations or INT4 groups, not {act}"
+    if "affine" in (act.span, form.span):
+        return "the CPU kernels have no zero points beside quantized activations"
+    if generic.has_integers(spec) and not act.group:
+        return "" if form.group % 8 == 0 else f"groups of {form.group} are not a multiple of 8"
+    sizes = sorted({form.group, act.group} - {0})
+    if any(size not in GROUPS for size in sizes):
+        return f"the CPU kernels sum groups of {', '.join(map(str, GROUPS))}, not {' and '.join(map(str, sizes))}"
+    stored = not form.group or form.scale in ("bf16", "int8")
+    return "" if stored else f"the CPU kernels read scales of groups in bf16 or int8, not {form.scale}"
+
+
+def _weight_only(form: Format, I: int) -> str:
+    if form.bits == 4 and I % 2:
+        return f"rows of {I} 4-bit codes do not fill whole bytes"
+    whole = form.groups(I) == 1 or form.group % CHUNK == 0
+    return "" if whole else f"weight-only groups of {form.group} are not a multiple of {CHUNK}"
+
+
+def pack(layer: Layer, inner: bool = False) -> Linear | None:
+    """The layer for these kernels; None where they do not support it."""
+    if unsupported(layer.spec, layer.shape, layer.device):
+        return None
+    return IntegerLinear(layer, kernels(), inner) if layer.spec.act else weight_only(layer, kernels())
 
 
 class IntegerLinear:
     """W8A8, W4A8 and W4A4: codes of activations and low-rank projection, then the integer product with its epilogue."""
 
     def __init__(self, layer: Layer, kernels: Kernels, inner: bool = False) -> None:
-        assert layer.act is not None, "activations without a format"
-        self.kernels, self.shape, self.act = kernels, layer.shape, layer.act
+        spec, form, (O, I) = layer.spec, layer.form("residual"), layer.shape
+        if spec.act is None:
+            raise ValueError("the layer's activations are not quantized")
+        self.kernels, self.shape, self.act = kernels, layer.shape, spec.act
         self.dtype = kernels.low_dtype if inner else torch.float32  # of the output
-        O, I = self.shape
-        self.depth, self.outputs = padded(I, DEPTH_STEP), padded(O, kernels.panel)
-        self.rank = 0 if layer.l1 is None else layer.l1.shape[1]
-        self.group, bits = layer.weight.group or self.act.group, layer.weight.bits
-        self.floats = bool(self.act.group) or not layer.has_integers  # groups are added up in fp32
-        wide = kernels.wide and bits == 8
+        self.depth, self.outputs, self.rank = padded(I, DEPTH_STEP), padded(O, kernels.panel), spec.rank
+        self.group = min({form.group, spec.act.group} - {0}, default=0)  # columns that have the same scales
+        self.floats = bool(spec.act.group) or not generic.has_integers(spec)  # groups are summed in fp32
+        wide = kernels.wide and form.bits == 8
         self.codes = torch.int16 if wide else torch.uint8  # of activations, with an offset that makes bytes unsigned
         self.offset = 0 if wide else 128 if self.act.bits == 8 else -self.act.lo
-        self._keep(layer)
+        self._keep(generic.with_float_factors(layer, torch.bfloat16))
         static = {"depth": I, "rank": self.rank, "offset": self.offset}
         span = {"group": self.act.group, "lo": self.act.lo, "hi": self.act.hi}
         sums = {"group": self.group, "floats": self.floats, "row_steps": self.act.groups(I)}
         inputs = {name: None if x is None else x.data_ptr() for name, x in self.inputs.items()}
         weights = {name: None if x is None else x.data_ptr() for name, x in self.weights.items()}
-        self.rows = Rows(hadamard=layer.hadamard, wide=wide, **span, **static, **inputs)
-        self.product = Product(outputs=O, bits=bits, **sums, **static, **weights)
-
-    @staticmethod
-    def takes(layer: Layer) -> bool:
-        """Whether the kernels compute such a layer: integers of 4 or 8 bits, each with a scale a row or scales of the
-        same groups, which bf16 holds; bf16 factors."""
-        form, act = layer.weight, layer.act
-        if act is None or (act.element, form.element) != ("int", "int") or "affine" in (act.span, form.span):
-            return False
-        rows = act == Format(8) or ((act.bits, act.scale) == (4, "bf16") and act.group in GROUPS)
-        if layer.has_integers and not act.group:
-            stored = form.scale == "fp32" or form.group % 8 == 0
-        else:
-            same = form.group in GROUPS and act.group in (0, form.group)
-            stored = not form.group or (same and layer.scales.groups.dtype in EXACT_IN_BF16)
-        return rows and stored and form.bits in (4, 8) and (layer.l1 is None or layer.l1.dtype == torch.bfloat16)
+        self.rows = Rows(hadamard=spec.hadamard, wide=wide, **span, **static, **inputs)
+        self.product = Product(outputs=O, bits=form.bits, **sums, **static, **weights)
 
     def _keep(self, layer: Layer) -> None:
         """Everything the kernels read, packed; `layer` itself is not kept."""
-        kernels, low = self.kernels, layer.low_rank()
+        kernels, (O, I) = self.kernels, self.shape
         weight, sums = kernels.pack_weight(layer)
-        offsets = torch.zeros(self.outputs, dtype=torch.int32)
-        offsets[: len(sums)] = self.offset * sums
-        self.inputs = {
+        offsets = torch.zeros(self.outputs, dtype=torch.int32, device="cpu")
+        offsets[:O] = self.offset * sums
+        channel = generic.row_steps(layer) if generic.has_integers(layer.spec) else torch.ones(O, device="cpu")
+        self.inputs: dict[str, Tensor | None] = {
             "in_shift": None if layer.in_shift is None else pad(layer.in_shift, self.depth),
             "in_inverse": None if layer.in_scale is None else pad(layer.in_scale.reciprocal(), self.depth),
-            "l2": kernels.pack_factor(low[1].contiguous(), kernels.low_panel, DEPTH_STEP) if low else None,
+            "l2": None,
         }
         self.weights = {
             "weight": weight,
             "multiples": self._multiples(layer) if self.group else None,
             "offsets": offsets,
-            "channel": pad(layer.steps() if layer.has_integers else torch.ones(self.shape[0]), self.outputs),
-            "bias": torch.zeros(self.outputs) if layer.bias is None else pad(layer.bias, self.outputs),
-            "l1": kernels.pack_factor(low[0].contiguous(), kernels.panel, 2) if low else None,
+            "channel": pad(channel, self.outputs),
+            "bias": torch.zeros(self.outputs, device="cpu") if layer.bias is None else pad(layer.bias, self.outputs),
+            "l1": None,
         }
+        if R := self.rank:
+            l1, l2 = layer.tensors["l1"].detach(), layer.tensors["l2"].detach()
+            self.inputs["l2"] = kernels.pack_factor(l2, (R, I), kernels.low_panel, DEPTH_STEP)
+            self.weights["l1"] = kernels.pack_factor(l1, (O, R), kernels.panel, 2)
 
     def _multiples(self, layer: Layer) -> Tensor:
-        """One number a group of the weight, (panels, G, panel): int8, or bf16 where groups are added up in fp32."""
-        groups, panel = layer.scales.groups, self.kernels.panel
-        if not layer.weight.group:
-            groups = torch.ones(len(groups), self.act.groups(self.shape[1]))
-        whole = torch.zeros(self.outputs, groups.shape[1], dtype=torch.bfloat16 if self.floats else torch.int8)
-        whole[: len(groups)] = groups
-        return whole.view(-1, panel, groups.shape[1]).transpose(1, 2).contiguous()
+        """One number per group of columns, (panels, G, panel): int8, or bf16 where groups are summed in fp32."""
+        (O, I), panel = self.shape, self.kernels.panel
+        G = I // self.group
+        whole = torch.zeros(self.outputs, G, dtype=torch.bfloat16 if self.floats else torch.int8, device="cpu")
+        if layer.form("residual").group:
+            groups = ref.layer_scales(layer).groups
+            whole[:O] = groups.repeat_interleave(G // groups.shape[1], 1)  # activations may have smaller groups
+        else:
+            whole[:O] = 1
+        return whole.view(-1, panel, G).transpose(1, 2).contiguous()
 
     def quantize(self, x: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, I) to codes (M, padded I) with the offset, steps (M, groups) and x̂ L2ᵀ (M, padded R)."""
         N, T, I = x.shape
-        codes = torch.empty(N * T, self.depth, dtype=self.codes)
-        steps = torch.empty(N * T, self.act.groups(I))
-        low = torch.empty(N * T, padded(self.rank, self.kernels.low_panel), dtype=self.kernels.low_dtype)
+        codes = torch.empty(N * T, self.depth, dtype=self.codes, device="cpu")
+        steps = torch.empty(N * T, self.act.groups(I), device="cpu")
+        low_rank = padded(self.rank, self.kernels.low_panel)
+        low = torch.empty(N * T, low_rank, dtype=self.kernels.low_dtype, device="cpu")
         call = Rows.from_buffer_copy(self.rows)
         call.rows, call.tokens, call.bf16 = N * T, T, x.dtype == torch.bfloat16
         call.x = pointer(x, torch.bfloat16 if call.bf16 else torch.float32, (N, T, self.shape[1]))
@@ -118,10 +151,10 @@ class IntegerLinear:
     def multiply(
         self, quantized: tuple[Tensor, Tensor, Tensor], N: int, gelu: bool = False, residual: Residual | None = None
     ) -> Tensor:
-        """What `quantize` made of N images to (N, T, O)."""
+        """The results of `quantize` for N images to (N, T, O)."""
         codes, steps, low = quantized
         M, O = len(codes), self.shape[0]
-        out = torch.empty(N, M // N, O, dtype=self.dtype) if residual is None else residual.x
+        out = torch.empty(N, M // N, O, dtype=self.dtype, device="cpu") if residual is None else residual.x
         call = Product.from_buffer_copy(self.product)
         call.rows, call.tokens, call.gelu, call.bf16 = M, M // N, gelu, out.dtype == torch.bfloat16
         call.codes, call.steps, call.low, call.out = (t.data_ptr() for t in (codes, steps, low, out))
@@ -138,38 +171,29 @@ class IntegerLinear:
         return self.multiply(self.quantize(x.contiguous(), modulation), len(x), gelu, residual)
 
 
-class WeightOnlyLinear(Composed):
+def weight_only(layer: Layer, kernels: Kernels) -> Linear:
     """Quantized weights, float activations: rows of weights are decoded where they are used, and stay small."""
+    (O, I), form = layer.shape, layer.form("residual")
+    weight, scales = layer.tensors["residual_codes"].contiguous(), ref.layer_scales(layer).values().contiguous()
+    rest = generic.with_float_factors(layer).without("residual_codes")
 
-    def __init__(self, layer: Layer, kernels: Kernels) -> None:
-        self.kernels, self.shape, self.bits = kernels, layer.shape, layer.weight.bits
-        self.weight, self.scales = layer.stored.contiguous(), layer.scales.values().contiguous()
-        self.layer = replace(layer, stored=self.weight[:0])
+    def product(hat: Tensor) -> Tensor:
+        rows = hat.flatten(0, -2).contiguous()
+        out = torch.empty(len(rows), O, device="cpu")
+        call = WeightOnly(rows=len(rows), depth=I, outputs=O, bits=form.bits, groups=form.groups(I), out=out.data_ptr())
+        call.x, call.bias = pointer(rows, torch.float32, (len(rows), I)), pointer(rest.bias, torch.float32, (O,))
+        call.weight = pointer(weight, torch.int8 if form.bits == 8 else torch.uint8, (O, I * form.bits // 8))
+        call.scales = pointer(scales, torch.float32, (O, form.groups(I)))
+        kernels.call("weigh", call)
+        return generic.less_zero_points(rest, out, rows).view(*hat.shape[:-1], O)
 
-    @staticmethod
-    def takes(layer: Layer) -> bool:
-        """Whether the kernels compute such a layer: floats in, 8- or 4-bit integer codes, groups of whole chunks."""
-        form, I = layer.weight, layer.columns
-        whole = form.groups(I) == 1 or (I // form.groups(I)) % CHUNK == 0
-        stored = form.bits == 8 or (form.bits == 4 and I % 2 == 0)
-        return layer.act is None and form.element == "int" and whole and stored
-
-    def core(self, x: Tensor) -> Tensor:
-        (O, I), layer = self.shape, self.layer
-        hat = layer.transform(x).flatten(0, -2).contiguous()
-        out = torch.empty(len(hat), O)
-        call = WeightOnly(rows=len(hat), depth=I, outputs=O, bits=self.bits, groups=self.scales.shape[1])
-        call.x, call.out = pointer(hat, torch.float32, (len(hat), I)), out.data_ptr()
-        call.weight, call.scales = self.weight.data_ptr(), self.scales.data_ptr()
-        call.bias = None if layer.bias is None else pointer(layer.bias, torch.float32, (O,))
-        self.kernels.call("weigh", call)
-        return layer.completed(out, hat).view(*x.shape[:-1], O)
+    return ref.composed(lambda x: ref.linear(rest, x, product))
 
 
 def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:
     """softmax(q kᵀ / √head) v of (N, T, 3D) in `kernels.low_dtype` to (N, T, D) fp32."""
     N, T, width = qkv.shape
-    out = torch.empty(N, T, width // 3)
+    out = torch.empty(N, T, width // 3, device="cpu")
     call = Attention(images=N, tokens=T, heads=heads, head=width // 3 // heads, out=out.data_ptr())
     call.qkv = pointer(qkv, kernels.low_dtype, (N, T, width))
     kernels.call("attend", call)

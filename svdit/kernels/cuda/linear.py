@@ -1,13 +1,12 @@
-"""Packed layers on a CUDA device through the Triton kernels: launches, tuning, and what they keep.
+"""Packed layers on a CUDA device by the Triton kernels: layouts, launches, tuning.
 
-Tiles are chosen from a small fixed set when a shape is first seen, and remembered on disk by Triton. Under
+Tiles are chosen from a small fixed set by time when a shape is first seen, and cached on disk by Triton. Under
 TRITON_INTERPRET=1, which runs the kernels on CPU tensors for tests, there is one small tile and no bfloat16, which
-the interpreter cannot multiply.
+the interpreter cannot multiply. Tensors are checked before every launch, also under `python -O`.
 """
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from svdit.kernels import generic
+from svdit.kernels import reference as ref
 from svdit.kernels.cuda.gemm import multiply, weigh
 from svdit.kernels.cuda.quantize import quantize_rows
-from svdit.kernels.formats import Format
-from svdit.kernels.layer import Composed, Layer, Modulation, Residual
+from svdit.kernels.layer import Layer, Linear, Modulation, Residual
 
-HALF, INT8, INT4 = 64, Format(8), Format(4, 64, "bf16", "full")
+HALF = 64  # columns that share scales at least, and that a byte of 4-bit weights holds apart
 INTERPRETED = knobs.runtime.interpret
-ROW_TILES = [  # num_warps, num_stages: nothing of them is spilled on sm_90, which tests/kernels/test_cuda.py compiles
+ROW_TILES = [  # num_warps, num_stages: without spilled registers on sm_90: tests/kernels/test_cuda.py compiles them
     triton.Config({"BLOCK_M": m}, num_warps=warps, num_stages=2) for m, warps in ((16, 4), (16, 8), (32, 8), (64, 8))
 ]
 PRODUCT_TILES = [
@@ -35,12 +35,12 @@ PRODUCT_TILE = {"BLOCK_M": 64, "BLOCK_O": 128} if INTERPRETED else {}
 
 
 def product_tiles(tiles: list[Any], _: Any, **how: Any) -> list[Any]:
-    """Those to choose from: with groups, sums are in int32 and in fp32 at once, too many for the largest tile."""
+    """The candidates: with groups, sums are in int32 and in fp32 at once, too many for the largest tile."""
     return tiles[1:] if how["GROUPED"] else tiles
 
 
 def _tuned(kernel: Any, tiles: list[Any], key: str, **options: Any) -> Any:
-    """The kernel with tiles chosen by time; the interpreter is given one."""
+    """The kernel with tiles chosen by time; under the interpreter the kernel itself."""
     return kernel if INTERPRETED else triton.autotune(tiles, key.split(), cache_results=True, **options)(kernel)
 
 
@@ -65,7 +65,7 @@ def widened(x: Tensor, width: int) -> Tensor:
 
 
 def folded(codes: Tensor) -> Tensor:
-    """Codes −8 … 7 (O, width) to bytes (O, width / 2): of 128 columns the first 64 below, the others above."""
+    """Codes −8 … 7 (O, width) to bytes (O, width / 2): of 128 columns the first 64 in low halves, others in high."""
     pairs = (codes + 8).to(torch.uint8).view(len(codes), -1, 2, HALF)
     return (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1).contiguous()
 
@@ -79,19 +79,29 @@ def spread(scales: Tensor, columns: int, width: int) -> Tensor:
 
 def stored_codes(layer: Layer, width: int) -> Tensor:
     """The weight as the kernels read it: int8 (O, width), or bytes (O, width / 2)."""
-    codes = widened(layer.codes(), width)
-    return folded(codes) if layer.weight.bits == 4 else codes
+    codes = widened(ref.layer_codes(layer), width)
+    return folded(codes) if layer.form("residual").bits == 4 else codes
 
 
-def row_distance(part: Tensor, columns: int) -> int:
-    """The distance of rows of a modulation or gate (N, columns), checked."""
-    assert part.dtype == torch.float32 and part.shape[1] == columns, f"{part.dtype} {tuple(part.shape)}"
-    assert part.stride(1) == 1, f"strides {part.stride()} where rows are needed"
+def check_rows(x: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raises ValueError unless x is contiguous and of that shape (N, T, …), on the device of `like`."""
+    if x.shape != shape or not x.is_contiguous() or x.device != like.device:
+        found = f"{tuple(x.shape)} with strides {x.stride()} on {x.device}"
+        raise ValueError(f"got {found}, expected a contiguous {shape} on {like.device}")
+
+
+def row_distance(part: Tensor, images: int, columns: int, like: Tensor) -> int:
+    """The distance between rows of a modulation or gate (images, columns), fp32, checked. Raises ValueError."""
+    if part.dtype != torch.float32 or part.shape != (images, columns) or part.device != like.device:
+        found = f"{part.dtype} {tuple(part.shape)} on {part.device}"
+        raise ValueError(f"got {found}, expected float32 {(images, columns)} on {like.device}")
+    if part.stride(1) != 1:
+        raise ValueError(f"got strides {part.stride()}, expected contiguous rows")
     return part.stride(0)
 
 
 def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """The context of x (…): Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -102,49 +112,46 @@ class IntegerLinear:
     """
 
     def __init__(self, layer: Layer, inner: bool = False) -> None:
-        I = layer.columns
-        assert layer.act is not None, "activations without a format"
-        self.shape, self.hadamard, self.group = layer.shape, layer.hadamard, layer.act.group
-        self.block_k = max(128, layer.hadamard)
-        self.width, self.bits, self.rank, self.block_r = padded(I, self.block_k), layer.weight.bits, 0, 0
+        spec, I = layer.spec, layer.shape[1]
+        if spec.act is None:
+            raise ValueError("the layer's activations are not quantized")
+        self.shape, self.hadamard, self.group = layer.shape, spec.hadamard, spec.act.group
+        self.block_k = max(2 * HALF, spec.hadamard)
+        self.width, self.bits = padded(I, self.block_k), layer.form("residual").bits
+        self.rank, self.block_r = 0, 0
         self.dtype = torch.bfloat16 if inner and not INTERPRETED else torch.float32
         self.weight, self.multiples = stored_codes(layer, self.width), None
-        if layer.weight.scale == "int8":
-            self.multiples = spread(layer.scales.groups, I, self.width)
-        self.channel, self.bias = layer.steps().contiguous(), layer.bias
+        if layer.form("residual").scale == "int8":
+            self.multiples = spread(ref.layer_scales(layer).groups, I, self.width)
+        self.channel, self.bias = generic.row_steps(layer).contiguous(), layer.bias
         self.in_shift = None if layer.in_shift is None else widened(layer.in_shift, self.width)
         self.in_inverse = None if layer.in_scale is None else widened(layer.in_scale.reciprocal(), self.width)
         self.l1: Tensor | None = None
         self.l2: Tensor | None = None
-        if low := layer.low_rank():
-            self._keep_low_rank(*low)
+        if spec.rank:
+            floats = generic.with_float_factors(layer, torch.bfloat16).tensors
+            self._keep_low_rank(floats["l1"], floats["l2"])
 
     def _keep_low_rank(self, l1: Tensor, l2: Tensor) -> None:
         R = l1.shape[1]
-        self.block_r = min(128, max(16, triton.next_power_of_2(R)))  # at once in the rows; the product takes 32
+        self.block_r = min(128, max(16, triton.next_power_of_2(R)))  # at once in the rows; the product reads 32
         self.rank = padded(R, self.block_r)
         dtype = torch.float32 if INTERPRETED else l1.dtype
         self.l1 = widened(l1.to(dtype), self.rank)
         self.l2 = F.pad(l2.to(dtype), (0, self.width - l2.shape[1], 0, self.rank - R)).contiguous()
 
-    @staticmethod
-    def takes(layer: Layer) -> bool:
-        """Whether the kernels compute such a layer: integers of one step a row, tokens of 8 bits or INT4 groups."""
-        form = layer.weight
-        codes = (form.bits == 4 and form.group % HALF == 0) or form == INT8
-        return codes and layer.has_integers and layer.act in (INT8, INT4) and layer.hadamard <= 256
-
     def quantize(self, x: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """x (N, T, I) to codes (M, width), steps (M,) or (M, width / 64), and x̂ L2ᵀ (M, padded R)."""
         N, T, I = x.shape
         M, parts = N * T, self.rank // self.block_r if self.rank else 1
-        assert self.shape[1] == I and x.is_contiguous(), f"{tuple(x.shape)} with strides {x.stride()}"
+        check_rows(x, (N, T, self.shape[1]), self.weight)
         codes = x.new_empty(M, self.width, dtype=torch.int8)
         steps = x.new_empty((M, self.width // HALF) if self.group else (M,), dtype=torch.float32)
         low = None if self.l2 is None else x.new_empty(M, self.rank, dtype=self.l2.dtype)
         shift, scale = modulation or (None, None)
-        stride = 0 if modulation is None else row_distance(modulation.shift, I)
-        assert modulation is None or row_distance(modulation.scale, I) == stride, "shift and scale lie differently"
+        stride = 0 if modulation is None else row_distance(modulation.shift, N, I, x)
+        if modulation is not None and row_distance(modulation.scale, N, I, x) != stride:
+            raise ValueError(f"shift has rows {stride} apart, scale {modulation.scale.stride(0)}; they must be equal")
         with device_of(x):
             ROWS[lambda tile: (triton.cdiv(M, tile["BLOCK_M"]), parts)](
                 x, shift, scale, self.in_shift, self.in_inverse, self.l2, codes, steps, low,
@@ -165,10 +172,10 @@ class IntegerLinear:
     def multiply(
         self, codes: Tensor, steps: Tensor, low: Tensor | None, out: Tensor, gelu: bool, residual: Residual | None
     ) -> None:
-        """What `quantize` gave, to out (N, T, O), which is the residual's x where there is one."""
+        """The results of `quantize` for M rows to out (N, T, O), which is the residual's x where there is one."""
         (N, T, O), M = out.shape, len(codes)
-        assert N * T == M and self.shape[0] == O and out.is_contiguous(), f"{tuple(out.shape)}, strides {out.stride()}"
-        gate, stride = (None, 0) if residual is None else (residual.gate, row_distance(residual.gate, O))
+        check_rows(out, (N, M // N, self.shape[0]), codes)
+        gate, stride = (None, 0) if residual is None else (residual.gate, row_distance(residual.gate, N, O, out))
         with device_of(codes):
             PRODUCT[lambda tile: (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(O, tile["BLOCK_O"]),)](
                 codes, steps, low, self.weight, self.multiples, self.channel, self.bias, self.l1, gate, out,
@@ -177,31 +184,23 @@ class IntegerLinear:
             )  # fmt: skip
 
 
-class WeightOnlyLinear(Composed):
+def weight_only(layer: Layer) -> Linear:
     """Quantized weights, float activations, in fp32: for adaLN, whose weights are read for a few rows."""
+    (O, I), form, values = layer.shape, layer.form("residual"), ref.layer_scales(layer).values()
+    width, grouped = padded(I, 2 * HALF), values.shape[1] > 1
+    weight, scales = stored_codes(layer, width), spread(values, I, width) if grouped else values.flatten().contiguous()
+    rest = generic.with_float_factors(layer).without("residual_codes")
 
-    def __init__(self, layer: Layer) -> None:
-        (_, I), form = layer.shape, layer.weight
-        self.shape, self.width, self.bits = layer.shape, padded(I, 128), form.bits
-        self.weight, values = stored_codes(layer, self.width), layer.scales.values()
-        self.grouped = values.shape[1] > 1
-        self.scales = spread(values, I, self.width) if self.grouped else values.flatten().contiguous()
-        self.layer = replace(layer, stored=self.weight[:0])
-
-    @staticmethod
-    def takes(layer: Layer) -> bool:
-        """Whether the kernel computes such a layer: floats in, 8- or 4-bit integer codes."""
-        form = layer.weight
-        return layer.act is None and form.element == "int" and form.bits in (4, 8) and form.group % HALF == 0
-
-    def core(self, x: Tensor) -> Tensor:
-        (O, I), layer = self.shape, self.layer
-        hat = layer.transform(x).flatten(0, -2).contiguous()
-        M, out = len(hat), hat.new_empty(len(hat), O)
+    def product(hat: Tensor) -> Tensor:
+        rows = hat.flatten(0, -2).contiguous()
+        M, out = len(rows), rows.new_empty(len(rows), O)
+        check_rows(rows, (M, I), weight)
         block_m = min(64, max(16, triton.next_power_of_2(M)))
-        with device_of(x):
+        with device_of(rows):
             weigh[triton.cdiv(O, 64), triton.cdiv(M, block_m)](
-                hat, self.weight, self.scales, layer.bias, out, M, O, I, self.width,
-                BITS=self.bits, GROUPED=self.grouped, SPLIT=not INTERPRETED, BLOCK_M=block_m, BLOCK_O=64,
+                rows, weight, scales, rest.bias, out, M, O, I, width,
+                BITS=form.bits, GROUPED=grouped, SPLIT=not INTERPRETED, BLOCK_M=block_m, BLOCK_O=64,
             )  # fmt: skip
-        return layer.completed(out, hat).view(*x.shape[:-1], O)
+        return generic.less_zero_points(rest, out, rows).view(*hat.shape[:-1], O)
+
+    return ref.composed(lambda x: ref.linear(rest, x, product))

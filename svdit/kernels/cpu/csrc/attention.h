@@ -76,7 +76,7 @@ FN void attend(const Attention *a, int64_t pair, const Head *own)
     }
 }
 
-WORK void attend_some(const Attention *a, int64_t *next)
+WORK int attend_some(const Attention *a, int64_t *next)
 {
     int64_t pairs = a->images * a->heads;
     size_t tokens = (size_t)padded(a->tokens, PANEL), head = (size_t)padded(a->head, LANES);
@@ -84,11 +84,13 @@ WORK void attend_some(const Attention *a, int64_t *next)
         calloc(tokens * head, sizeof(Low)), calloc(tokens * head, sizeof(Low)),
         calloc(TILE_ROWS * head, sizeof(Low)), malloc(TILE_ROWS * tokens * sizeof(float)),
     };
-    for (int64_t pair; (pair = take(next, pairs)) < pairs;) attend(a, pair, &own);
+    int failed = !own.keys || !own.values || !own.queries || !own.scores;
+    for (int64_t pair; !failed && (pair = take(next, pairs)) < pairs;) attend(a, pair, &own);
     free(own.keys);
     free(own.values);
     free(own.queries);
     free(own.scores);
+    return failed;
 }
 
-void EXPORT(attend)(const Attention *a) { PARALLEL(attend_some, a); }
+int EXPORT(attend)(const Attention *a) PARALLEL(attend_some, a)

@@ -27,7 +27,7 @@ typedef struct {
 typedef struct {
     int64_t rows, depth, outputs, tokens, stride, rank, bits, gelu; /* stride: between images of gate */
     int64_t group, floats, offset; /* offset: what Rows added to codes */
-    int64_t row_steps;         /* 1, or depth / group */
+    int64_t row_steps;         /* 1, or the activations' groups per row, a divisor of depth / group */
     int64_t bf16;              /* out is of this type, else float; then there is no residual */
     const void *codes, *low;   /* from Rows */
     const float *steps;        /* (rows, row_steps) */

@@ -238,18 +238,25 @@ FN void low_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS],
     }
 }
 
-/* Run work(arguments, next) on torch's OpenMP threads. Pieces are taken from the counter `next` until none is left, for
-   cores are not equally fast: some are shared with others, some are small ones. */
+/* The body of an exported function: run work(arguments, next) on torch's OpenMP threads, return 0, or 1 where a thread
+   could not allocate its buffers. Pieces are claimed from the counter `next`, because cores differ in speed (SMT
+   siblings, E-cores). */
 #ifdef _OPENMP
-#define PARALLEL(work, arguments) int64_t next = 0; _Pragma("omp parallel") work(arguments, &next)
+#define PARALLEL(work, arguments) \
+    { \
+        int64_t next = 0; \
+        int failed = 0; \
+        _Pragma("omp parallel reduction(|:failed)") failed |= work(arguments, &next); \
+        return failed; \
+    }
 FN int64_t team(void) { return omp_get_num_threads(); }
 #else
-#define PARALLEL(work, arguments) int64_t next = 0; work(arguments, &next)
+#define PARALLEL(work, arguments) { int64_t next = 0; return work(arguments, &next); }
 FN int64_t team(void) { return 1; }
 #endif
 
-/* The next of so many pieces, `pieces` when none is left. Threads begin far apart, for neighbouring pieces write
-   neighbouring memory, which cores would take from each other by fetching ahead. */
+/* The next of `pieces` pieces; returns `pieces` when none is left. Threads start far apart: adjacent pieces would cause
+   false sharing through the prefetcher. */
 FN int64_t take(int64_t *next, int64_t pieces)
 {
     int64_t threads = team(), stretch = padded(pieces, threads) / threads, turn, piece;

@@ -50,7 +50,7 @@ FN void pack_nibbles(const Packing *p, int64_t first, int64_t outputs)
         }
 }
 
-WORK void pack_some(const Packing *shared, int64_t *next)
+WORK int pack_some(const Packing *shared, int64_t *next)
 {
     const Packing kept = *shared, *p = &kept;
     int64_t panels = padded(p->outputs, PANEL) / PANEL;
@@ -59,23 +59,26 @@ WORK void pack_some(const Packing *shared, int64_t *next)
         if (p->bits == 8) pack_bytes(p, first, outputs);
         else pack_nibbles(p, first, outputs);
     }
+    return 0;
 }
 
-void EXPORT(pack_weight)(const Packing *p) { PARALLEL(pack_some, p); }
+int EXPORT(pack_weight)(const Packing *p) PARALLEL(pack_some, p)
 
 /* bf16 (outputs, depth) to panels (…, padded depth / 2, width, 2): width PANEL for L1, LOW_PANEL for L2. */
-TARGET void EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t depth, int64_t padded_depth,
+TARGET int EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t depth, int64_t padded_depth,
                                 int64_t width, uint16_t *to)
 {
     for (int64_t n = 0; n < outputs; n++)
         for (int64_t k = 0; k < depth; k++)
             to[n / width * width * padded_depth + (k / 2 * width + n % width) * 2 + k % 2] = factor[n * depth + k];
+    return 0;
 }
 
 /* What cpu.py must know and agree with: shapes of tiles, WIDE, whether `low` holds bf16, sizes of arguments. */
-void EXPORT(geometry)(int64_t *to)
+int EXPORT(geometry)(int64_t *to)
 {
     int64_t numbers[] = {PANEL, LOW_PANEL, WIDE, PAIRS,
                          sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly), sizeof(Packing)};
     memcpy(to, numbers, sizeof numbers);
+    return 0;
 }

@@ -82,7 +82,7 @@ FN void expand_starts(const Product *p, int64_t size, Expanded to)
         }
 }
 
-/* Panel number `panel` of the weight, groups of `size` columns, into the room of `own`. */
+/* Panel number `panel` of the weight, groups of `size` columns, into the buffers of `own`. */
 FN Expanded expand(const Product *p, int64_t panel, int64_t size, Expanded own)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP);
@@ -94,10 +94,12 @@ FN Expanded expand(const Product *p, int64_t panel, int64_t size, Expanded own)
     return own;
 }
 
-/* Room for one panel: `bytes` of codes, and what goes with `groups`. */
+/* A buffer for one panel: `bytes` of codes, and the numbers of `groups`; `multiples`, its start, is null where there is
+   no memory. */
 FN Expanded new_panel(int64_t bytes, int64_t groups)
 {
     size_t each = (size_t)padded(groups * TILE_VECTORS * (int64_t)sizeof(VI), 64);
-    char *room = aligned_alloc(64, (size_t)padded(bytes, 64) + 3 * each);
-    return (Expanded){room + 3 * each, (VI *)room, (VF *)(room + each), (VI *)(room + 2 * each)};
+    char *buffer = aligned_alloc(64, (size_t)padded(bytes, 64) + 3 * each);
+    if (!buffer) return (Expanded){0};
+    return (Expanded){buffer + 3 * each, (VI *)buffer, (VF *)(buffer + each), (VI *)(buffer + 2 * each)};
 }

@@ -10,7 +10,7 @@ typedef struct {
 #define KEEP(x) __asm__ volatile("" : : "m"(x) : "memory")
 #endif
 
-WORK void peak_some(const Peak *p, int64_t *next)
+WORK int peak_some(const Peak *p, int64_t *next)
 {
     VI sums[TILE_ROWS * TILE_VECTORS] = {0}, a = splat_int((int32_t)take(next, team()) + 0x01020304), b[TILE_VECTORS];
     VF totals[TILE_ROWS * TILE_VECTORS] = {0}, x = splat(1e-3f), y = splat(1e-3f);
@@ -26,7 +26,12 @@ WORK void peak_some(const Peak *p, int64_t *next)
             totals[i] += x * y;
         }
     UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) { KEEP(sums[i]); KEEP(totals[i]); }
+    return 0;
 }
 
-/* Adds up TILE_ROWS · TILE_VECTORS · LANES lanes a repeat: `lanes` gets that number. */
-void EXPORT(peak)(const Peak *p, int64_t *lanes) { *lanes = TILE_ROWS * TILE_VECTORS * LANES; PARALLEL(peak_some, p); }
+/* Every repeat updates TILE_ROWS · TILE_VECTORS · LANES lanes, a number that is returned in `lanes`. */
+int EXPORT(peak)(const Peak *p, int64_t *lanes)
+{
+    *lanes = TILE_ROWS * TILE_VECTORS * LANES;
+    PARALLEL(peak_some, p)
+}

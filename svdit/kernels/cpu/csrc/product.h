@@ -53,8 +53,9 @@ FN void small_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_
 FN void grouped_sums(VF y[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_ROWS], const float *const steps[TILE_ROWS],
                      Expanded b, const Product *p)
 {
-    int64_t lanes = p->group / (p->bits == 4 ? 4 : CODES);
-    for (int64_t g = 0; g < p->depth / p->group; g++) {
+    int64_t lanes = p->group / (p->bits == 4 ? 4 : CODES), groups = p->depth / p->group;
+    int64_t share = groups / p->row_steps, left = share, at = 0; /* `share` groups have the same step of activations */
+    for (int64_t g = 0; g < groups; g++) {
         VI acc[TILE_ROWS][TILE_VECTORS];
         UNROLL for (int i = 0; i < TILE_ROWS; i++)
             UNROLL for (int j = 0; j < TILE_VECTORS; j++) acc[i][j] = b.starts[g * TILE_VECTORS + j];
@@ -67,10 +68,11 @@ FN void grouped_sums(VF y[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_
 #endif
             integer_sums(acc, a, b.codes, g * lanes, (g + 1) * lanes);
         UNROLL for (int i = 0; i < TILE_ROWS; i++) {
-            float step = steps[i][p->row_steps > 1 ? g : 0];
+            float step = steps[i][at];
             UNROLL for (int j = 0; j < TILE_VECTORS; j++)
                 y[i][j] += __builtin_convertvector(acc[i][j], VF) * (b.scales[g * TILE_VECTORS + j] * step);
         }
+        if (!--left) left = share, at++;
     }
 }
 
@@ -133,13 +135,14 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
     }
 }
 
-WORK void multiply_some(const Product *shared, int64_t *next)
+WORK int multiply_some(const Product *shared, int64_t *next)
 {
     const Product kept = *shared, *p = &kept; /* which no store can change */
     int64_t Kp = padded(p->depth, DEPTH_STEP), panels = padded(p->outputs, PANEL) / PANEL;
     int64_t size = p->group ? p->group : p->depth;
     int64_t tiles = padded(p->rows, TILE_ROWS) / TILE_ROWS, parts = padded(4 * team(), panels) / panels;
     Expanded own = new_panel(PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size), b = own;
+    if (!own.multiples) return 1;
     parts = least(parts, padded(tiles, 8) / 8); /* of the rows, where panels are few for so many threads */
     for (int64_t piece, last = -1, panel; (piece = take(next, panels * parts)) < panels * parts; last = panel) {
         int64_t part = piece % parts;
@@ -148,7 +151,8 @@ WORK void multiply_some(const Product *shared, int64_t *next)
         for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; tile++)
             product_tile(p, b, panel, tile * TILE_ROWS);
     }
-    free(own.multiples); /* the beginning of its room */
+    free(own.multiples); /* the start of the buffer */
+    return 0;
 }
 
-void EXPORT(multiply)(const Product *p) { PARALLEL(multiply_some, p); }
+int EXPORT(multiply)(const Product *p) PARALLEL(multiply_some, p)

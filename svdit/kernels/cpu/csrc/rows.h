@@ -212,13 +212,14 @@ FN void quantize_groups(const Rows *r, const float *hat, int64_t m)
     for (int64_t g = 0; g < groups; g++) steps[g] += sum(poison);
 }
 
-WORK void quantize_some(const Rows *shared, int64_t *next)
+WORK int quantize_some(const Rows *shared, int64_t *next)
 {
     const Rows kept = *shared, *r = &kept; /* which no store can change, so that it stays in registers */
     int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), blocks = padded(r->rows, TILE_ROWS) / TILE_ROWS;
     float *hat = malloc(TILE_ROWS * (size_t)Kp * sizeof(float));
     Low *half = PAIRS && r->rank ? malloc(TILE_ROWS * (size_t)Kp * sizeof(Low)) : 0;
-    for (int64_t block; (block = take(next, blocks)) < blocks;) {
+    int failed = !hat || (PAIRS && r->rank && !half);
+    for (int64_t block; !failed && (block = take(next, blocks)) < blocks;) {
         int64_t m0 = block * TILE_ROWS, rows = least(TILE_ROWS, r->rows - m0);
         const Low *a[TILE_ROWS];
         for (int64_t i = 0; i < rows; i++) {
@@ -242,6 +243,7 @@ WORK void quantize_some(const Rows *shared, int64_t *next)
     }
     free(hat);
     free(half);
+    return failed;
 }
 
-void EXPORT(quantize_rows)(const Rows *r) { PARALLEL(quantize_some, r); }
+int EXPORT(quantize_rows)(const Rows *r) PARALLEL(quantize_some, r)

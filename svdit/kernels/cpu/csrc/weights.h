@@ -63,11 +63,12 @@ FN void few_sums(VF acc[2][FOUR], const WeightOnly *w, const float *const x[2], 
     }
 }
 
-WORK void weigh_some(const WeightOnly *shared, int64_t *next)
+WORK int weigh_some(const WeightOnly *shared, int64_t *next)
 {
     const WeightOnly kept = *shared, *w = &kept;
     int64_t K = w->depth, Kp = padded(K, CHUNK), pieces = padded(w->outputs, ROWS) / ROWS;
     float *x = malloc((size_t)(w->rows * Kp) * sizeof(float));
+    if (!x) return 1;
     for (int64_t m = 0; m < w->rows; m++) arrange(x + m * Kp, w->x + m * K, K, w->bits);
     for (int64_t piece; (piece = take(next, pieces)) < pieces;)
         for (int64_t n0 = piece * ROWS; n0 < least(piece * ROWS + ROWS, w->outputs); n0 += FOUR)
@@ -81,6 +82,7 @@ WORK void weigh_some(const WeightOnly *shared, int64_t *next)
                         w->out[(m + i) * w->outputs + n] = sum(acc[i][n % FOUR]) + (w->bias ? w->bias[n] : 0);
             }
     free(x);
+    return 0;
 }
 
-void EXPORT(weigh)(const WeightOnly *w) { PARALLEL(weigh_some, w); }
+int EXPORT(weigh)(const WeightOnly *w) PARALLEL(weigh_some, w)

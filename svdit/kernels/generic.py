@@ -1,0 +1,120 @@
+"""Backends from torch operations, on any device: `reference`, `dequant`, `torch-int8`; and what every backend prepares.
+
+None of them fuses anything. `dequant` supports every format and is the fallback of all others.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from svdit.kernels import reference as ref
+from svdit.kernels.formats import Format
+from svdit.kernels.layer import Layer, Linear, LinearSpec
+
+FACTORS_ONLY = "two factors and no quantized weight"
+
+
+def reference(layer: Layer, inner: bool = False) -> Linear:
+    """The definition itself; weights are decoded at every call."""
+    return ref.composed(partial(ref.linear, layer))
+
+
+def dequantized(layer: Layer, inner: bool = False) -> Linear:
+    """Weights decoded once to fp32, activations quantized as the layer says; factors without a residual stay codes."""
+    if layer.spec.weight is None:
+        return reference(layer)
+    weight, act = ref.matrix(layer), layer.spec.act
+    rest = with_float_factors(layer).without("residual")
+
+    def product(hat: Tensor) -> Tensor:
+        return F.linear(ref.fake_quantize(hat, act) if act else hat, weight, rest.bias)
+
+    return ref.composed(lambda x: ref.linear(rest, x, product))
+
+
+def torch_int8(layer: Layer, inner: bool = False) -> Linear | None:
+    """The integer product by torch._int_mm, which is exact on processors with VNNI only: elsewhere it saturates."""
+    if torch_int8_unsupported(layer.spec, layer.shape, layer.device):
+        return None
+    weight, channel = integers(layer).t().contiguous(), row_steps(layer)
+    rest = with_float_factors(layer).without("residual")
+
+    def product(hat: Tensor) -> Tensor:
+        codes, scales = ref.quantize(hat.flatten(0, -2), Format(8))
+        y = torch._int_mm(codes, weight).float() * scales.groups * channel
+        return (y if rest.bias is None else y + rest.bias).view(*hat.shape[:-1], -1)
+
+    return ref.composed(lambda x: ref.linear(rest, x, product))
+
+
+def torch_int8_missing(device: torch.device) -> str:
+    """Why `torch_int8` is unavailable on `device`; empty where it is available."""
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    has = torch.cpu.get_capabilities()
+    return "" if has.get("avx512_vnni") or has.get("avx_vnni") else "without VNNI torch's integer product saturates"
+
+
+def torch_int8_unsupported(spec: LinearSpec, shape: tuple[int, int], device: torch.device) -> str:
+    """Why `torch_int8` does not support a layer of this spec; empty where it does."""
+    if spec.weight is None:
+        return FACTORS_ONLY
+    if not has_integers(spec):
+        return f"{spec.weight} weights are not integers with one scale per row"
+    return "" if spec.act == Format(8) else f"activations are {spec.act or 'not quantized'}, not INT8"
+
+
+def has_integers(spec: LinearSpec) -> bool:
+    """Whether the weights are integers times one number per row, two-level scales multiplied out."""
+    form = spec.weight
+    if form is None or form.element != "int" or form.span in ("affine", "unsigned"):
+        return False
+    return form.scale == "int8" or (not form.group and form.scale in ("fp32", "bf16"))
+
+
+def integers(layer: Layer) -> Tensor:
+    """Weights (O, I) as int8 numbers whose fp32 scale is one per row, `row_steps`. Only where `has_integers`."""
+    codes, scales = ref.layer_codes(layer), ref.layer_scales(layer)
+    if scales.steps is None:
+        return codes
+    return (ref.grouped(codes, layer.form("residual")) * scales.groups.unsqueeze(-1)).flatten(-2)
+
+
+def row_steps(layer: Layer) -> Tensor:
+    """(O,) fp32, for `integers`"""
+    scales = ref.layer_scales(layer)
+    return (scales.groups if scales.steps is None else scales.steps).flatten().float()
+
+
+def less_zero_points(layer: Layer, y: Tensor, hat: Tensor) -> Tensor:
+    """y (M, O), the product of x̂ (M, I) and codes, less the zero points' part: offsets times sums of x̂ by group."""
+    offsets = ref.layer_scales(layer).offsets()
+    return y if offsets is None else y - ref.grouped(hat, layer.form("residual")).sum(-1) @ offsets.T
+
+
+def with_float_factors(layer: Layer, dtype: torch.dtype = torch.float32) -> Layer:
+    """Quantized factors decoded once: to bfloat16 with a relative error of 2^−9 per element, to float32 exactly."""
+    if layer.spec.factors is None or not layer.spec.rank:
+        return layer
+    factors = {name: ref.matrix(layer, name).to(dtype) for name in ("l1", "l2")}
+    rest = layer.without("l1_").without("l2_")
+    return replace(rest, spec=replace(layer.spec, factors=None), tensors={**rest.tensors, **factors})
+
+
+def with_whole_codes(layer: Layer) -> Layer:
+    """Integer codes of 2 and 3 bits widened to 4, of 5 to 7 to 8: what kernels read."""
+    spec = whole_codes(layer.spec)
+    if spec.weight is None or spec.weight == layer.spec.weight:
+        return layer
+    codes = ref.pack(ref.layer_codes(layer), spec.weight)
+    return replace(layer, spec=spec, tensors={**layer.tensors, "residual_codes": codes})
+
+
+def whole_codes(spec: LinearSpec) -> LinearSpec:
+    """The spec of `with_whole_codes`."""
+    if spec.weight is None or spec.weight.element != "int":
+        return spec
+    return replace(spec, weight=replace(spec.weight, bits=4 if spec.weight.bits <= 4 else 8))
