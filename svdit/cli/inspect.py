@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from svdit.cli import setup
 from svdit.cli.arguments import Parser
 
 if TYPE_CHECKING:
@@ -41,16 +42,21 @@ def run(args: argparse.Namespace) -> None:
     store.check_claims(config, args.model, claims, path)
     header = header or {}
     specs = {name: LinearSpec.from_dict(fields) for name, fields in header.get("layers", {}).items()}
+    layers = {name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}
     out = console()
-    if specs:
-        out.print(spec_table({name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}))
+    if layers:
+        out.print(spec_table(layers))
     lines = [
         f"file: {path.name}, {path.stat().st_size / 1e6:.2f} MB",
         f"model: {header.get('name') or 'a DiT'}, {config}",
         f"layers: {len(specs)} quantized" if specs else "layers: none quantized",
     ]
-    if specs:
-        lines.append(f"backend on this machine: {ops.describe(ops.choose())}")
+    if layers:
+        device = setup.device(None)
+        backend = ops.choose(device)
+        lines.append(f"backend on this machine: {ops.describe(backend)}")
+        shapes = {name: (spec, (rows, columns)) for name, (spec, rows, columns, _) in layers.items()}
+        lines += filter(None, [setup.unsupported(shapes, backend, device)])
     lines += [f"{key}: {value}" for key, value in flat(header.get("provenance", {}))]
     out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 

@@ -13,6 +13,8 @@ from svdit.errors import UserError
 from svdit.quant.config import ADALN, RECIPES
 
 if TYPE_CHECKING:
+    import torch
+
     from svdit.model.dit import DiT
     from svdit.quant.budget import Plan
     from svdit.quant.observe import ForwardLoop
@@ -88,11 +90,13 @@ def run(args: argparse.Namespace) -> None:
     from svdit import distributed
     from svdit.checkpoints.store import save_model
     from svdit.files import sha256
+    from svdit.kernels import ops
     from svdit.quant.select import select
 
     settings = QuantizeSettings.of(args)
     setup.output_file(args.output, ".safetensors", ".pt")
     device = setup.device(args.device)
+    backend = ops.choose(device)
     with distributed.session(device):
         for sentence in settings.unused() if distributed.rank() == 0 else ():
             setup.note(sentence)
@@ -109,9 +113,11 @@ def run(args: argparse.Namespace) -> None:
             record["weight_errors"] = {line.name: line.weight_error for line in report.layers}
             provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": record}
             save_model(source.model, args.output, name=source.name, provenance=provenance)
-            paths = write_report(args.output, report, {"settings": record}, measured)
+            fallbacks = unsupported(source.model, backend, device)
+            header = {"settings": record, "backend": ops.describe(backend), "fallbacks": fallbacks or None}
+            paths = write_report(args.output, report, header, measured)
             remove(work)
-            print_report(report, report.warnings, [args.output, *paths])
+            print_report(report, [*report.warnings, *filter(None, [fallbacks])], [args.output, *paths])
 
 
 def quantize(
@@ -140,6 +146,15 @@ def quantize(
     if plan:
         report.add_seconds(plan=planning)
     return report, plan
+
+
+def unsupported(model: "DiT", backend: str, device: "torch.device") -> str:
+    """The layers that `backend` does not support, as a sentence; "" for none."""
+    from svdit.quant.linear import quantized_layers
+
+    layers = quantized_layers(model).items()
+    shapes = {name: (layer.spec, (layer.out_features, layer.in_features)) for name, layer in layers}
+    return setup.unsupported(shapes, backend, device)
 
 
 def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]) -> "ForwardLoop | None":

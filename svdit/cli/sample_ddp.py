@@ -106,6 +106,7 @@ def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, 
     """The manifest's record of the model; a float model has no backend."""
     from svdit.files import sha256
     from svdit.kernels import ops
+    from svdit.runtime.accelerate import fallbacks
     from svdit.runtime.dit import FastDiT
 
     return {
@@ -114,6 +115,7 @@ def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, 
         "checkpoint_sha256": sha256(checkpoint.path),
         "quantization": ((checkpoint.header or {}).get("provenance") or {}).get("quantization"),
         "backend": ops.describe(model.backend) if isinstance(model, FastDiT) else None,
+        "fallbacks": ops.summary(fallbacks(model)) or None,
         "precision": "tf32" if tf32 else "float32",
     }
 

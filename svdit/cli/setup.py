@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,8 @@ from svdit.errors import UserError
 if TYPE_CHECKING:
     import torch
 
+    from svdit.kernels.layer import LinearSpec
+    from svdit.kernels.ops import Shape
     from svdit.model.autoencoder import Autoencoder
     from svdit.model.dit import DiT
     from svdit.sampling.batch import SamplingConfig
@@ -62,9 +65,8 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantized layers")
     group.add_argument(
         "--backend",
-        default="auto",
         choices=["auto", *keys("kernels/ops.py", "BACKENDS")],
-        help="default: the fastest one available",
+        help="default: $SVDIT_BACKEND, or the fastest one available",
     )
     group.add_argument("--debug", action="store_true", help="raise at the first layer whose input contains NaN or Inf")
 
@@ -154,19 +156,28 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoin
 def accelerated(model: DiT, args: argparse.Namespace) -> DiT:
     """The model on the backend of --backend. A float model is returned unchanged, with a note if that was asked for."""
     from svdit.kernels import ops
-    from svdit.runtime.accelerate import accelerate
+    from svdit.runtime.accelerate import accelerate, fallbacks
 
     fast = accelerate(model, args.backend, debug=args.debug)
     if fast is model:
-        ignored = [flag for flag, used in (("--backend", args.backend != "auto"), ("--debug", args.debug)) if used]
+        ignored = [flag for flag, used in (("--backend", args.backend), ("--debug", args.debug)) if used]
         if ignored:
             note(f"{' and '.join(ignored)} have no effect: the checkpoint is not quantized")
         return model
     device = model.pos_embed.device
     reason = ops.reasons(device)[{"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")]
-    if args.backend == "auto" and reason:
+    if args.backend in (None, "auto") and reason:
         note(f"the fastest backend is unavailable: {reason}")
+    if summary := ops.summary(fallbacks(fast)):
+        note(summary)
     return fast
+
+
+def unsupported(layers: Mapping[str, tuple[LinearSpec, Shape]], backend: str, device: torch.device) -> str:
+    """The layers, by name, that `backend` does not support: "N of M layers in fp32: reason"; "" for none."""
+    from svdit.kernels import ops
+
+    return ops.summary({name: ops.unsupported(*layer, backend, device) for name, layer in layers.items()})
 
 
 def note(message: str) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from pixels import saved
 from svdit.checkpoints import hub
 from svdit.cli import sample, setup
 from svdit.errors import UserError
-from svdit.kernels.cpu import ffi
+from svdit.kernels import ops
 from svdit.model import autoencoder
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, dit_config, recipe_for
@@ -129,7 +130,8 @@ def test_quantized_models_are_accelerated_or_a_note_says_why_not(
     fast = setup.accelerated(quantized(deepcopy(tiny), config), arguments("--backend=dequant"))
     assert isinstance(fast, FastDiT) and fast.backend == "dequant"
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(ffi, "why_not", lambda: "there is no C compiler")
+    missing = replace(ops.BACKENDS["cpu"], missing=lambda device: "there is no C compiler")
+    monkeypatch.setitem(ops.BACKENDS, "cpu", missing)
     fast = setup.accelerated(quantized(deepcopy(tiny), config), arguments())
     assert isinstance(fast, FastDiT) and fast.backend != "cpu"
     assert "note: the fastest backend is unavailable: there is no C compiler" in capsys.readouterr().err
