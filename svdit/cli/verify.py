@@ -53,10 +53,9 @@ def close(x: "Tensor", y: "Tensor") -> bool:
 
 def expected_bias(layer: "SVDLinear", linear: "nn.Linear") -> "Tensor":
     """The bias (O,) after quantization: b + W·shift."""
-    import torch
-
-    bias = torch.zeros(layer.out_features) if linear.bias is None else linear.bias.detach().float()
-    return bias if layer.in_shift is None else bias + linear.weight.detach().float() @ layer.in_shift
+    weight = linear.weight.detach().float()
+    bias = weight.new_zeros(layer.out_features) if linear.bias is None else linear.bias.detach().float()
+    return bias if layer.in_shift is None else bias + weight @ layer.in_shift
 
 
 def weight_errors(model: "DiT", source: "DiT") -> dict[str, float]:
