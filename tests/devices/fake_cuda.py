@@ -68,9 +68,13 @@ def tensors(tree: Any) -> list[Tensor]:
 
 
 def with_values(fake: Any, real: Any) -> Any:
-    """`fake`, with the values of `real`."""
-    for x, values in zip(tensors(fake), tensors(real), strict=True):
-        x.values_ = values
+    """`fake`, with the values of `real`; laid out in memory as those are, where an operation leaves that open."""
+    if isinstance(fake, (list, tuple)):
+        return type(fake)(with_values(x, values) for x, values in zip(fake, real, strict=True))
+    if isinstance(fake, FakeTensor):
+        if fake.stride() != real.stride():
+            fake = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=fake.device)
+        fake.values_ = real
     return fake
 
 

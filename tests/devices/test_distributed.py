@@ -1,6 +1,8 @@
 """Several GPUs: every process uses its own, and what processes exchange is on the CPU."""
 
 import copy
+import io
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import randomize
+from devices.fake_cuda import FakeCuda, state_of
 from test_distributed import in_world
+from torch import Tensor
 
 from svdit import distributed
 from svdit.cli import setup
@@ -53,6 +57,56 @@ def test_every_process_uses_its_own_gpu(name: str | None, second_of_two: list[An
 @pytest.mark.parametrize("name", [None, "cuda"])
 def test_the_commands_device_is_this_processs_own(name: str | None, second_of_two: list[Any]) -> None:
     assert setup.device(name) == torch.device("cuda", 1)
+
+
+class DevicesOf(pickle.Pickler):
+    """Notes the devices of all tensors that would be sent."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO())
+        self.found: set[str] = set()
+
+    def reducer_override(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            self.found.add(x.device.type)
+            return (str, ())
+        return NotImplemented
+
+
+class SentError(Exception):
+    """The second process has sent its layers and would wait for the first."""
+
+
+def test_processes_exchange_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA tensor would arrive on the sender's GPU. Afterwards all layers are on the model's device.
+
+    Rank 1 works until it sends its layers, then rank 0 receives them.
+    """
+    monkeypatch.setattr(calibration, "CONDITIONS", 64)
+    sent: list[Any] = []
+    expected = small()
+    quantize_(expected, CONFIG, LOOP)
+
+    def gather(value: Any) -> list[Any]:
+        pickler = DevicesOf()
+        pickler.dump(value)
+        assert pickler.found == {"cpu"}
+        sent.append(value)
+        if len(sent) == 1:
+            raise SentError
+        return sent[::-1]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with FakeCuda():
+        monkeypatch.setattr(distributed, "rank", lambda: 1)
+        with pytest.raises(SentError):
+            quantize_(small().to("cuda"), CONFIG, LOOP)
+        monkeypatch.setattr(distributed, "rank", lambda: 0)
+        model = small().to("cuda")
+        quantize_(model, CONFIG, LOOP)
+        state = state_of(model)
+    assert all(torch.equal(state[name], x) for name, x in expected.state_dict().items())
 
 
 def test_two_processes_resume_what_one_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

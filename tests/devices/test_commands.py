@@ -1,0 +1,90 @@
+"""Every command with `--device cuda`, from its arguments to its files: the files of `--device cpu`."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import randomize
+from devices.fake_cuda import FakeCuda
+
+from svdit.checkpoints.store import load_model, save_model
+from svdit.cli import command
+from svdit.model.dit import DiT, DiTConfig
+from svdit.model.zoo import CONFIGS
+from svdit.sampling import calibration
+
+FAST = "--calib-images 2 --calib-steps 2"
+STEPS = "--num-sampling-steps 3"
+QUANTIZE = {
+    "a preset": f"--preset w4a8 --rank 4 --no-figures {FAST} --skip *.attn.*",
+    "a size": f"--preset w8a16 --target-size 0.3 --no-figures {FAST} --skip *.attn.* --skip *.fc1",
+    "a rank ratio": "--rank-ratio 0.5 --num-bits 8 --no-figures --skip *.attn.* --skip t_embedder*",
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of 8 × 8 pixels, 64 wide, one block."""
+    monkeypatch.setattr(calibration, "CONDITIONS", 64)
+    model = randomize(DiT(DiTConfig(8, 4, 3, hidden_size=64, depth=1, num_heads=2, mlp_ratio=1, num_classes=5)))
+    assert isinstance(model, DiT)
+    save_model(model, tmp_path / "tiny.safetensors", name="tiny")
+    return tmp_path / "tiny.safetensors"
+
+
+def on_both(name: str, flags: str, output: str, folder: Path, grad: bool = False) -> tuple[Path, Path]:
+    """Run a command on the CPU and on the fake GPU, with `output` naming its flag for results; the two results."""
+    option, suffix = output.split()
+    results = []
+    for device in ("cpu", "cuda"):
+        results.append(folder / f"{device}{suffix}")
+        argv = [*flags.split(), "--device", device, option, str(results[-1])]
+        if device == "cuda":
+            with FakeCuda(grad):
+                command(name, argv)
+        else:
+            command(name, argv)
+    return results[0], results[1]
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # safetensors looks for shared memory
+@pytest.mark.parametrize("kind", QUANTIZE)
+def test_quantize_and_verify(kind: str, source: Path, tmp_path: Path) -> None:
+    cpu, cuda = on_both("quantize", f"--ckpt {source} {QUANTIZE[kind]}", "--output .safetensors", tmp_path, grad=True)
+    assert cuda.read_bytes() == cpu.read_bytes()
+    command("verify", [str(cuda), "--against", str(source)])
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
+def test_sample(sampler: str, source: Path, tmp_path: Path) -> None:
+    flags = f"--ckpt {source} {STEPS} --sampler {sampler} --backend dequant"
+    cpu, cuda = on_both("sample", flags, "--output .png", tmp_path)
+    assert cuda.read_bytes() == cpu.read_bytes()
+
+
+def test_generate_and_evaluate(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = f"--ckpt {source} {STEPS} --num-fid-samples 3 --per-proc-batch-size 2"
+    cpu, cuda = on_both("generate", flags, "--sample-dir /set", tmp_path)
+    with np.load(f"{cpu}.npz") as expected, np.load(f"{cuda}.npz") as found:
+        assert np.array_equal(found["arr_0"], expected["arr_0"])
+    monkeypatch.setattr("svdit.cli.evaluate._device", torch.device, raising=False)
+    flags = f"--real_dir {cpu} --fake_dir {cuda} --metrics fid,sfid,is --feature-extractor random --cache-dir="
+    reports = [
+        json.loads((path / "metrics.json").read_text())
+        for path in on_both("evaluate", flags, "--output /out", tmp_path)
+    ]
+    values, expected_values = ({name: each["value"] for name, each in report["metrics"].items()} for report in reports)
+    assert values == pytest.approx(expected_values, rel=1e-4, abs=1e-4)
+    assert len(values) == 3
+
+
+def test_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`test_training.py` trains for longer, and draws the grid that is left out here."""
+    monkeypatch.setattr("svdit.training.loop.sample_grid", lambda *arguments: None)
+    monkeypatch.setitem(CONFIGS, "DiT-digits", {**CONFIGS["DiT-digits"], "depth": 1, "hidden_size": 64})
+    flags = "--data digits --model DiT-digits --num-workers 0 --global-batch-size 4 --steps 1"
+    cpu, cuda = on_both("train", flags, "--results-dir /run", tmp_path, grad=True)
+    expected, found = (load_model(path / "ema.safetensors").state_dict() for path in (cpu, cuda))
+    assert all(torch.allclose(found[name], x, atol=1e-6) for name, x in expected.items())  # of steps of 1e-4
