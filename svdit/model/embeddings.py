@@ -48,8 +48,9 @@ class LabelEmbedder(nn.Module):
 
 def position_embedding(hidden_size: int, side: int) -> Tensor:
     """Fixed sine-cosine embedding of a side × side grid, (1, T, D): a quarter each of sin x, cos x, sin y, cos y."""
-    frequencies = 10000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    quarter = torch.arange(hidden_size // 4, dtype=torch.float64)  # device: the default; meta while a file is loaded
+    frequencies = 10000.0 ** -(quarter / (hidden_size // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # device: the same
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
     columns = axis.repeat(side, 1)
     rows = axis.repeat_interleave(side, dim=0)
