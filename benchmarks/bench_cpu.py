@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from svdit.kernels import ops
 from svdit.kernels.cpu import ffi
 from svdit.kernels.cpu import linear as cpu
+from svdit.kernels.cpu.features import capabilities
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.model.dit import DiT
 from svdit.model.layers import attend
@@ -40,7 +41,7 @@ from svdit.quant.linear import LinearSpec
 from svdit.runtime.accelerate import accelerate
 
 SPREAD = 1.15
-HAS_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+HAS_BF16 = bool(capabilities().get("avx512_bf16"))
 SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4"), "W4A4": ("W4A4", "int4")}  # blocks and adaLN
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 Run = Callable[[], Any]

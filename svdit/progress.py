@@ -20,7 +20,10 @@ COLUMNS = {"": (TaskProgressColumn,), "bytes": (DownloadColumn, TransferSpeedCol
 def progress(description: str, shown: bool = True, unit: str = "") -> Iterator[Callable[[float, float | None], None]]:
     """Yield `update(done, total)`; a total of None is unknown. `unit`: "bytes" shows sizes and speed, "" per cent."""
     console = Console(stderr=True)
+    if not (shown and console.is_terminal):
+        yield lambda done, total: None
+        return
     columns = "{task.description}", BarColumn(), *(column() for column in COLUMNS[unit]), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

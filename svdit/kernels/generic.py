@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.kernels import reference as ref
+from svdit.kernels.cpu.features import capabilities
 from svdit.kernels.formats import Format
 from svdit.kernels.layer import Layer, Linear, LinearSpec
 
@@ -54,7 +55,7 @@ def torch_int8_missing(device: torch.device) -> str:
     """Why `torch_int8` is unavailable on `device`; empty where it is available."""
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
-    has = torch.cpu.get_capabilities()
+    has = capabilities()
     return "" if has.get("avx512_vnni") or has.get("avx_vnni") else "without VNNI torch's integer product saturates"
 
 

@@ -86,7 +86,7 @@ def gptq(W: Tensor, inverse: Inverse, values: Tensor, form: Format) -> Tensor:
             torch.sub(column, rounded, out=errors[i]).div_(diagonal[a + i])
             block[i + 1 :].addr_(U[a + i, a + i + 1 : b], errors[i], alpha=-1)
         rest[b:].addmm_(U[a:b, b:].T, errors, alpha=-1)
-    stacked = torch.stack(codes)[order.argsort()].T.contiguous()
+    stacked = torch.stack(codes).index_select(0, order.argsort()).T.contiguous()  # torch 2.8 cannot index FP8 codes
     return stacked.to(torch.uint8 if form.span == "unsigned" else torch.int8) if form.element == "int" else stacked
 
 

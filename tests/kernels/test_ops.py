@@ -98,10 +98,10 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    monkeypatch.setattr(generic, "capabilities", lambda: {"avx2": True})
     with pytest.raises(UserError, match="torch-int8 cannot be used here: without VNNI"):
         ops.choose("cpu", "torch-int8")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setattr(generic, "capabilities", lambda: {"avx512_vnni": True})
     assert ops.choose("cpu", "torch-int8") == "torch-int8"
     with pytest.raises(UserError, match="on the CPU, not on meta"):
         ops.choose("meta", "cpu")

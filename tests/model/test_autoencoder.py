@@ -91,6 +91,7 @@ def test_the_old_names_of_stable_diffusions_vae_are_read(folder: Path) -> None:
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
         state = {key.replace(f".{new}.", f".{old}."): tensor for key, tensor in state.items()}
     assert state.keys() != before.keys()
+    weights.unlink()  # `before` may be mapped from this file
     save_file(state, weights, metadata={"format": "pt"})
     after = load_autoencoder(str(folder)).vae.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)

@@ -16,10 +16,11 @@ from torch import Tensor
 from svdit.errors import UserError
 from svdit.kernels import reference as ref
 from svdit.kernels.cpu.build import MissingKernelsError, library
+from svdit.kernels.cpu.features import capabilities
 from svdit.kernels.layer import Layer
 
 DEPTH_STEP = 16
-ISAS: dict[str, tuple[str, ...]] = {  # best first; the capabilities each needs, by torch.cpu.get_capabilities()
+ISAS: dict[str, tuple[str, ...]] = {  # best first; the `capabilities` each needs
     "avx512bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16", "fma3"),
     "avx512vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3"),
     "avxvnni": ("avx2", "fma3", "avx_vnni"),
@@ -64,7 +65,7 @@ SIGNATURES = {
 @cache
 def isas() -> list[str]:
     """Instruction sets of this processor, best first."""
-    has = torch.cpu.get_capabilities()
+    has = capabilities()
     return [isa for isa, needs in ISAS.items() if all(has.get(need, False) for need in needs)]
 
 
