@@ -42,7 +42,7 @@ def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    assert capfd.readouterr().out == f"5 images in {shared} and {shared}.npz\n"
+    assert capfd.readouterr().out.endswith(f"5 images in {shared} and {shared}.npz\n")  # gloo may print before
     one, two = (np.load(f"{folder}.npz")["arr_0"].astype(int) for folder in (alone, shared))
     assert one.shape == (5, 8, 8, 3)
     assert np.abs(one - two).max() <= 1

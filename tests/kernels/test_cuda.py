@@ -28,8 +28,7 @@ from svdit.runtime.accelerate import accelerate
 from svdit.runtime.dit import FastDiT
 
 INT8 = Format(8)
-NO_TRITON = "triton is not" in backend.missing(torch.device("cuda"))
-needs_triton = pytest.mark.skipif(NO_TRITON, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(backend.triton_version() < backend.MINIMUM, reason="needs Triton 3.6")
 
 
 @needs_triton
@@ -203,15 +202,18 @@ def test_it_is_chosen_on_ampere_and_later(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_where_it_cannot_be_had_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backend, "find_spec", lambda name: object())
+    monkeypatch.setattr(backend, "triton_version", lambda: (3, 6))
     with pytest.raises(UserError, match="triton cannot be used here: it runs on CUDA devices, not on cpu; choose"):
         ops.choose("cpu", "triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.missing(torch.device("cuda")) == "there is no CUDA device that torch can use"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backend.missing(torch.device("cpu")) == ""
-    monkeypatch.setattr(backend, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend, "triton_version", lambda: ())
     with pytest.raises(UserError, match="triton cannot be used here: triton is not installed"):
+        ops.choose("cpu", "triton")
+    monkeypatch.setattr(backend, "triton_version", lambda: (3, 4))
+    with pytest.raises(UserError, match=r"triton cannot be used here: it needs Triton 3\.6 or later"):
         ops.choose("cpu", "triton")
 
 

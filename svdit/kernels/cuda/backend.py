@@ -4,7 +4,7 @@ Integer layers and weight-only ones run by the Triton kernels, FP8 ones by torch
 """
 
 import os
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -14,13 +14,26 @@ from svdit.kernels.formats import Format
 from svdit.kernels.layer import Layer, Linear, LinearSpec
 
 GROUP, INT8, INT4 = 64, Format(8), Format(4, 64, "bf16", "full")
+MINIMUM = (3, 6)  # Triton; the oldest whose code the tests accept
 HADAMARD = 256  # larger blocks would not fit the registers
+
+
+def triton_version() -> tuple[int, ...]:
+    """Major and minor version of the installed Triton, without importing it; empty where it is not installed."""
+    for name in ("triton", "pytorch-triton"):  # the latter comes with nightly builds of torch
+        try:
+            return tuple(map(int, version(name).split(".")[:2]))
+        except PackageNotFoundError:
+            continue
+    return ()
 
 
 def missing(device: torch.device) -> str:
     """Why the backend is unavailable on `device`; empty where it is available, as on a CPU under TRITON_INTERPRET=1."""
-    if find_spec("triton") is None:
+    if not triton_version():
         return "triton is not installed"
+    if triton_version() < MINIMUM:
+        return "it needs Triton 3.6 or later; older ones fuse multiply-adds, which changes codes"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return ""
     if device.type != "cuda":
