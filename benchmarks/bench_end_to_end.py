@@ -25,14 +25,13 @@ from svdit.diffusion.noise import image_labels, image_noise
 from svdit.images import Pixels
 from svdit.kernels.cpu import ffi
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
-from svdit.model.autoencoder import load_autoencoder
 from svdit.model.dit import DiT
 from svdit.quant.budget import HEADER, plan_
 from svdit.quant.config import RECIPES, QuantConfig, Recipe, dit_config
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.quantize import quantize_
 from svdit.runtime.accelerate import accelerate
-from svdit.sampling.batch import SamplingConfig, pictures
+from svdit.sampling.batch import SamplingConfig, generate_images
 from svdit.sampling.calibration import calibration_loop, calibration_size
 
 WALK = SamplingConfig("ddim", "50", 1.5)
@@ -145,13 +144,15 @@ def calibration(model: DiT, seed: int = 0) -> ForwardLoop:
 
 
 def draw(model: DiT, count: int, walk: SamplingConfig = WALK) -> Pixels:
-    config, vae, drawn = model.config, load_autoencoder("none"), []
-    shape = (config.in_channels, config.input_size, config.input_size)
+    images = []
     for start in range(0, count, BATCH):
         indices = range(start, min(start + BATCH, count))
-        labels, noise = image_labels(1, indices, config.num_classes), image_noise(1, indices, shape, CPU)
-        drawn.append(pictures(model, vae, labels, noise, walk))
-    return np.concatenate(drawn)
+        labels, noise = (
+            image_labels(1, indices, model.config.num_classes),
+            image_noise(1, indices, model.input_shape, CPU),
+        )
+        images.append(generate_images(model, labels, walk, noise=noise))
+    return np.concatenate(images)
 
 
 def differences(a: Pixels, b: Pixels) -> tuple[float, float]:

@@ -22,7 +22,6 @@ from svdit.checkpoints.store import load_model
 from svdit.cli import command
 from svdit.evaluation.compare import compare
 from svdit.images import to_uint8, write_png
-from svdit.model.autoencoder import load_autoencoder
 from svdit.quant.config import RECIPES, Recipe, dit_config
 from svdit.quant.quantize import quantize_
 from svdit.runtime.accelerate import accelerate
@@ -54,8 +53,8 @@ def sample(name: str, folder: Path, count: int) -> None:
     model, recipe = load_model("digits"), METHODS[name]
     if recipe:
         quantize_(model, dit_config(replace(recipe, rank=RANK)), calibration(model))
-    vae, origin = load_autoencoder("none"), {"model": "digits", "checkpoint": name, "precision": "float32"}
-    generate_dataset(accelerate(model), vae, WALK, folder=folder, count=count, seed=0, batch_size=200, origin=origin)
+    origin = {"model": "digits", "checkpoint": name, "precision": "float32"}
+    generate_dataset(accelerate(model), folder, count, WALK, seed=0, batch_size=200, origin=origin)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""A tiny model of pixels with random weights: in memory, in a file, and drawing a set of pictures.
+"""A tiny model of pixels with random weights: in memory, in a file, and generating a set of images.
 
 Under torchrun, with the repository on PYTHONPATH: pixels.py FOLDER COUNT BATCH_SIZE also notes every image's noise.
 """
@@ -34,9 +34,9 @@ class Squash:
         return torch.tanh(x / 300)
 
 
-def pixel_model(in_channels: int = 3, num_classes: int = 5) -> DiT:
-    """8 × 8 pictures, 64 wide, one block."""
-    config = DiTConfig(8, 2, in_channels, hidden_size=64, depth=1, num_heads=2, num_classes=num_classes)
+def pixel_model(in_channels: int = 3, num_classes: int = 5, **options: Any) -> DiT:
+    """8 × 8 images, 64 wide, one block."""
+    config = DiTConfig(8, 2, in_channels, hidden_size=64, depth=1, num_heads=2, num_classes=num_classes, **options)
     model = randomize(DiT(config))
     assert isinstance(model, DiT)
     return model
@@ -49,9 +49,9 @@ def saved(path: Path, **options: int) -> str:
 
 
 def draw(folder: Path, **options: Any) -> Path:
-    """Its pictures; the .npz."""
+    """Generate its images; returns the .npz."""
     options = {"count": 7, "batch_size": 3, "seed": SEED, **options}
-    return dataset.generate_dataset(pixel_model(), Squash(), CONFIG, folder=folder, **options)  # type: ignore[arg-type]
+    return dataset.generate_dataset(pixel_model(), folder, config=CONFIG, autoencoder=Squash(), **options)  # type: ignore[arg-type]
 
 
 def noting(notes: dict[int, list[str]]) -> Callable[..., Callable[[], Tensor]]:

@@ -30,25 +30,24 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model, sample, write the grid and print its path."""
-    import torch
-
     from svdit import images
     from svdit.diffusion.noise import batch_noise
     from svdit.diffusion.schedule import make_schedule
     from svdit.progress import progress
-    from svdit.sampling.batch import pictures
+    from svdit.sampling.batch import generate_images
 
     config = setup.sampling_config(args)
     setup.output_file(args.output, ".png", ".PNG")
     device = setup.device(args.device)
     model = setup.accelerated(setup.load_checkpoint(args, device).model, args)
-    labels = torch.tensor(args.classes or default_classes(model.config.num_classes))
+    labels = args.classes or default_classes(model.config.num_classes)
     autoencoder = setup.load_vae(args.vae, model, device, VAE)
-    side = model.config.input_size
-    noise = batch_noise(args.seed, (len(labels), model.config.in_channels, side, side), device, doubled=True)
+    noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, doubled=True)
     steps = len(make_schedule(config.steps))
     with progress("sampling") as tick:
-        samples = pictures(model, autoencoder, labels, noise, config, callback=lambda done, x: tick(done, steps))
+        samples = generate_images(
+            model, labels, config, autoencoder=autoencoder, noise=noise, callback=lambda done, x: tick(done, steps)
+        )
     scale = max(1, MIN_SIDE // samples.shape[1])
     images.write_png(args.output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
     print(args.output)

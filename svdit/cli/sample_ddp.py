@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> None:
         with progress("generating", shown=first) as tick:
             npz = generate_dataset(
                 model,
-                autoencoder,
+                args.sample_dir,
+                args.num_fid_samples,
                 config,
-                folder=args.sample_dir,
-                count=args.num_fid_samples,
+                autoencoder=autoencoder,
                 seed=args.global_seed,
                 batch_size=args.per_proc_batch_size,
                 label_policy=args.label_policy,

@@ -15,7 +15,7 @@ from svdit.errors import UserError
 
 if TYPE_CHECKING:
     from svdit.model.dit import DiTConfig
-    from svdit.training.data import Pictures
+    from svdit.training.data import LabelledImages
     from svdit.training.loop import TrainOptions
 
 VAE = "ema"
@@ -97,13 +97,13 @@ def run(args: argparse.Namespace) -> None:
     image_size, pixel_space = image_space(args)
     writable_folder(args.results_dir)
     with session(device):
-        pictures = data.load(args.data, image_size)
+        images = data.load(args.data, image_size)
         autoencoder = load_autoencoder("none" if pixel_space else VAE if args.vae == "auto" else args.vae, device)
         if image_size % autoencoder.factor:
             raise UserError(f"--image-size is {image_size}; with a VAE, choose a multiple of {autoencoder.factor}")
-        config = model_config(args, pictures, image_size // autoencoder.factor, autoencoder.channels)
+        config = model_config(args, images, image_size // autoencoder.factor, autoencoder.channels)
         name = args.model if CONFIGS[args.model].items() <= asdict(config).items() else ""
-        options = train_options(args, len(pictures))
+        options = train_options(args, len(images))
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         torch.manual_seed(args.seed)
@@ -114,11 +114,10 @@ def run(args: argparse.Namespace) -> None:
 
         train(
             DiT(config).to(device),
-            pictures,
+            images,
             options,
             args.results_dir,
-            encode=autoencoder.encode,
-            decode=autoencoder.decode,
+            autoencoder=autoencoder,
             held_out=data.digits()[1] if args.data == "digits" else None,
             export=export,
             report=progress,
@@ -147,17 +146,19 @@ def image_space(args: argparse.Namespace) -> tuple[int, bool]:
     return args.image_size or default, args.vae == "none" or (args.vae == "auto" and pixels)
 
 
-def model_config(args: argparse.Namespace, pictures: "Pictures", input_size: int, channels: int | None) -> "DiTConfig":
+def model_config(
+    args: argparse.Namespace, images: "LabelledImages", input_size: int, channels: int | None
+) -> "DiTConfig":
     """The named configuration for these images and this number of channels; None: theirs.
 
     Raises UserError for fewer classes than the data has.
     """
     from svdit.model.zoo import config_for
 
-    num_classes = args.num_classes or pictures.num_classes
-    if num_classes < pictures.num_classes:
-        raise UserError(f"--num-classes is {num_classes}, but {args.data} has {pictures.num_classes}; omit it")
-    sizes: dict[str, Any] = {"input_size": input_size, "in_channels": channels or pictures.channels}
+    num_classes = args.num_classes or images.num_classes
+    if num_classes < images.num_classes:
+        raise UserError(f"--num-classes is {num_classes}, but {args.data} has {images.num_classes}; omit it")
+    sizes: dict[str, Any] = {"input_size": input_size, "in_channels": channels or images.channels}
     return config_for(args.model, **sizes, num_classes=num_classes)
 
 

@@ -1,7 +1,7 @@
-"""Where randomness comes from: one stream an image, or one stream a batch as the published script has it.
+"""Random streams: one per image, or one per batch as in the published script.
 
-Image i's label and noise depend on (seed, i) alone, so pictures do not depend on the batch size or on the number
-of processes. Philox keyed by (seed, i) cannot collide; hashing into torch's 32-bit CPU seeds can.
+Label and noise of image i depend on (seed, i) alone, so images do not depend on the batch size or the world size.
+Philox keyed by (seed, i) cannot collide; hashing into torch's 32-bit CPU seeds can.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LABELS, NOISE = 0, 1  # two streams an image, 2^192 draws apart
+LABELS, NOISE = 0, 1  # sampling's purposes; svdit.training uses 2 and up
 
 
 def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
@@ -19,20 +19,19 @@ def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], dtype=np.uint64)))
 
 
-def image_labels(seed: int, indices: Sequence[int], num_classes: int) -> Tensor:
-    """(N,) int64 labels, uniform over the classes."""
-    return torch.tensor([int(stream(seed, i, LABELS).integers(num_classes)) for i in indices])
+def image_labels(seed: int, indices: Sequence[int], num_classes: int) -> list[int]:
+    """One label per image, uniform over the classes."""
+    return [int(stream(seed, i, LABELS).integers(num_classes)) for i in indices]
 
 
 def image_noise(
-    seed: int, indices: Sequence[int], shape: tuple[int, int, int], device: torch.device
+    seed: int, indices: Sequence[int], shape: Sequence[int], device: torch.device, purpose: int = NOISE
 ) -> Callable[[], Tensor]:
-    """A source of (N, C, H, W) float32 noise: each call draws the next from every image's own stream."""
-    streams = [stream(seed, i, NOISE) for i in indices]
+    """A source of float32 noise (N, *shape): each call draws the next from every image's own stream."""
+    streams = [stream(seed, i, purpose) for i in indices]
 
     def draw() -> Tensor:
-        pictures = [s.standard_normal(shape, dtype=np.float32) for s in streams]
-        return torch.from_numpy(np.stack(pictures)).to(device)
+        return torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams])).to(device)
 
     return draw
 
@@ -40,9 +39,9 @@ def image_noise(
 def batch_noise(
     seed: int, shape: tuple[int, int, int, int], device: torch.device, doubled: bool
 ) -> Callable[[], Tensor]:
-    """The published draw order: one generator; first z for N images, then for 2N where guidance doubles the batch.
+    """The published draw order, (N, C, H, W) per call: one generator; N images first, then 2N if guidance doubles them.
 
-    The second half never reaches a picture; it is drawn so that a seed gives the known ones.
+    The second half never reaches an image; it is drawn so that a seed reproduces the published images.
     """
     generator = torch.Generator(device).manual_seed(seed)
     first = True

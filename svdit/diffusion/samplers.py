@@ -1,21 +1,23 @@
-"""Samplers: functions of one signature that walk x from pure noise to a picture.
+"""Samplers: functions of one signature that turn noise into images.
 
-    sampler(denoise, x, schedule, *, noise, callback) -> x_0
+    sampler(denoise, x, schedule, *, noise, prediction, callback) -> x_0
 
-`denoise(x, t)` is the model, guidance included: (N, C, H, W) and (N,) timesteps to (N, C or 2C, H, W).
-`noise()` returns the next (N, C, H, W) of fresh noise; `callback(done, x)` is told after each step.
+`denoise(x, t)` is the model with guidance: (N, C, H, W) and one timestep to (N, C or 2C, H, W). `prediction` says
+what its output means, a key of `PREDICTIONS`. `noise()` returns the next (N, C, H, W) of fresh noise.
+`callback(done, x)` is called after each sampling step.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from svdit.diffusion.posterior import predict, split_output, x0_from_eps
+from svdit.diffusion.posterior import reverse_step
+from svdit.diffusion.prediction import PREDICTIONS, split_output
 from svdit.diffusion.schedule import Schedule
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, int], Tensor]
 Noise = Callable[[], Tensor]
 Callback = Callable[[int, Tensor], None]
 
@@ -24,16 +26,26 @@ def _silent(done: int, x: Tensor) -> None:
     pass
 
 
-def _call(denoise: Denoise, x: Tensor, schedule: Schedule, i: int) -> Tensor:
-    return denoise(x, torch.full((len(x),), int(schedule.timesteps[i]), device=x.device))
+def countdown(schedule: Schedule) -> Iterator[tuple[int, int, int]]:
+    """(finished steps after this one, step i, timestep t) from the most noise to the least."""
+    for i in reversed(range(len(schedule))):
+        yield len(schedule) - i, i, int(schedule.timesteps[i])
 
 
-def ddpm(denoise: Denoise, x: Tensor, schedule: Schedule, *, noise: Noise, callback: Callback = _silent) -> Tensor:
-    """Ancestral sampling, x_{t−1} = μ + σ z (DDPM, algorithm 2). The last step's z is drawn and not used."""
-    for done, i in enumerate(reversed(range(len(schedule))), 1):
-        step = predict(_call(denoise, x, schedule, i), x, schedule, i)
+def ddpm(
+    denoise: Denoise,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise,
+    prediction: str = "epsilon",
+    callback: Callback = _silent,
+) -> Tensor:
+    """Ancestral sampling, x_{t−1} = μ + σ z (DDPM, algorithm 2), of (N, C, H, W). The last z is drawn but not used."""
+    for done, i, t in countdown(schedule):
+        mean, log_variance = reverse_step(denoise(x, t), x, schedule, i, prediction)
         z = noise()
-        x = step.mean + (0.5 * step.log_variance).exp() * z if i else step.mean
+        x = mean + (0.5 * log_variance).exp() * z if i else mean
         callback(done, x)
     return x
 
@@ -44,13 +56,18 @@ def ddim(
     schedule: Schedule,
     *,
     noise: Noise,
+    prediction: str = "epsilon",
     callback: Callback = _silent,
     eta: float = 0.0,
 ) -> Tensor:
-    """DDIM, eq. (12) of arXiv 2010.02502; η = 0 is deterministic and draws nothing, η = 1 is ancestral with β̃."""
-    for done, i in enumerate(reversed(range(len(schedule))), 1):
-        eps, _ = split_output(_call(denoise, x, schedule, i), x)
-        x0 = x0_from_eps(x, eps, schedule, i)
+    """DDIM, eq. (12) of arXiv 2010.02502, of (N, C, H, W).
+
+    η = 0 is deterministic and draws no noise, η = 1 is ancestral with β̃.
+    """
+    read = PREDICTIONS[prediction]
+    for done, i, t in countdown(schedule):
+        output, _ = split_output(denoise(x, t), x)
+        x0, eps = read.x0(output, x, schedule, i), read.eps(output, x, schedule, i)
         abar, previous = float(schedule.alphas_cumprod[i]), float(schedule.alphas_cumprod_prev[i])
         sigma = eta * math.sqrt((1 - previous) / (1 - abar) * (1 - abar / previous))
         x = math.sqrt(previous) * x0 + math.sqrt(1 - previous - sigma**2) * eps
@@ -61,17 +78,26 @@ def ddim(
 
 
 def dpm_solver(
-    denoise: Denoise, x: Tensor, schedule: Schedule, *, noise: Noise, callback: Callback = _silent
+    denoise: Denoise,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise,
+    prediction: str = "epsilon",
+    callback: Callback = _silent,
 ) -> Tensor:
-    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095, in λ = log(α/σ); first order at both ends, draws nothing."""
+    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095, of (N, C, H, W), in λ = log(α/σ).
+
+    First order at both ends; draws no noise.
+    """
     abar = schedule.alphas_cumprod
-    alphas, sigmas, lambdas = abar.sqrt(), (1 - abar).sqrt(), 0.5 * (abar / (1 - abar)).log()
+    alphas, sigmas, lambdas = abar**0.5, (1 - abar) ** 0.5, 0.5 * np.log(abar / (1 - abar))
     previous: Tensor | None = None
-    for done, i in enumerate(reversed(range(len(schedule))), 1):
-        eps, _ = split_output(_call(denoise, x, schedule, i), x)
-        x0 = x0_from_eps(x, eps, schedule, i)
+    for done, i, t in countdown(schedule):
+        output, _ = split_output(denoise(x, t), x)
+        x0 = PREDICTIONS[prediction].x0(output, x, schedule, i)
         if i == 0:
-            x = x0  # σ = 0 is reached: h is infinite and the first-order step is x_0 itself
+            x = x0  # σ = 0: h is infinite and the first-order step is x_0 itself
         else:
             h = float(lambdas[i - 1] - lambdas[i])
             direction = x0

@@ -1,58 +1,71 @@
 """The noise schedule of DiT, whole or respaced: q(x_t | x_0) = N(√ᾱ_t x_0, (1 − ᾱ_t) I).
 
-β rises linearly from 1e-4 to 0.02 over 1000 steps (Ho et al., arXiv 2006.11239). Sampling in S steps keeps ᾱ at S
+β rises linearly from 1e-4 to 0.02 over 1000 timesteps (Ho et al., arXiv 2006.11239). Sampling in S steps keeps ᾱ at S
 of the 1000 timesteps and derives the betas between them (Nichol & Dhariwal, arXiv 2102.09672).
+A schedule is NumPy on the host; `at` brings single values to a tensor's device.
 """
 
 import re
 from dataclasses import dataclass
 from itertools import accumulate, repeat
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from svdit.errors import UserError
 
 TIMESTEPS = 1000
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """S steps from least to most noise; every tensor (S,), float64 unless said otherwise."""
+    """S sampling steps from least to most noise; every array is (S,)."""
 
-    timesteps: Tensor  # int64, what the model is told
-    betas: Tensor
-    alphas_cumprod: Tensor  # ᾱ
+    timesteps: np.ndarray[Any, np.dtype[np.int64]]  # the model's input t
+    betas: Array
+    alphas_cumprod: Array  # ᾱ
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     @property
-    def alphas_cumprod_prev(self) -> Tensor:
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+    def alphas_cumprod_prev(self) -> Array:
+        """ᾱ one sampling step earlier; 1 at the first."""
+        return np.append(1.0, self.alphas_cumprod[:-1])
 
     @property
-    def posterior_variance(self) -> Tensor:
+    def posterior_variance(self) -> Array:
         """β̃ of q(x_{t−1} | x_t, x_0), eq. (7) of DDPM; 0 at the first step."""
         return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
 
     @property
-    def posterior_log_variance(self) -> Tensor:
+    def posterior_log_variance(self) -> Array:
         """log β̃, where the 0 of the first step is replaced by the second step's value."""
         variance = self.posterior_variance
-        return torch.cat([variance[1:2], variance[1:]]).log() if len(self) > 1 else self.betas.log()
+        return np.log(np.append(variance[1:2], variance[1:])) if len(self) > 1 else np.log(self.betas)
 
 
-def linear_betas() -> Tensor:
-    return torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
+def at(values: Array, i: int | Tensor, like: Tensor) -> float | Tensor:
+    """values[i]: a float for one step `i`; for steps (N,) float32 (N, 1, 1, 1) on the device of `like` (N, C, H, W)."""
+    if isinstance(i, int):
+        return float(values[i])
+    table = torch.tensor(values, dtype=torch.float32, device=like.device)
+    return table[i].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def linear_betas() -> Array:
+    """β of all 1000 timesteps, (1000,)."""
+    return np.linspace(1e-4, 0.02, TIMESTEPS)
 
 
 def make_schedule(spacing: str | int = TIMESTEPS) -> Schedule:
     """`"250"`: 250 evenly spaced steps, both ends included; `"ddim50"`: every 20th; `"10,20"`: by sections."""
-    timesteps = torch.tensor(spaced_timesteps(str(spacing)))
-    alphas_cumprod = (1 - linear_betas()).cumprod(0)[timesteps]
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    return Schedule(timesteps, 1 - alphas_cumprod / previous, alphas_cumprod)
+    timesteps = np.array(spaced_timesteps(str(spacing)))
+    alphas_cumprod = np.cumprod(1 - linear_betas())[timesteps]
+    return Schedule(timesteps, 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1]), alphas_cumprod)
 
 
 def spaced_timesteps(spacing: str) -> list[int]:

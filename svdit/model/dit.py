@@ -1,8 +1,8 @@
 """DiT, the class-conditional diffusion transformer (Peebles & Xie, arXiv 2212.09748).
 
-Predicts the noise in x_t, and with `learn_sigma` also the interpolation between the smallest and the largest
-posterior variance. The parameters carry the names of the published checkpoints. Guidance, schedules and label
-dropout live elsewhere (`svdit.diffusion`, `svdit.training`).
+Predicts the noise in x_t (or what `prediction` names), and with `learn_sigma` also where the log variance lies
+between the smallest and the largest posterior variance. Parameter names are those of the published checkpoints.
+Guidance, schedules and label dropout are in `svdit.diffusion` and `svdit.training`.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ from svdit.errors import UserError
 from svdit.model.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding, sinusoids
 from svdit.model.layers import Block, FinalLayer
 
+PREDICTIONS = ("epsilon", "velocity", "x0")  # svdit.diffusion.prediction defines them
+
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """The shape of a DiT; `input_size` is the side of its square input in latent (or plain) pixels."""
+    """The shape of a DiT and what it predicts; `input_size` is the side of its square input, in latents or pixels."""
 
     input_size: int = 32
     patch_size: int = 2
@@ -28,8 +30,12 @@ class DiTConfig:
     mlp_ratio: float = 4.0
     num_classes: int = 1000
     learn_sigma: bool = True
+    prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
+        """Raises UserError for sizes that do not divide and for an unknown prediction."""
+        if self.prediction not in PREDICTIONS:
+            raise UserError(f"prediction is {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
         for value, by, what in (
             (self.input_size, self.patch_size, "input_size {} by patch_size {}"),
             (self.hidden_size, self.num_heads, "hidden_size {} by num_heads {}"),
@@ -58,12 +64,18 @@ class DiT(nn.Module):
 
     @property
     def out_channels(self) -> int:
+        """Channels of the output: the prediction's, then as many for a learned variance."""
         return self.config.in_channels * (2 if self.config.learn_sigma else 1)
 
     @property
     def null_class(self) -> int:
-        """The label that means "no class"."""
+        """The label of unconditional generation."""
         return self.config.num_classes
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one input."""
+        return self.config.in_channels, self.config.input_size, self.config.input_size
 
     # fmt: off
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -74,6 +86,7 @@ class DiT(nn.Module):
         return self.unpatchify(self.final_layer(x, c))                        # (N, C or 2C, H, W)
 
     def unpatchify(self, x: Tensor) -> Tensor:
+        """Patches (N, T, P·P·C) to images (N, C, H, W)."""
         N, P, side = len(x), self.config.patch_size, self.config.input_size // self.config.patch_size
         x = x.view(N, side, side, P, P, self.out_channels)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(N, self.out_channels, side * P, side * P)
@@ -82,7 +95,7 @@ class DiT(nn.Module):
 
 @torch.no_grad()
 def initialize(model: DiT) -> None:
-    """Xavier for linears, N(0, 0.02) for the embedders, zero for adaLN and the last layer (the paper's adaLN-Zero)."""
+    """Xavier for linears, N(0, 0.02²) for the embedders, zero for adaLN and the last layer (the paper's adaLN-Zero)."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

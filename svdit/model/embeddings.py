@@ -1,4 +1,4 @@
-"""What enters the blocks: patches with their positions, the timestep, the class."""
+"""The inputs of the blocks: embeddings of patches, positions, timesteps and classes."""
 
 import math
 
@@ -18,7 +18,7 @@ class PatchEmbed(nn.Module):
 
 
 def sinusoids(t: Tensor, frequencies: int = 128) -> Tensor:
-    """(N,) timesteps to (N, 2·frequencies): cosines, then sines, of frequencies falling from 1 to 1e-4."""
+    """(N,) timesteps to (N, 2·frequencies): cosines, then sines, with frequencies from 1 down to 1e-4."""
     exponents = torch.arange(frequencies, dtype=torch.float32, device=t.device) / frequencies
     angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -1,4 +1,4 @@
-"""The named configurations: twelve of the paper, and those of the models shipped in this package."""
+"""The named configurations: the twelve of the paper, and those of the models in this package."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -30,7 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config_for(name: str, **overrides: Any) -> DiTConfig:
-    """The configuration called `name`, with some fields replaced."""
+    """The configuration called `name`, with `overrides` of its fields. Raises UserError for an unknown name."""
     if name not in CONFIGS:
         raise UserError(f"there is no model called {name!r}; choose one of {', '.join(CONFIGS)}")
     known = {field.name for field in fields(DiTConfig)}
@@ -40,7 +40,7 @@ def config_for(name: str, **overrides: Any) -> DiTConfig:
 
 
 def build(name: str, **overrides: Any) -> DiT:
-    """A freshly initialised model called `name`."""
+    """The model called `name`, freshly initialized."""
     return DiT(config_for(name, **overrides))
 
 

@@ -82,11 +82,11 @@ def held_out_loop(images: int, steps: int, cfg_scale: float, seed: int) -> Calla
 
     def loop(model: nn.Module) -> None:
         assert isinstance(model, DiT)
-        indices, side = range(FIRST, FIRST + images), model.config.input_size
-        draw = image_noise(seed, indices, (model.config.in_channels, side, side), model.pos_embed.device)
+        indices = range(FIRST, FIRST + images)
+        noise = image_noise(seed, indices, model.input_shape, model.pos_embed.device)
         labels = image_labels(seed, indices, model.config.num_classes)
         with torch.no_grad():
-            generate(model, labels, draw, SamplingConfig("ddim", str(steps), cfg_scale))
+            generate(model, labels, SamplingConfig("ddim", str(steps), cfg_scale), noise=noise)
 
     return loop
 

@@ -1,1 +1,1 @@
-"""Pictures from a model: one batch, or many over several processes; has never heard of quantization."""
+"""Images from a model: one batch, or a data set over several processes; independent of quantization."""

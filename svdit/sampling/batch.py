@@ -1,27 +1,29 @@
-"""A batch of pictures from a model: noise, guidance, sampler, decoding.
+"""One batch of images from a model: noise, guidance, sampler, decoding.
 
-The noise comes from the caller (`svdit.diffusion.noise`), so two models given equal sources walk from the same
-noise. Nothing here depends on the device or on what the model's layers are made of.
+Two models called with the same seed, or equal noise sources, start from the same noise. Nothing here depends on the
+device or on the type of the model's layers.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from svdit.diffusion.guidance import guided
+from svdit.diffusion.noise import image_noise
 from svdit.diffusion.samplers import SAMPLERS, Callback, Noise
 from svdit.diffusion.schedule import make_schedule
 from svdit.errors import UserError
 from svdit.images import Pixels, to_uint8
-from svdit.model.autoencoder import Autoencoder
+from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How to walk from noise to a picture; `cfg_channels` None guides every channel of ε."""
+    """Sampler, its steps ("250", "ddim50", …) and guidance; `cfg_channels` None guides every channel."""
 
     sampler: str = "ddpm"
     steps: str = "250"
@@ -30,16 +32,19 @@ class SamplingConfig:
     cfg_interval: tuple[int, int] | None = None  # first and last guided timestep, 0 … 999; None: all
 
     def __post_init__(self) -> None:
+        """Raises UserError for values that cannot be sampled with."""
         if self.sampler not in SAMPLERS:
             raise UserError(f"there is no sampler {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            raise UserError(f"a guidance scale cannot be {self.cfg_scale}; give 1 for none, 1.5 or 4 for example")
+            raise UserError(
+                f"the guidance scale is {self.cfg_scale}; choose 1 for no guidance, or 1.5 or 4, for example"
+            )
         if self.cfg_channels is not None and self.cfg_channels < 1:
-            raise UserError(f"guidance cannot act on {self.cfg_channels} channels; give at least 1, or None for all")
+            raise UserError(f"cfg_channels is {self.cfg_channels}; choose at least 1, or None for all channels")
         if self.cfg_interval is not None and not 0 <= self.cfg_interval[0] <= self.cfg_interval[1] < 1000:
             first, last = self.cfg_interval
-            raise UserError(f"guidance cannot act from timestep {first} to {last}; give two, ascending, of 0 to 999")
-        make_schedule(self.steps)  # raises where the steps cannot be taken
+            raise UserError(f"cfg_interval is {first} to {last}; choose two ascending timesteps from 0 to 999")
+        make_schedule(self.steps)
 
 
 def _silent(done: int, x: Tensor) -> None:
@@ -48,34 +53,60 @@ def _silent(done: int, x: Tensor) -> None:
 
 @torch.no_grad()
 def generate(
-    model: DiT, labels: Tensor, draw: Noise, config: SamplingConfig, *, callback: Callback = _silent
-) -> Tensor:
-    """Latents, or pixels of a pixel model, (N, C, H, W) float32 for the class labels (N,).
-
-    The first `draw()` is the starting noise, the later ones are the sampler's. `callback(done, x)` follows each
-    step. A label that the model does not have is a UserError.
-    """
-    _check_labels(labels, model.config.num_classes)
-    y = labels.to(model.pos_embed.device)
-    denoise = guided(model, y, model.null_class, config.cfg_scale, config.cfg_channels, config.cfg_interval)
-    return SAMPLERS[config.sampler](denoise, draw(), make_schedule(config.steps), noise=draw, callback=callback)
-
-
-def pictures(
     model: DiT,
-    autoencoder: Autoencoder,
-    labels: Tensor,
-    draw: Noise,
-    config: SamplingConfig,
+    labels: Sequence[int] | Tensor,
+    config: SamplingConfig | None = None,
     *,
+    seed: int = 0,
+    noise: Noise | None = None,
+    callback: Callback = _silent,
+) -> Tensor:
+    """Latents (N, C, H, W), or images in [-1, 1] of a pixel-space model, float32, for N class labels.
+
+    The noise of image i depends on (seed, i) alone; `noise` replaces it by another source: its first call returns the
+    starting noise, later calls the sampler's. `callback(done, x)` is called after each sampling step.
+    Raises UserError for a label the model does not have.
+    """
+    config = config or SamplingConfig()
+    labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
+    _check_labels(labels, model.config.num_classes)
+    device = model.pos_embed.device
+    y = torch.tensor(labels, dtype=torch.int64, device=device)
+    noise = noise or image_noise(seed, range(len(labels)), model.input_shape, device)
+    denoise = guided(model, y, model.null_class, config.cfg_scale, config.cfg_channels, config.cfg_interval)
+    sampler, schedule = SAMPLERS[config.sampler], make_schedule(config.steps)
+    return sampler(denoise, noise(), schedule, noise=noise, prediction=model.config.prediction, callback=callback)
+
+
+def generate_images(
+    model: DiT,
+    labels: Sequence[int] | Tensor,
+    config: SamplingConfig | None = None,
+    *,
+    autoencoder: Autoencoder = PIXELS,
+    seed: int = 0,
+    noise: Noise | None = None,
     callback: Callback = _silent,
 ) -> Pixels:
-    """As `generate`, decoded to uint8 (N, H, W, 3)."""
-    return to_uint8(autoencoder.decode(generate(model, labels, draw, config, callback=callback)))
+    """As `generate`, decoded to uint8 (N, H, W, 3). Raises UserError also for a latent model without autoencoder."""
+    check_autoencoder(model, autoencoder)
+    return to_uint8(autoencoder.decode(generate(model, labels, config, seed=seed, noise=noise, callback=callback)))
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
-    """UserError for a label outside 0 … num_classes − 1; the null class is no label to draw."""
-    unknown = labels[(labels < 0) | (labels >= num_classes)]
-    if len(unknown):
-        raise UserError(f"there is no class {int(unknown[0])}; this model has the classes 0 to {num_classes - 1}")
+def check_autoencoder(model: DiT, autoencoder: Autoencoder) -> None:
+    """Raises UserError unless the autoencoder decodes what the model generates."""
+    channels = model.config.in_channels
+    if autoencoder.channels is None and channels not in (1, 3):
+        raise UserError(f"the model generates {channels}-channel latents; pass autoencoder=load_autoencoder('ema')")
+    if autoencoder.channels not in (None, channels):
+        raise UserError(
+            f"the model has {channels} channels, the autoencoder {autoencoder.name} {autoencoder.channels}; "
+            "pass the one it was trained with"
+        )
+
+
+def _check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Raises UserError for a label outside 0 … num_classes − 1; the null class is not a class."""
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(f"there is no class {label}; this model has the classes 0 to {num_classes - 1}")

@@ -1,7 +1,7 @@
-"""Forward loops over real sampling steps: what calibration shows to the quantizer. No data set is needed.
+"""Forward loops for calibration: the model's own sampling steps on random labels. No data set is needed.
 
-Random labels, DDIM with both guidance halves, so every layer sees the inputs it will see when sampling, at all
-noise levels. Conditioning layers (adaLN) see few inputs that way; theirs depend on (t, y) alone and are enumerated.
+DDIM with both guidance halves, so every layer sees its sampling inputs at all noise levels. Conditioning layers
+(adaLN) see few inputs that way; theirs depend only on (t, y) and are sampled directly.
 """
 
 import math
@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from svdit.diffusion.noise import image_labels, image_noise
+from svdit.diffusion.schedule import TIMESTEPS
+from svdit.errors import UserError
 from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
 from svdit.sampling.batch import SamplingConfig, generate
 
-TOKENS = 20_000  # enough for a small model: two and a half times as many gained nothing in its pictures
-CONDITIONS = 4096  # pairs (t, y) shown to the adaLN layers
+TOKENS = 20_000  # enough for a small model: 2.5× as many did not improve its images
+CONDITIONS = 4096  # pairs (t, y) for the adaLN layers
 
 
 def calibration_size(model: DiT, images: int | None = None, steps: int | None = None) -> tuple[int, int]:
-    """How many images, in how many steps; what is not given follows from the model.
+    """Numbers of images and sampling steps; None is chosen for the model.
 
-    Together they show at least eight tokens for each input feature of the widest layer, TOKENS if that is more, in
-    at least 48 pairs (t, y) and as many of the null class.
+    The defaults show the widest layer at least eight tokens per input feature and at least TOKENS, in at least 48
+    pairs (t, y) and as many of the null class.
     """
     tokens = (model.config.input_size // model.config.patch_size) ** 2
     widest = int(model.config.hidden_size * model.config.mlp_ratio)
@@ -41,16 +43,18 @@ def calibration_loop(
     batch_size: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Callable[[nn.Module], None]:
-    """A loop that samples `images` pictures with the model it is given, the same at every call.
+    """A loop that generates `images` images with its argument, a DiT; the same noise and labels at every call.
 
-    `progress(done, total)` counts denoising steps.
+    `progress(done, total)` counts sampling steps. The loop raises UserError for another model.
     """
     config = SamplingConfig("ddim", str(steps), cfg_scale)
 
     @torch.no_grad()
     def loop(model: nn.Module) -> None:
-        assert isinstance(model, DiT)
-        device, size = model.pos_embed.device, model.config.input_size
+        if not isinstance(model, DiT):
+            raise UserError(
+                f"this calibration loop samples from a DiT, not a {type(model).__name__}; pass your own loop"
+            )
         batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)]
         for done, indices in enumerate(batches):
 
@@ -58,8 +62,8 @@ def calibration_loop(
                 progress(before + step, steps * len(batches))
 
             labels = image_labels(seed, indices, model.config.num_classes)
-            draw = image_noise(seed, indices, (model.config.in_channels, size, size), device)
-            generate(model, labels, draw, config, callback=tick)
+            noise = image_noise(seed, indices, model.input_shape, model.pos_embed.device)
+            generate(model, labels, config, noise=noise, callback=tick)
         show_conditions(model, seed)
 
     return loop
@@ -68,7 +72,7 @@ def calibration_loop(
 def show_conditions(model: DiT, seed: int) -> None:
     """Call every adaLN layer with the conditioning of random timesteps and labels, half of them the null class."""
     generator = torch.Generator().manual_seed(seed)
-    t = torch.randint(1000, (CONDITIONS,), generator=generator)
+    t = torch.randint(TIMESTEPS, (CONDITIONS,), generator=generator)
     y = torch.randint(model.config.num_classes, (CONDITIONS,), generator=generator)
     y[::2] = model.null_class
     device, dtype = model.pos_embed.device, model.pos_embed.dtype

@@ -1,8 +1,8 @@
-"""Many pictures: a folder of PNGs, one .npz in ADM's layout, and a manifest of how they came about.
+"""Many images: a folder of PNGs, one .npz in ADM's layout, and a manifest of the settings that produced them.
 
-Label and noise of picture i depend on (seed, i) alone, so the set does not depend on the batch size or on the
-number of processes (pictures may differ in a float's last bits, hence by one grey level). Each picture is a whole
-file or none: a run that was stopped continues, and a finished one can be grown. Memory holds one batch.
+Label and noise of image i depend on (seed, i) alone, so the set does not depend on the batch size or the world size
+(images may differ in a float's last bits, hence by one grey level). Files are written whole or not at all: an
+interrupted run resumes, and a finished one can be extended. Memory holds one batch.
 """
 
 import json
@@ -11,26 +11,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from svdit import __version__, images
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.diffusion.schedule import make_schedule
 from svdit.distributed import barrier, gather, rank, world_size
 from svdit.errors import UserError
 from svdit.files import atomic_path, writable_folder
-from svdit.model.autoencoder import Autoencoder
+from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
-from svdit.sampling.batch import SamplingConfig, pictures
+from svdit.sampling.batch import SamplingConfig, check_autoencoder, generate_images
 
 Progress = Callable[[float, int], None]
 
 LABEL_POLICIES: dict[str, Callable[[int, Sequence[int], int], list[int]]] = {
-    "random": lambda seed, indices, classes: image_labels(seed, indices, classes).tolist(),
+    "random": image_labels,
     "balanced": lambda seed, indices, classes: [i % classes for i in indices],
 }
-# What may differ between the run that began a folder and the one that continues it.
-GROWS = {"num_images", "labels", "files", "checkpoint"}
+# Fields that may differ between the run that created a folder and the one that resumes it.
+MAY_CHANGE = {"num_images", "labels", "files", "checkpoint"}
 
 
 def _silent(done: float, total: int) -> None:
@@ -39,38 +37,42 @@ def _silent(done: float, total: int) -> None:
 
 def generate_dataset(
     model: DiT,
-    autoencoder: Autoencoder,
-    config: SamplingConfig,
-    *,
     folder: str | Path,
     count: int,
+    config: SamplingConfig | None = None,
+    *,
+    autoencoder: Autoencoder = PIXELS,
     seed: int = 0,
     batch_size: int = 32,
     label_policy: str = "random",
     origin: dict[str, Any] | None = None,
     progress: Progress = _silent,
 ) -> Path:
-    """Draw pictures 0 … count − 1 into `folder` and return the path of `<folder>.npz`.
+    """Generate images 0 … count − 1 into `folder`; returns the path of `<folder>.npz`.
 
-    `label_policy`: "random" labels, uniform over the classes, or "balanced", i modulo the number of classes.
-    `origin`: what the manifest shall say of the model (model, checkpoint, checkpoint_sha256, quantization,
-    precision). `progress(done, total)` counts this process's pictures, unfinished ones in fractions.
-    A folder that another run began is a UserError naming the field that differs.
+    `label_policy`: "random" (uniform over the classes) or "balanced" (i modulo the number of classes).
+    `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision).
+    `progress(done, total)` counts this process's images, unfinished ones as fractions.
+    Raises UserError for a folder of another run, naming the field that differs, and for options out of range.
     """
+    config = config or SamplingConfig()
     _check(count, seed, batch_size, label_policy)
+    check_autoencoder(model, autoencoder)
     folder = Path(folder).resolve()
     manifest = describe(model, autoencoder, config, count, seed, label_policy) | (origin or {})
     missing = _begin(folder, manifest)
-    mine = missing[rank() :: world_size()]
+    mine, steps = missing[rank() :: world_size()], len(make_schedule(config.steps))
     for start in range(0, len(mine), batch_size):
         batch = mine[start : start + batch_size]
 
-        def tick(share: float, done: int = start, size: int = len(batch)) -> None:
-            progress(done + size * share, len(mine))
+        def tick(step: int, x: object, done: int = start, size: int = len(batch)) -> None:
+            progress(done + size * step / steps, len(mine))
 
         labels = [manifest["labels"][i] for i in batch]
-        for i, picture in zip(batch, _draw(model, autoencoder, config, seed, batch, labels, tick), strict=True):
-            images.write_png(folder / manifest["files"][i], picture)
+        noise = image_noise(seed, batch, model.input_shape, model.pos_embed.device)
+        pixels = generate_images(model, labels, config, autoencoder=autoencoder, noise=noise, callback=tick)
+        for i, image in zip(batch, pixels, strict=True):
+            images.write_png(folder / manifest["files"][i], image)
     barrier()
     return _finish(folder, manifest["files"])
 
@@ -78,7 +80,7 @@ def generate_dataset(
 def describe(
     model: DiT, autoencoder: Autoencoder, config: SamplingConfig, count: int, seed: int, label_policy: str
 ) -> dict[str, Any]:
-    """The manifest: everything that decides what the pictures are, and which label each file has."""
+    """The manifest: every setting that determines the images, and the label of each file."""
     classes = model.config.num_classes
     return {
         "tool": "svdit",
@@ -101,34 +103,17 @@ def describe(
 
 
 def _check(count: int, seed: int, batch_size: int, label_policy: str) -> None:
-    for value, what in ((count, "number of pictures"), (batch_size, "batch size")):
+    for value, what in ((count, "number of images"), (batch_size, "batch size")):
         if value < 1:
-            raise UserError(f"the {what} cannot be {value}; give at least 1")
+            raise UserError(f"the {what} is {value}; choose at least 1")
     if not 0 <= seed < 2**64:
-        raise UserError(f"the seed cannot be {seed}; give a number from 0 to 2^64 - 1")
+        raise UserError(f"the seed is {seed}; choose a number from 0 to 2^64 - 1")
     if label_policy not in LABEL_POLICIES:
         raise UserError(f"there is no label policy {label_policy!r}; choose one of {', '.join(LABEL_POLICIES)}")
 
 
-def _draw(
-    model: DiT,
-    autoencoder: Autoencoder,
-    config: SamplingConfig,
-    seed: int,
-    indices: list[int],
-    labels: list[int],
-    tick: Callable[[float], None],
-) -> images.Pixels:
-    """The pictures `indices`; `tick` hears the share of the steps that is done."""
-    steps = len(make_schedule(config.steps))
-    shape = (model.config.in_channels, model.config.input_size, model.config.input_size)
-    noise = image_noise(seed, indices, shape, model.pos_embed.device)
-    y = torch.tensor(labels)
-    return pictures(model, autoencoder, y, noise, config, callback=lambda done, x: tick(done / steps))
-
-
 def _begin(folder: Path, manifest: dict[str, Any]) -> list[int]:
-    """The indices still to draw; one process looks, and all of them hear the same answer."""
+    """Indices still to generate; rank 0 opens the folder, and all ranks return or raise the same."""
     missing: list[int] = []
     problem: UserError | None = None
     if rank() == 0:
@@ -143,17 +128,23 @@ def _begin(folder: Path, manifest: dict[str, Any]) -> list[int]:
 
 
 def _open(folder: Path, manifest: dict[str, Any]) -> list[int]:
+    """Check the folder and write the manifest; returns the missing indices. Raises UserError if it cannot."""
     writable_folder(folder.parent)
     writable_folder(folder)
-    present = {path.name for path in images.list_images(folder)}
-    record = folder / "manifest.json"
+    present = {str(path.relative_to(folder)) for path in images.list_images(folder)}
+    record, npz = folder / "manifest.json", _npz(folder)
     if record.exists():
         _compare(record, manifest)
     elif present:
-        raise UserError(f"{folder} holds {len(present)} pictures and no manifest.json; choose an empty folder")
+        raise UserError(f"{folder} contains {len(present)} images but no manifest.json; choose an empty folder")
+    if strays := sorted(present - set(manifest["files"])):
+        raise UserError(f"{folder} contains {strays[0]}, which is not an image of this set; move it out of the folder")
+    for path in (npz, *(folder / name for name in present)):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder where a file belongs; remove or rename it")
     missing = [i for i, name in enumerate(manifest["files"]) if name not in present]
     if missing:
-        _npz(folder).unlink(missing_ok=True)  # where it stands, the set is complete
+        npz.unlink(missing_ok=True)  # it exists only for complete sets
     with atomic_path(record) as temporary:
         fields = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
         temporary.write_text(f"{{\n{fields}\n}}\n")
@@ -161,25 +152,28 @@ def _open(folder: Path, manifest: dict[str, Any]) -> list[int]:
 
 
 def _compare(record: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError unless `manifest` may resume the run that wrote `record`."""
     try:
-        begun = json.loads(record.read_text())
-        drawn = begun["num_images"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{record} is not a manifest of this tool; choose another folder") from None
+        written = json.loads(record.read_text())
+    except (OSError, ValueError):
+        written = None
+    if not isinstance(written, dict) or not isinstance(written.get("num_images"), int):
+        raise UserError(f"{record} is not a manifest written by svdit; choose another folder")
     for field, value in json.loads(json.dumps(manifest)).items():
-        if field not in GROWS and begun.get(field) != value:
+        if field not in MAY_CHANGE and written.get(field) != value:
             raise UserError(
-                f"{record.parent} belongs to a run with {field} {begun.get(field)!r}, this one has {value!r}; "
-                "choose another folder, or the same settings to continue"
+                f"{record.parent} belongs to a run with {field} {written.get(field)!r}, not {value!r}; "
+                "choose another folder, or the same settings to resume"
             )
-    if drawn > manifest["num_images"]:
+    if written["num_images"] > manifest["num_images"]:
         raise UserError(
-            f"{record.parent} belongs to a run of {drawn} pictures, this one has {manifest['num_images']}; "
+            f"{record.parent} belongs to a run of {written['num_images']} images, not {manifest['num_images']}; "
             "choose another folder or a larger number"
         )
 
 
 def _finish(folder: Path, files: list[str]) -> Path:
+    """Write the .npz on rank 0, unless it exists; returns its path."""
     npz = _npz(folder)
     if rank() == 0 and not npz.exists():
         images.write_npz(npz, (images.read_image(folder / name) for name in files), len(files))

@@ -1,7 +1,7 @@
-"""The training loop of DiT: the loss of every example at its own timestep with its own noise, AdamW, moving average.
+"""The training loop: every example has its own timestep and noise; AdamW and a moving average of the weights.
 
-Timestep, noise and whether the label is hidden are functions of (seed, n), as the order of the examples is: a killed
-run goes on from `last.pt` as if nothing had happened, and the number of processes changes only rounding.
+Timestep, noise, the VAE encoder's noise and label dropout are functions of (seed, n), as is the order of the examples:
+an interrupted run resumes from `last.pt` bit for bit, and the world size changes only rounding.
 """
 
 import math
@@ -19,22 +19,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from svdit import distributed
 from svdit.diffusion.losses import training_loss
-from svdit.diffusion.noise import stream
+from svdit.diffusion.noise import image_noise, stream
 from svdit.diffusion.schedule import TIMESTEPS, make_schedule
 from svdit.errors import UserError
+from svdit.extras import require
+from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
 from svdit.training import ema
-from svdit.training.data import Examples, Pictures, batches, share
+from svdit.training.data import Examples, LabelledImages, batches, share
 from svdit.training.monitor import Curve, plot_curve, sample_grid
-from svdit.training.state import State, fresh, restore, save
+from svdit.training.state import State, fresh, restore_, save
 
-DRAWS, ENCODER, HELD_OUT = 4, 5, 6  # purposes of streams; 0 to 3 are the samplers' and the data's
-Codec = Callable[[Tensor], Tensor]
+# Purposes of random streams; 0 to 3 are those of sampling and of the data.
+DRAWS, ENCODER, HELD_OUT, HELD_OUT_ENCODER = 4, 5, 6, 7
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train; only the last four may change when a run goes on."""
+    """Options of a training run; only the last four may change on resume."""
 
     seed: int = 0
     global_batch_size: int = 256
@@ -50,90 +52,82 @@ class TrainOptions:
     workers: int = 4
 
     def __post_init__(self) -> None:
+        """Raises UserError for values out of range and for a batch that the processes cannot share."""
         for name, most in (("lr", math.inf), ("ema_decay", 1), ("label_dropout", 1), ("workers", math.inf)):
             if not 0 <= getattr(self, name) <= most:
-                raise UserError(f"{name} cannot be {getattr(self, name)}; it lies between 0 and {most}")
+                raise UserError(f"{name} is {getattr(self, name)}; choose a value from 0 to {most}")
         if self.global_batch_size % distributed.world_size():
             raise UserError(
-                f"a global batch of {self.global_batch_size} cannot be shared by {distributed.world_size()} processes; "
-                "choose a multiple"
+                f"the global batch size is {self.global_batch_size}; "
+                f"choose a multiple of the {distributed.world_size()} processes"
             )
 
     def binding(self) -> dict[str, Any]:
-        """The options that decide what a step computes."""
+        """The options that must match on resume."""
         free = ("steps", "log_every", "checkpoint_every", "workers")
         return {key: value for key, value in asdict(self).items() if key not in free}
 
 
-def unchanged(x: Tensor) -> Tensor:
-    return x
-
-
 def train(
     model: DiT,
-    pictures: Pictures,
+    images: LabelledImages,
     options: TrainOptions,
     folder: Path,
     *,
-    encode: Codec = unchanged,
-    decode: Codec = unchanged,
-    held_out: Pictures | None = None,
+    autoencoder: Autoencoder = PIXELS,
+    held_out: LabelledImages | None = None,
     export: Callable[[State], None] = lambda state: None,
     report: Callable[[str], None] = print,
 ) -> State:
-    """Train `model`, on its device, into `folder`; go on from `folder/last.pt` where there is one.
+    """Train `model`, on its device, into `folder`; resumes from `folder/last.pt` if it exists.
 
-    `encode` takes pictures in [−1, 1] to what the model learns, `decode` back. Every `checkpoint_every` steps and at
-    the end the first process measures the error on `held_out`, draws `loss.png` and a grid of samples, calls `export`
-    and writes `last.pt`.
+    The model learns the latents of `autoencoder`. Every `checkpoint_every` steps and at the end, rank 0 measures the
+    error on `held_out`, writes `loss.png` and a grid of samples, calls `export` and writes `last.pt`.
+    Raises UserError if the loss is not finite or the options differ from those of `last.pt`.
     """
+    require("matplotlib")  # for loss.png: fail now, not at the first checkpoint
     state = fresh(model, options.lr)
-    binding = {**asdict(model.config), **options.binding(), "pictures": len(pictures)}
+    binding = {**asdict(model.config), **options.binding(), "images": len(images)}
     if (folder / "last.pt").exists():
-        restore(state, folder / "last.pt", binding)
+        restore_(state, folder / "last.pt", binding)
     chief = distributed.rank() == 0
     curve = Curve(folder / "loss.csv", state.step) if chief else None
-    take_step = stepper(state, options, encode)
+    take_step = stepper(state, options, autoencoder)
     losses: list[Tensor] = []
-    began = time.perf_counter() - state.seconds
-    for images, labels in batches(
-        Examples(pictures, options.seed, options.augment),
-        range(state.step, options.steps),
-        options.global_batch_size,
-        options.workers,
-    ):
-        losses.append(take_step(images, labels))
+    start = time.perf_counter() - state.seconds
+    examples, steps = Examples(images, options.seed, options.augment), range(state.step, options.steps)
+    for pixels, labels in batches(examples, steps, options.global_batch_size, options.workers):
+        losses.append(take_step(pixels, labels))
         saving = state.step % options.checkpoint_every == 0 or state.step == options.steps
         if not saving and state.step % options.log_every:
             continue
-        state.seconds = time.perf_counter() - began
+        state.seconds = time.perf_counter() - start
         means = distributed.all_sum(torch.stack(losses).mean(0)) / distributed.world_size()
         losses.clear()
         if not means.isfinite().all():
-            raise UserError(f"the loss is {means[0]:g} at step {state.step}; start again with a smaller --lr")
+            raise UserError(f"the loss is {means[0]:g} at training step {state.step}; start again with a smaller --lr")
         if curve:
-            error = held_out_error(state.ema, held_out, encode) if saving and held_out else None
+            error = held_out_error(state.ema, held_out, autoencoder) if saving and held_out else None
             report(curve.add(state.step, means.tolist(), error, state.seconds))
         if saving and chief:
             plot_curve(folder / "loss.csv", folder / "loss.png")
-            sample_grid(state.ema, decode, folder / "samples" / f"{state.step:07d}.png", options.seed)
+            sample_grid(state.ema, autoencoder, folder / "samples" / f"{state.step:07d}.png", options.seed)
             export(state)
-            save(state, folder / "last.pt", binding)  # last: what is saved is never done again
+            save(state, folder / "last.pt", binding)  # last: a run stopped before it repeats this checkpoint
         distributed.barrier()
     return state
 
 
-def stepper(state: State, options: TrainOptions, encode: Codec) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function that takes one step with this process's pictures and labels and returns its mean losses, (3,)."""
+def stepper(state: State, options: TrainOptions, autoencoder: Autoencoder) -> Callable[[Tensor, Tensor], Tensor]:
+    """One training step: a function of this process's images (N, C, H, W) and labels (N,) to its mean losses, (3,)."""
     device, schedule = state.model.pos_embed.device, make_schedule()
     network: nn.Module = state.model.train()
     if distributed.world_size() > 1:
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
-    def take_step(images: Tensor, labels: Tensor) -> Tensor:
+    def take_step(pixels: Tensor, labels: Tensor) -> Tensor:
         numbers = share(state.step, options.global_batch_size)
-        torch.manual_seed(int(stream(options.seed, numbers[0], ENCODER).integers(2**63)))  # a VAE's encoder samples
-        x0 = encode(images.to(device))
+        x0 = encoded(autoencoder, pixels, state.model, options.seed, numbers, ENCODER)
         eps, t, chance = draws(options.seed, numbers, DRAWS, x0.shape[1:], device)
         y = torch.where(chance < options.label_dropout, state.model.null_class, labels.to(device))
 
@@ -141,39 +135,51 @@ def stepper(state: State, options: TrainOptions, encode: Codec) -> Callable[[Ten
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 return network(x, t, y).float()
 
-        losses = torch.stack(training_loss(denoise, x0, eps, schedule, t)).mean(1)
+        losses = torch.stack(training_loss(denoise, x0, eps, schedule, t, state.model.config.prediction)).mean(1)
         torch.autograd.backward(losses[0])
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.step += 1
-        ema.update(state.ema, state.model, options.ema_decay, state.step)
+        ema.update_(state.ema, state.model, options.ema_decay, state.step)
         return losses.detach()
 
     return take_step
 
 
+def encoded(
+    autoencoder: Autoencoder, pixels: Tensor, model: DiT, seed: int, numbers: Sequence[int], purpose: int
+) -> Tensor:
+    """Images (N, C, H, W) as the model's inputs; the encoder's noise is drawn from each example's own stream."""
+    device = model.pos_embed.device
+    if autoencoder.vae is None:
+        return pixels.to(device)
+    return autoencoder.encode(pixels.to(device), image_noise(seed, numbers, model.input_shape, device, purpose)())
+
+
 def draws(
     seed: int, numbers: Sequence[int], purpose: int, shape: Sequence[int], device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise (N, C, H, W), steps (N,) and uniform numbers (N,) in [0, 1), each from its example's own stream."""
+    """Noise (N, *shape), timesteps (N,) and uniform numbers (N,) in [0, 1), each from its example's own stream."""
     streams = [stream(seed, n, purpose) for n in numbers]
-    t = torch.tensor([int(s.integers(TIMESTEPS)) for s in streams])
-    chance = torch.tensor([s.random() for s in streams])
+    t = torch.tensor([int(s.integers(TIMESTEPS)) for s in streams], device=device)
+    chance = torch.tensor([s.random() for s in streams], device=device)
     eps = torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams]))
-    return eps.to(device), t.to(device), chance.to(device)
+    return eps.to(device), t, chance
 
 
 @torch.no_grad()
-def held_out_error(model: DiT, pictures: Pictures, encode: Codec, repeats: int = 4, batch_size: int = 256) -> float:
-    """Mean squared error of ε on pictures never trained on, at the same timesteps with the same noise every time."""
+def held_out_error(
+    model: DiT, images: LabelledImages, autoencoder: Autoencoder = PIXELS, repeats: int = 4, batch_size: int = 256
+) -> float:
+    """Mean squared error of the prediction on held-out images, at the same timesteps with the same noise every time."""
     device, schedule = model.pos_embed.device, make_schedule()
-    total, count = 0.0, repeats * len(pictures)
+    total, count = 0.0, repeats * len(images)
     for start in range(0, count, batch_size):
         numbers = range(start, min(start + batch_size, count))
-        which = [n % len(pictures) for n in numbers]
-        torch.manual_seed(start)
-        x0 = encode(torch.stack([pictures.read(i) for i in which]).to(device))
+        indices = [n % len(images) for n in numbers]
+        pixels = torch.stack([images.read(i) for i in indices])
+        x0 = encoded(autoencoder, pixels, model, 0, numbers, HELD_OUT_ENCODER)
         eps, t, _ = draws(0, numbers, HELD_OUT, x0.shape[1:], device)
-        y = torch.from_numpy(pictures.labels[which]).to(device)
-        total += float(training_loss(partial(model, y=y), x0, eps, schedule, t).mse.sum())
+        y = torch.from_numpy(images.labels[indices]).to(device)
+        total += float(training_loss(partial(model, y=y), x0, eps, schedule, t, model.config.prediction).mse.sum())
     return total / count

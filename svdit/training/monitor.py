@@ -1,25 +1,25 @@
-"""What a run shows of itself: the learning curve as CSV while it goes and as a picture, and grids of samples."""
+"""Progress of a training run: the learning curve as CSV and as a figure, and grids of samples."""
 
 import csv
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from svdit.diffusion.guidance import guided
 from svdit.diffusion.noise import image_noise
 from svdit.diffusion.samplers import ddim
 from svdit.diffusion.schedule import make_schedule
+from svdit.extras import require
 from svdit.files import atomic_path
 from svdit.images import grid, to_uint8, write_png
+from svdit.model.autoencoder import Autoencoder
 from svdit.model.dit import DiT
 
 COLUMNS = ["step", "loss", "mse", "vb", "held_out_mse", "seconds"]
 
 
 class Curve:
-    """Rows of `loss.csv`; rows after the step a run goes on from are dropped."""
+    """Rows of `loss.csv`; rows after the step that a run resumes from are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -30,12 +30,12 @@ class Curve:
             writer.writerows(rows)
 
     def add(self, step: int, losses: list[float], held_out: float | None, seconds: float) -> str:
-        """Append one row and return it as a sentence; an empty field where nothing was measured."""
+        """Append one row, with an empty field if there is no held-out error; returns it as a line of text."""
         error = "" if held_out is None else f"{held_out:.6f}"
         with self.path.open("a", newline="") as file:
             row = [step, *(f"{loss:.6f}" for loss in losses), error, f"{seconds:.1f}"]
             csv.writer(file, lineterminator="\n").writerow(row)
-        return f"step {step}  loss {losses[0]:.4f}  {'held out ' + error if error else ''}  {seconds:.0f} s"
+        return f"step {step}  loss {losses[0]:.4f}  {'held-out ' + error if error else ''}  {seconds:.0f} s"
 
 
 def read_curve(path: Path) -> list[dict[str, str]]:
@@ -45,17 +45,15 @@ def read_curve(path: Path) -> list[dict[str, str]]:
 
 
 def plot_curve(source: Path, target: Path) -> None:
-    """Draw the noise prediction error over the steps, on trained and, where measured, on held-out pictures."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    """Plot the prediction error over the training steps, on training and, where measured, on held-out images."""
+    figure = require("matplotlib.figure").Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     rows = read_curve(source)
-    for key, label in (("mse", "training, this step's weights"), ("held_out_mse", "held out, averaged weights")):
+    for key, label in (("mse", "training, current weights"), ("held_out_mse", "held-out, averaged weights")):
         points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
         if points:
             axes.plot(*zip(*points, strict=True), label=label)
-    axes.set(xlabel="step", ylabel="mean squared error of ε", yscale="log")
+    axes.set(xlabel="training step", ylabel="mean squared error of the prediction", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()
     with atomic_path(target) as temporary:
@@ -63,12 +61,12 @@ def plot_curve(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def sample_grid(model: DiT, decode: Callable[[Tensor], Tensor], path: Path, seed: int, cfg_scale: float = 1.5) -> None:
-    """A grid of up to ten classes, one a column, four of each: DDIM in 25 steps, guided on all channels."""
-    config, device = model.config, model.pos_embed.device
-    columns = min(config.num_classes, 10)
+def sample_grid(model: DiT, autoencoder: Autoencoder, path: Path, seed: int, cfg_scale: float = 1.5) -> None:
+    """Write a grid of up to ten classes, one per column, four images each: DDIM, 25 steps, all channels guided."""
+    device, columns = model.pos_embed.device, min(model.config.num_classes, 10)
     labels = torch.arange(4 * columns, device=device) % columns
-    draw = image_noise(seed, range(len(labels)), (config.in_channels, config.input_size, config.input_size), device)
+    noise = image_noise(seed, range(len(labels)), model.input_shape, device)
     denoise = guided(model, labels, model.null_class, cfg_scale, channels=None)
-    x = decode(ddim(denoise, draw(), make_schedule("ddim25"), noise=draw))
-    write_png(path, grid(to_uint8(x), columns, scale=max(1, 64 // x.shape[-1])))
+    z = ddim(denoise, noise(), make_schedule("ddim25"), noise=noise, prediction=model.config.prediction)
+    samples = to_uint8(autoencoder.decode(z))
+    write_png(path, grid(samples, columns, scale=max(1, 64 // samples.shape[2])))

@@ -1,6 +1,6 @@
-"""All that a run is at one step, and the file it goes on from: `last.pt`.
+"""The state of a training run, and the file it resumes from: `last.pt`.
 
-The file holds no random state: every draw of the run is a function of the seed and the number of the example.
+The file needs no random state: every random draw is a function of the seed and the number of the example.
 """
 
 import copy
@@ -18,7 +18,7 @@ from svdit.model.dit import DiT
 
 @dataclass
 class State:
-    """`step` counts finished steps, `seconds` the time they took."""
+    """`step` counts finished training steps, `seconds` their time."""
 
     model: DiT
     ema: DiT
@@ -28,13 +28,13 @@ class State:
 
 
 def fresh(model: DiT, lr: float) -> State:
-    """Step 0 of a run that starts from `model`."""
+    """The state of a new run with `model`."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
     return State(model, copy.deepcopy(model).requires_grad_(False).eval(), optimizer)
 
 
 def save(state: State, path: Path, binding: dict[str, Any]) -> None:
-    """Write the file whole or not at all; `binding` is what a run that goes on must agree with."""
+    """Write the file whole or not at all; `binding`: the options a resumed run must share."""
     content = {
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),
@@ -47,16 +47,16 @@ def save(state: State, path: Path, binding: dict[str, Any]) -> None:
         torch.save(content, temporary)
 
 
-def restore(state: State, path: Path, binding: dict[str, Any]) -> None:
-    """Bring `state` to where the file stands; a run with other options is refused."""
+def restore_(state: State, path: Path, binding: dict[str, Any]) -> None:
+    """Load the file into `state`, in place. Raises UserError for a damaged file or other options."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}); remove it to start from the beginning") from None
+        raise UserError(f"{path} cannot be read ({reason}); remove it to start again") from None
     for key, value in binding.items():
         if (before := content["binding"].get(key)) != value:
-            raise UserError(f"{path} was trained with {key} {before}, not {value}; give the same or another folder")
+            raise UserError(f"{path} was trained with {key} {before}, not {value}; use the same, or another folder")
     state.model.load_state_dict(content["model"])
     state.ema.load_state_dict(content["ema"])
     state.optimizer.load_state_dict(content["opt"])

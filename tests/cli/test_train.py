@@ -99,7 +99,7 @@ def test_a_folder_of_pictures(tmp_path: Path, latent: bool, size: int, expected:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "nowhere"], "nowhere is no data"),
+        (["--data", "nowhere"], "cannot train on nowhere"),
         (["--image-size", "16"], "digits have 8×8 pixels"),
         (["--vae", "ema"], "--vae is ema, but the digits are learned in pixel space"),
         (["--num-classes", "9"], "--num-classes is 9, but digits has 10"),

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomize, relative
-from devices.fake_cuda import FakeCuda, generator, value
+from devices.fake_cuda import FakeCuda, value
 from layers import model_bound
 from pixels import CONFIG, SEED, Squash, draw, pixel_model
 from torch import nn
 
 from svdit.checkpoints.store import load_model, save_model
-from svdit.diffusion.noise import batch_noise, image_noise
+from svdit.diffusion.noise import batch_noise
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.model.autoencoder import Autoencoder
 from svdit.model.dit import DiT
@@ -41,10 +41,9 @@ GUIDANCE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_with_every_guidance(sampler: str, guidance: str) -> None:
     config, model = SamplingConfig(sampler, "4", **GUIDANCE[guidance]), pixel_model()
-    expected = generate(model, LABELS, image_noise(0, range(3), SHAPE, torch.device("cpu")), config)
+    expected = generate(model, LABELS, config)
     with FakeCuda():
-        noise = image_noise(0, range(3), SHAPE, torch.device("cuda"))
-        found = generate(model.to("cuda"), LABELS, noise, config)
+        found = generate(model.to("cuda"), LABELS, config)
         assert found.is_cuda
     assert torch.equal(value(found), expected)
 
@@ -55,7 +54,7 @@ def test_the_published_order_of_noise() -> None:
         noise = batch_noise(0, (3, *SHAPE), torch.device("cuda"), doubled=True)
         found = [noise(), noise()]
         assert all(x.is_cuda and x.shape == (3, *SHAPE) for x in found)
-        x = generate(pixel_model().to("cuda"), LABELS, noise, SamplingConfig("ddpm", "4"))
+        x = generate(pixel_model().to("cuda"), LABELS, SamplingConfig("ddpm", "4"), noise=noise)
         assert x.is_cuda
     draw = batch_noise(0, (3, *SHAPE), torch.device("cpu"), doubled=True)
     assert all(torch.equal(value(x), draw()) for x in found)
@@ -64,7 +63,7 @@ def test_the_published_order_of_noise() -> None:
 def test_a_folder_of_images(tmp_path: Path) -> None:
     with FakeCuda():
         model = pixel_model().to("cuda")
-        npz = generate_dataset(model, Squash(), CONFIG, folder=tmp_path / "gpu", count=7, batch_size=3, seed=SEED)  # type: ignore[arg-type]
+        npz = generate_dataset(model, tmp_path / "gpu", 7, CONFIG, autoencoder=Squash(), batch_size=3, seed=SEED)  # type: ignore[arg-type]
     with np.load(npz) as found, np.load(draw(tmp_path / "cpu")) as expected:
         assert np.array_equal(found["arr_0"], expected["arr_0"])
 
@@ -133,11 +132,11 @@ def test_the_autoencoder() -> None:
     parts = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
     kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     vae = randomize(AutoencoderKL(**parts, **kinds))
-    x, z = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 4, 4, 4)
+    x, z, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     ours = Autoencoder("tiny", vae)
-    encoded, decoded = ours.encode(x, torch.Generator().manual_seed(0)), ours.decode(z)
+    encoded, decoded = ours.encode(x, noise), ours.decode(z)
     with FakeCuda():
         ours = Autoencoder("tiny", vae.to("cuda"))
-        found = [ours.encode(x.to("cuda"), generator("cuda").manual_seed(0)), ours.decode(z.to("cuda"))]
+        found = [ours.encode(x.to("cuda"), noise.to("cuda")), ours.decode(z.to("cuda"))]
         assert all(y.is_cuda for y in found)
     assert torch.equal(value(found[0]), encoded) and torch.equal(value(found[1]), decoded)

@@ -8,7 +8,7 @@ from devices.fake_cuda import FakeCuda, state_of
 from torch import Tensor
 
 from svdit.model.dit import DiT, DiTConfig
-from svdit.training.data import Pictures
+from svdit.training.data import LabelledImages
 from svdit.training.loop import TrainOptions, train
 from svdit.training.monitor import read_curve
 from svdit.training.state import State
@@ -16,7 +16,7 @@ from svdit.training.state import State
 CONFIG = DiTConfig(4, 2, 1, hidden_size=64, depth=1, num_heads=2, num_classes=3)
 LR = 1e-3
 PIXELS = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (10, 1, 4, 4)).astype(np.float32))
-PICTURES = Pictures(PIXELS.__getitem__, np.arange(10) % 3, 3, 1)
+IMAGES = LabelledImages(PIXELS.__getitem__, np.arange(10) % 3, 3, 1)
 
 
 def run(folder: Path, device: str, steps: int) -> State:
@@ -24,7 +24,7 @@ def run(folder: Path, device: str, steps: int) -> State:
     options = TrainOptions(
         global_batch_size=4, lr=LR, ema_decay=0.9, steps=steps, log_every=1, checkpoint_every=2, workers=0
     )
-    return train(DiT(CONFIG).to(device), PICTURES, options, folder, held_out=PICTURES)
+    return train(DiT(CONFIG).to(device), IMAGES, options, folder, held_out=IMAGES)
 
 
 def losses(folder: Path) -> list[list[str]]:

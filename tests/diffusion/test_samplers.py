@@ -7,7 +7,7 @@ from conftest import Golden, relative
 from torch import Tensor
 
 from svdit.diffusion.guidance import guided
-from svdit.diffusion.posterior import q_sample
+from svdit.diffusion.prediction import q_sample
 from svdit.diffusion.samplers import SAMPLERS, Denoise, ddim, ddpm, dpm_solver
 from svdit.diffusion.schedule import make_schedule
 from svdit.shims import allow_cpu_torchvision
@@ -48,9 +48,9 @@ def exact_denoiser(mean: float, std: float) -> Denoise:
     """The best ε for data N(mean, std²): a smooth problem with a known answer."""
     abar = make_schedule().alphas_cumprod
 
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        a = abar[t].float().view(-1, 1, 1, 1)
-        return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * std**2 + 1 - a)
+    def denoise(x: Tensor, t: int) -> Tensor:
+        a = float(abar[t])
+        return (1 - a) ** 0.5 * (x - a**0.5 * mean) / (a * std**2 + 1 - a)
 
     return denoise
 
@@ -62,10 +62,10 @@ def test_dpm_solver_equals_diffusers(steps: int) -> None:
     theirs = DPMSolverMultistepScheduler(
         beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
     )
-    theirs.set_timesteps(timesteps=schedule.timesteps.flip(0).tolist())
+    theirs.set_timesteps(timesteps=schedule.timesteps[::-1].tolist())
     x = z
     for t in theirs.timesteps:
-        x = theirs.step(denoise(x, t.expand(2)), t, x).prev_sample
+        x = theirs.step(denoise(x, int(t)), t, x).prev_sample
     ours = dpm_solver(denoise, z, schedule, noise=no_noise)
     # diffusers' λ is float32 and infinite at the end; its last steps differ in the sixth digit
     assert 0 < relative(ours, x) < 2e-5
@@ -78,13 +78,11 @@ def test_ddim_equals_diffusers(eta: float) -> None:
     z, *draws = torch.randn(51, 2, 1, 4, 4, generator=generator)
     theirs = DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=True)
     theirs.set_timesteps(50)
-    assert theirs.timesteps.tolist() == schedule.timesteps.flip(0).tolist()
+    assert theirs.timesteps.tolist() == schedule.timesteps[::-1].tolist()
     x = z
     for t, draw in zip(theirs.timesteps, draws, strict=True):
         last = t == 0
-        x = theirs.step(
-            denoise(x, t.expand(2)), t, x, eta=eta, variance_noise=None if last or not eta else draw
-        ).prev_sample
+        x = theirs.step(denoise(x, int(t)), t, x, eta=eta, variance_noise=None if last or not eta else draw).prev_sample
     source = iter(draws)
     ours = ddim(denoise, z, schedule, noise=lambda: next(source), eta=eta)
     assert 0 < relative(ours, x) < 1e-4
@@ -94,15 +92,15 @@ def test_ddim_equals_diffusers(eta: float) -> None:
 def test_every_sampler_reaches_the_data_distribution(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(64, 1, 8, 8, generator=generator)
-    seen: list[int] = []
+    steps: list[int] = []
     x = SAMPLERS[name](
         exact_denoiser(0.3, 0.5),
         z,
         make_schedule(100),
         noise=lambda: torch.randn(z.shape, generator=generator),
-        callback=lambda done, _: seen.append(done),
+        callback=lambda done, _: steps.append(done),
     )
-    assert seen == list(range(1, 101))
+    assert steps == list(range(1, 101))
     assert abs(float(x.mean()) - 0.3) < 0.03
     assert abs(float(x.std()) - 0.5) < 0.03
 

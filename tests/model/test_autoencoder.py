@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 4,
     )
     randomize(vae)
-    vae.decoder.conv_out.weight.data *= 10  # pictures that overshoot
+    vae.decoder.conv_out.weight.data *= 10  # images outside of [-1, 1]
     vae.save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
 
@@ -34,19 +34,19 @@ def folder(tmp_path: Path) -> Path:
 @torch.no_grad()
 @pytest.mark.parametrize("at_once", [1, 3 * 16 * 32, 10**6])  # one by one, three and two, all five
 def test_equals_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(autoencoder, "PIXELS_AT_ONCE", at_once)
+    monkeypatch.setattr(autoencoder, "MAX_PIXELS", at_once)
     ours, theirs = load_autoencoder(str(folder)), AutoencoderKL.from_pretrained(folder).eval()
     assert (ours.factor, ours.channels, ours.name) == (8, 4, str(folder))
     x = torch.rand(5, 3, 16, 32) * 2 - 1
     gaussian = theirs.encode(x).latent_dist
-    noise = torch.cat(list(torch.randn(5, 4, 2, 4, generator=torch.Generator().manual_seed(7))))
-    expected = (gaussian.mean + gaussian.std * noise.view(5, 4, 2, 4)) * 0.18215
-    z = ours.encode(x, torch.Generator().manual_seed(7))
+    noise = torch.randn(5, 4, 2, 4, generator=torch.Generator().manual_seed(7))
+    expected = gaussian.sample(torch.Generator().manual_seed(7)) * 0.18215  # draws the same noise
+    z = ours.encode(x, noise)
     assert gaussian.std.min() > 0.01
     assert relative(z, expected) < 1e-5
-    pictures = theirs.decode(z / 0.18215).sample
-    assert relative(ours.decode(z), pictures.clamp(-1, 1)) < 1e-5
-    assert pictures.abs().max() > 1
+    images = theirs.decode(z / 0.18215).sample
+    assert relative(ours.decode(z), images.clamp(-1, 1)) < 1e-5
+    assert images.abs().max() > 1
 
 
 def test_pixels_pass_through() -> None:
@@ -54,11 +54,11 @@ def test_pixels_pass_through() -> None:
     assert none == Autoencoder("none")
     assert (none.factor, none.channels) == (1, None)
     x = torch.randn(2, 1, 8, 8)
-    assert none.encode(x) is x
+    assert none.encode(x, x) is x
     assert torch.equal(none.decode(x), x.clamp(-1, 1))
 
 
-def test_what_cannot_be_loaded_says_so(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_an_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no autoencoder nowhere; choose ema, mse, none or a folder"):
         load_autoencoder("nowhere")
     with pytest.raises(UserError, match=r"cannot load the autoencoder .*config\.json.*; save it again with diffusers"):
@@ -67,7 +67,7 @@ def test_what_cannot_be_loaded_says_so(folder: Path, tmp_path: Path) -> None:
     state = load_file(weights)
     del state["decoder.conv_out.bias"]
     save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"lacks 1 tensors, decoder\.conv_out\.bias first; get a whole one"):
+    with pytest.raises(UserError, match=r"lacks 1 tensors, first decoder\.conv_out\.bias; download it again"):
         load_autoencoder(str(folder))
     weights.write_bytes(weights.read_bytes()[:9000])
     with pytest.raises(UserError, match="cannot load the autoencoder"):
@@ -75,11 +75,11 @@ def test_what_cannot_be_loaded_says_so(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", autoencoder.REPOSITORIES)
-def test_offline_says_how_to_fetch_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_error_says_how_to_download_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        UserError, match=rf"sd-vae-ft-{name} .*; fetch it where .* `hf download stabilityai/sd-vae-ft-{name} "
+        UserError, match=rf"sd-vae-ft-{name} .*; download it elsewhere, `hf download stabilityai/sd-vae-ft-{name} "
     ):
         load_autoencoder(name)
 

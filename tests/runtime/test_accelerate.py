@@ -65,7 +65,10 @@ def test_pictures_are_the_same_on_every_backend(tiny: DiT, config: str) -> None:
     labels, walk = torch.tensor([0, 3, 3]), SamplingConfig("ddim", "ddim10", 4.0, None)
     drawn = {
         backend: generate(
-            accelerate(deepcopy(model), backend), labels, batch_noise(0, (3, 4, 4, 4), torch.device("cpu"), False), walk
+            accelerate(deepcopy(model), backend),
+            labels,
+            walk,
+            noise=batch_noise(0, (3, 4, 4, 4), torch.device("cpu"), False),
         )
         for backend in USABLE
     }
@@ -97,7 +100,8 @@ def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
     quantize_(model, dit_config(recipe), calibration_loop(images=4, steps=5))
 
     def drawn(model: DiT) -> torch.Tensor:
-        return generate(model, torch.arange(10), batch_noise(0, (10, 1, 8, 8), torch.device("cpu"), False), walk)
+        noise = batch_noise(0, (10, 1, 8, 8), torch.device("cpu"), False)
+        return generate(model, range(10), walk, noise=noise)
 
     pictures = {name: drawn(accelerate(deepcopy(model), name)) for name in USABLE}
     quantization = relative(pictures["reference"], drawn(load_model("digits")))

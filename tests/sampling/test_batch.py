@@ -1,7 +1,8 @@
-"""A batch of pictures, against published runs."""
+"""One batch of images, against published runs."""
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from pixels import Squash, pixel_model
 from torch import Tensor
 
 from svdit.diffusion.noise import image_noise
+from svdit.diffusion.prediction import PREDICTIONS
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.errors import UserError
-from svdit.sampling.batch import SamplingConfig, generate, pictures
+from svdit.model.dit import DiT
+from svdit.sampling.batch import SamplingConfig, generate, generate_images
 
 CPU = torch.device("cpu")
 
@@ -23,16 +26,16 @@ PIXEL_MODEL = pixel_model()
 def test_ddpm_from_recorded_noise_equals_published(golden: Golden) -> None:
     z = golden["z_10"]
     draws = itertools.chain([z], (noise[: len(z)] for noise in golden["ddpm_noise_10"]))
-    seen: list[int] = []
+    steps: list[int] = []
     x = generate(
         golden.model,
         golden["y"][: len(z)],
-        lambda: next(draws),
         SamplingConfig(steps="10", cfg_scale=4.0),
-        callback=lambda done, _: seen.append(done),
+        noise=lambda: next(draws),
+        callback=lambda done, _: steps.append(done),
     )
     assert relative(x, golden["ddpm_10"]) < 1e-4
-    assert seen == list(range(1, 11))
+    assert steps == list(range(1, 11))
     assert next(draws, None) is None
     assert not x.requires_grad
 
@@ -40,27 +43,26 @@ def test_ddpm_from_recorded_noise_equals_published(golden: Golden) -> None:
 def test_ddim_from_recorded_noise_equals_published(golden: Golden) -> None:
     z = golden["z_10"]
     config = SamplingConfig("ddim", "10", cfg_scale=4.0)
-    x = generate(golden.model, golden["y"][: len(z)], iter([z]).__next__, config)
+    x = generate(golden.model, golden["y"][: len(z)], config, noise=iter([z]).__next__)
     assert relative(x, golden["ddim_10"]) < 1e-4
 
 
 @pytest.mark.gpu
-def test_a_gpu_walks_the_same_way(golden_learned: Golden) -> None:
+def test_a_gpu_generates_the_same_images(golden_learned: Golden) -> None:
     z, device = golden_learned["z_10"], torch.device("cuda")
     draws = (noise[: len(z)].to(device) for noise in [z, *golden_learned["ddpm_noise_10"]])
     model = copy.deepcopy(golden_learned.model).to(device)
-    x = generate(model, golden_learned["y"][: len(z)], draws.__next__, SamplingConfig(steps="10"))
+    x = generate(model, golden_learned["y"][: len(z)], SamplingConfig(steps="10"), noise=draws.__next__)
     assert relative(x.cpu(), golden_learned["ddpm_10"]) < 1e-3
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_pictures_of_every_sampler(sampler: str) -> None:
-    def drawn(config: SamplingConfig) -> Tensor:
-        noise = image_noise(0, range(3), (3, 8, 8), CPU)
-        return torch.from_numpy(pictures(PIXEL_MODEL, Squash(), torch.tensor([0, 4, 2]), noise, config))  # type: ignore[arg-type]
+def test_images_of_every_sampler(sampler: str) -> None:
+    def images(config: SamplingConfig) -> Tensor:
+        return torch.from_numpy(generate_images(PIXEL_MODEL, [0, 4, 2], config, autoencoder=Squash()))  # type: ignore[arg-type]
 
-    guided, all_guided = (drawn(SamplingConfig(sampler, "4", cfg_channels=k)) for k in (1, None))
-    plain = drawn(SamplingConfig(sampler, "4", cfg_scale=1))
+    guided, all_guided = (images(SamplingConfig(sampler, "4", cfg_channels=k)) for k in (1, None))
+    plain = images(SamplingConfig(sampler, "4", cfg_scale=1))
     assert plain.shape == (3, 8, 8, 3)
     assert plain.dtype == torch.uint8
     assert len({bytes(x.numpy()) for x in (plain, guided, all_guided)}) == 3
@@ -69,22 +71,54 @@ def test_pictures_of_every_sampler(sampler: str) -> None:
 @pytest.mark.parametrize("label", [-1, 5, 1000])  # 5 is the null class
 def test_an_unknown_class_is_named(label: int) -> None:
     with pytest.raises(UserError, match=rf"no class {label}; this model has the classes 0 to 4"):
-        generate(PIXEL_MODEL, torch.tensor([0, label]), lambda: torch.zeros(2, 3, 8, 8), SamplingConfig(steps="2"))
+        generate(PIXEL_MODEL, [0, label], SamplingConfig(steps="2"))
+
+
+def test_the_noise_is_that_of_the_seed_and_the_image() -> None:
+    config = SamplingConfig("ddim", "2")
+    both = generate(PIXEL_MODEL, torch.tensor([1, 2]), config, seed=3)
+    noise = image_noise(3, [1], (3, 8, 8), CPU)
+    assert relative(generate(PIXEL_MODEL, [2], config, noise=noise), both[1:]) < 1e-5
+    assert relative(generate(PIXEL_MODEL, [1, 2], config), both) > 0.1
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_the_models_prediction_decides_how_its_output_is_read(prediction: str) -> None:
+    model = pixel_model(prediction=prediction)
+    x = generate(model, [0, 1], SamplingConfig("ddim", "1", cfg_scale=1), seed=1)
+    z = image_noise(1, range(2), (3, 8, 8), CPU)()
+    with torch.no_grad():
+        output = model(z, torch.zeros(2, dtype=torch.int64), torch.tensor([0, 1]))[:, :3]
+    abar = 1 - 1e-4  # of the only timestep, 0; one DDIM step ends at x_0
+    x0 = {
+        "epsilon": (z - (1 - abar) ** 0.5 * output) / abar**0.5,
+        "velocity": abar**0.5 * z - (1 - abar) ** 0.5 * output,
+        "x0": output,
+    }[prediction]
+    assert relative(x, x0) < 1e-5
+
+
+def test_a_latent_model_needs_its_autoencoder(tiny: DiT) -> None:
+    with pytest.raises(UserError, match=r"generates 4-channel latents; pass autoencoder=load_autoencoder\('ema'\)"):
+        generate_images(tiny, [0])
+    sdxl = SimpleNamespace(name="vae", channels=16)
+    with pytest.raises(UserError, match="the model has 4 channels, the autoencoder vae 16"):
+        generate_images(tiny, [0], autoencoder=sdxl)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"sampler": "euler"}, "'euler'; choose one of ddpm, ddim"),
         ({"steps": "0"}, "'0' is not a number of sampling steps"),
         ({"steps": "1001"}, "1001 sampling steps"),
-        ({"cfg_scale": float("nan")}, "guidance scale cannot be nan"),
-        ({"cfg_scale": -1.0}, "guidance scale cannot be -1"),
-        ({"cfg_channels": 0}, "cannot act on 0 channels"),
-        ({"cfg_interval": (500, 100)}, "cannot act from timestep 500 to 100"),
-        ({"cfg_interval": (0, 1000)}, "cannot act from timestep 0 to 1000"),
+        ({"cfg_scale": float("nan")}, "guidance scale is nan"),
+        ({"cfg_scale": -1.0}, "guidance scale is -1"),
+        ({"cfg_channels": 0}, "cfg_channels is 0"),
+        ({"cfg_interval": (500, 100)}, "cfg_interval is 500 to 100"),
+        ({"cfg_interval": (0, 1000)}, "cfg_interval is 0 to 1000"),
     ],
 )
-def test_impossible_configurations_say_why(options: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_settings(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         SamplingConfig(**options)  # type: ignore[arg-type]

@@ -1,7 +1,8 @@
-"""Many pictures: the same for every batch size and number of processes, never half, never mixed."""
+"""Data sets of images: the same for every batch size and world size, never partial, never mixed."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,24 +36,24 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw(tmp_path_factory.mktemp("reference") / "set", batch_size=COUNT)
 
 
-def same_pictures(a: np.ndarray, b: np.ndarray) -> bool:
+def same_images(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal up to a float's last bits: no pixel is off by more than one grey level, and hardly any is."""
     off = np.abs(a.astype(int) - b.astype(int))
     return bool(off.max() <= 1 and (off > 0).mean() < 0.01)
 
 
 def test_npz_holds_the_pngs_in_adms_layout(reference: Path) -> None:
-    pictures = arrays(reference)
-    assert pictures.shape == (COUNT, 8, 8, 3)
-    assert pictures.dtype == np.uint8
-    assert np.mean((pictures > 0) & (pictures < 255)) > 0.9, "a clipped picture hides differences"
+    pixels = arrays(reference)
+    assert pixels.shape == (COUNT, 8, 8, 3)
+    assert pixels.dtype == np.uint8
+    assert np.mean((pixels > 0) & (pixels < 255)) > 0.9, "clipping hides differences"
     files = images.list_images(reference.with_suffix(""))
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(COUNT)]
-    assert np.array_equal(pictures, np.stack([images.read_image(file) for file in files]))
-    assert len({picture.tobytes() for picture in pictures}) == COUNT
+    assert np.array_equal(pixels, np.stack([images.read_image(file) for file in files]))
+    assert len({image.tobytes() for image in pixels}) == COUNT
 
 
-def test_manifest_says_how_the_pictures_came_about(reference: Path) -> None:
+def test_the_manifest_records_the_settings(reference: Path) -> None:
     manifest = json.loads((reference.with_suffix("") / "manifest.json").read_text())
     assert set(manifest) == KEYS
     assert manifest["labels"] == LABEL_POLICIES["random"](SEED, range(COUNT), 5)
@@ -76,20 +77,20 @@ def test_three_processes_draw_what_one_does(reference: Path, tmp_path: Path) -> 
         draw(tmp_path / "alone", batch_size=4)
     assert {int(i): draws for note in notes for i, draws in note.items()} == alone  # bit for bit
     assert all(len(draws) == 5 for draws in alone.values())
-    assert same_pictures(arrays(folder.with_suffix(".npz")), arrays(reference))
+    assert same_images(arrays(folder.with_suffix(".npz")), arrays(reference))
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_batch_size_changes_no_picture(reference: Path, tmp_path: Path, batch_size: int) -> None:
-    assert same_pictures(arrays(draw(tmp_path / "set", batch_size=batch_size)), arrays(reference))
+def test_batch_size_changes_no_image(reference: Path, tmp_path: Path, batch_size: int) -> None:
+    assert same_images(arrays(draw(tmp_path / "set", batch_size=batch_size)), arrays(reference))
 
 
-def test_another_seed_changes_every_picture(reference: Path, tmp_path: Path) -> None:
+def test_another_seed_changes_every_image(reference: Path, tmp_path: Path) -> None:
     other = arrays(draw(tmp_path / "set", seed=12))
-    assert not any(same_pictures(a, b) for a, b in zip(other, arrays(reference), strict=True))
+    assert not any(same_images(a, b) for a, b in zip(other, arrays(reference), strict=True))
 
 
-def test_a_stopped_run_continues_and_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes_and_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, written = tmp_path / "set", []
     genuine = images.write_png
 
@@ -105,19 +106,19 @@ def test_a_stopped_run_continues_and_keeps_what_is_there(tmp_path: Path, monkeyp
     assert not folder.with_suffix(".npz").exists()
     monkeypatch.setattr(images, "write_png", genuine)
     kept = np.zeros((8, 8, 3), np.uint8)
-    images.write_png(folder / "000001.png", kept)  # a mark: whoever draws it again removes it
-    told: list[tuple[float, int]] = []
-    pictures = arrays(draw(folder, progress=lambda done, total: told.append((done, total))))
-    assert np.array_equal(pictures[1], kept)
-    assert told[0] == (0.75, 3)
-    assert told[-1] == (3, 3)
+    images.write_png(folder / "000001.png", kept)  # overwritten if it were generated again
+    calls: list[tuple[float, int]] = []
+    resumed = arrays(draw(folder, progress=lambda done, total: calls.append((done, total))))
+    assert np.array_equal(resumed[1], kept)
+    assert calls[0] == (0.75, 3)
+    assert calls[-1] == (3, 3)
 
 
 def test_a_set_can_grow_but_not_shrink(reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     assert len(arrays(draw(folder, count=4))) == 4
-    assert same_pictures(arrays(draw(folder, origin={"checkpoint": "moved.pt"})), arrays(reference))
-    with pytest.raises(UserError, match="a run of 7 pictures, this one has 4"):
+    assert same_images(arrays(draw(folder, origin={"checkpoint": "moved.pt"})), arrays(reference))
+    with pytest.raises(UserError, match="a run of 7 images, not 4"):
         draw(folder, count=4)
 
 
@@ -128,30 +129,64 @@ def test_a_finished_set_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        ({"seed": 12}, "seed 11, this one has 12"),
-        ({"label_policy": "balanced"}, "label_policy 'random', this one has 'balanced'"),
-        ({"origin": {"checkpoint_sha256": "ab"}}, "checkpoint_sha256 '', this one has 'ab'"),
-        ({"origin": {"quantization": {"mode": "rtn"}}}, "quantization None, this one has {'mode': 'rtn'}"),
+        ({"seed": 12}, "seed 11, not 12"),
+        ({"label_policy": "balanced"}, "label_policy 'random', not 'balanced'"),
+        ({"origin": {"checkpoint_sha256": "ab"}}, "checkpoint_sha256 '', not 'ab'"),
+        ({"origin": {"quantization": {"mode": "rtn"}}}, "quantization None, not {'mode': 'rtn'}"),
     ],
 )
-def test_another_runs_folder_is_refused(reference: Path, change: dict[str, Any], said: str) -> None:
+def test_another_runs_folder_is_refused(reference: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         draw(reference.with_suffix(""), **change)
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
-def test_a_foreign_manifest_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(UserError, match="is not a manifest of this tool"):
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'"x"', b'{"num_images": "7"}', b"\xff", None])
+def test_a_foreign_manifest_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "manifest.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match="is not a manifest written by svdit"):
         draw(tmp_path)
 
 
-def test_foreign_pictures_are_refused(tmp_path: Path) -> None:
+def test_a_manifest_without_some_fields_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"num_images": 3}')
+    with pytest.raises(UserError, match="belongs to a run with tool None, not 'svdit'"):
+        draw(tmp_path)
+
+
+def test_a_changed_folder_is_refused(reference: Path, tmp_path: Path) -> None:
+    """Images in sub-folders are found by whoever reads the set, so one that was moved there would count."""
+    folder, npz = tmp_path / "set", tmp_path / "set.npz"
+
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            draw(folder)
+        shutil.rmtree(folder)
+        shutil.copytree(reference.with_suffix(""), folder)
+        npz.unlink(missing_ok=True)
+
+    shutil.copytree(reference.with_suffix(""), folder)
+    (folder / "good").mkdir()
+    (folder / "000003.png").rename(folder / "good" / "000003.png")
+    refused(r"contains good.000003\.png, which is not an image of this set; move it out")
+    shutil.copy(folder / "000003.png", folder / "grid.png")
+    refused(r"contains grid\.png, which is not an image of this set")
+    (folder / "000003.png").unlink()
+    (folder / "000003.png").mkdir()
+    refused(r"000003\.png is a folder where a file belongs")
+    (folder / "000003.png").write_text("no image")
+    refused(r"000003\.png cannot be read as an image")
+    npz.mkdir()
+    with pytest.raises(UserError, match=r"set\.npz is a folder where a file belongs"):
+        draw(folder)
+
+
+def test_foreign_images_are_refused(tmp_path: Path) -> None:
     images.write_png(tmp_path / "cat.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match=r"holds 1 pictures and no manifest\.json"):
+    with pytest.raises(UserError, match=r"contains 1 images but no manifest\.json"):
         draw(tmp_path)
 
 
@@ -162,19 +197,19 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
-        ({"count": 0}, "the number of pictures cannot be 0"),
-        ({"batch_size": 0}, "the batch size cannot be 0"),
-        ({"seed": -1}, "the seed cannot be -1"),
+        ({"count": 0}, "the number of images is 0"),
+        ({"batch_size": 0}, "the batch size is 0"),
+        ({"seed": -1}, "the seed is -1"),
         ({"label_policy": "odd"}, "no label policy 'odd'; choose one of random, balanced"),
     ],
 )
-def test_impossible_options_say_why(tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         draw(tmp_path / "set", **options)
     assert not (tmp_path / "set").exists()
 
 
-def test_balanced_labels_go_round() -> None:
+def test_balanced_labels_repeat_in_order() -> None:
     assert LABEL_POLICIES["balanced"](3, range(7), 3) == [0, 1, 2, 0, 1, 2, 0]

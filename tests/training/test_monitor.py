@@ -1,15 +1,17 @@
-"""The learning curve continues where a run does; pictures have the right size."""
+"""The learning curve resumes with the run; sample grids have the right size."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from svdit.model.autoencoder import Autoencoder
 from svdit.model.dit import DiT
 from svdit.training.monitor import Curve, plot_curve, read_curve, sample_grid
 
 
-def test_curve_drops_what_was_not_saved(tmp_path: Path) -> None:
+def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "loss.csv"
     curve = Curve(path, 0)
     for step in (10, 20, 30):
@@ -30,9 +32,19 @@ def test_curve_drops_what_was_not_saved(tmp_path: Path) -> None:
     assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 1
 
 
+class FirstThree(Autoencoder):
+    """Shows the first three of four channels."""
+
+    def __init__(self) -> None:
+        super().__init__("first three")
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z[:, :3]
+
+
 def test_sample_grid_has_a_column_for_each_class(tiny: DiT, tmp_path: Path) -> None:
-    sample_grid(tiny, lambda x: x[:, :3], tmp_path / "a.png", seed=0)
-    sample_grid(tiny, lambda x: x[:, :3], tmp_path / "b.png", seed=0)
-    picture = np.asarray(Image.open(tmp_path / "a.png"))
-    assert picture.shape == (4 * 66 + 2, 5 * 66 + 2, 3)
+    sample_grid(tiny, FirstThree(), tmp_path / "a.png", seed=0)
+    sample_grid(tiny, FirstThree(), tmp_path / "b.png", seed=0)
+    image = np.asarray(Image.open(tmp_path / "a.png"))
+    assert image.shape == (4 * 66 + 2, 5 * 66 + 2, 3)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()

@@ -7,7 +7,7 @@ import torch
 
 from svdit.errors import UserError
 from svdit.model.dit import DiT
-from svdit.training.state import State, fresh, restore, save
+from svdit.training.state import State, fresh, restore_, save
 
 
 def stepped(model: DiT) -> State:
@@ -23,7 +23,7 @@ def test_everything_comes_back(tiny: DiT, tmp_path: Path) -> None:
     state = stepped(tiny)
     save(state, tmp_path / "last.pt", {"lr": 0.1})
     other = fresh(DiT(tiny.config), lr=0.1)
-    restore(other, tmp_path / "last.pt", {"lr": 0.1})
+    restore_(other, tmp_path / "last.pt", {"lr": 0.1})
     assert (other.step, other.seconds) == (7, 1.5)
     for a, b in ((state.model, other.model), (state.ema, other.ema)):
         assert all(torch.equal(x, b.state_dict()[key]) for key, x in a.state_dict().items())
@@ -37,10 +37,10 @@ def test_other_options_and_broken_files_are_refused(tiny: DiT, tmp_path: Path) -
     state = stepped(tiny)
     save(state, path, {"lr": 0.1, "seed": 3})
     with pytest.raises(UserError, match=r"last\.pt was trained with seed 3, not 4"):
-        restore(state, path, {"lr": 0.1, "seed": 4})
+        restore_(state, path, {"lr": 0.1, "seed": 4})
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
-        restore(state, path, {"lr": 0.1, "seed": 3})
+        restore_(state, path, {"lr": 0.1, "seed": 3})
     torch.save({"model": Path("code")}, path)
     with pytest.raises(UserError, match="cannot be read"):
-        restore(state, path, {"lr": 0.1, "seed": 3})
+        restore_(state, path, {"lr": 0.1, "seed": 3})
