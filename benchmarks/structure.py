@@ -45,14 +45,14 @@ def mentions_tensor(function: Function) -> bool:
 
 
 def silent_raises(tree: ast.Module) -> list[str]:
-    """Public functions that raise UserError and whose docstring does not say so."""
-    names = []
-    for node in ast.walk(tree):
-        if isinstance(node, Function) and not node.name.startswith("_"):
-            raises = any(isinstance(n, ast.Raise) and "UserError(" in ast.unparse(n) for n in ast.walk(node))
-            if raises and "UserError" not in (ast.get_docstring(node) or ""):
-                names.append(node.name)
-    return names
+    """Public functions that raise UserError, nested ones included, and whose docstring does not say so."""
+    functions = [node for node in public(tree) if isinstance(node, Function)]
+    return [f.name for f in functions if raises_user_error(f) and "UserError" not in (ast.get_docstring(f) or "")]
+
+
+def raises_user_error(function: Function) -> bool:
+    """Whether a `raise UserError(...)` is inside."""
+    return any(isinstance(node, ast.Raise) and "UserError(" in ast.unparse(node) for node in ast.walk(function))
 
 
 def lengths(tree: ast.Module) -> list[int]:

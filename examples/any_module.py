@@ -1,0 +1,24 @@
+"""Quantize the linears of any module in place: one rule per name pattern, the first match decides.
+
+python examples/any_module.py
+"""
+
+import torch
+from torch import nn
+
+import svdit
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64), nn.LayerNorm(64), nn.Linear(64, 10)).eval()
+batches = torch.randn(16, 64, 64)  # calibration data: 16 batches of 64 rows
+
+with torch.no_grad():
+    before = model(batches)
+    config = svdit.QuantConfig((svdit.Rule("4", None), svdit.Rule("*", svdit.recipe_for("w8a8", rank=8))))
+    report = svdit.quantize_(model, config, lambda m: [m(x) for x in batches])  # the head, "4", stays in fp32
+    model = svdit.accelerate(model)  # packed for this processor
+    error = float((model(batches) - before).norm() / before.norm())
+
+for line in report.layers:
+    print(f"{line.name}: {line.weight} weights, {line.act} activations, rank {line.rank}, {line.sqnr:.1f} dB")
+print(f"relative error of the output: {error:.4f}")
