@@ -1,9 +1,9 @@
 """diffusers' DiTTransformer2DModel to the published names and layout, and back.
 
 diffusers splits the fused qkv projection, repeats both embedders in every block and stores no position table.
-The result computes what the published code does. diffusers' own forward does not: it spaces the timestep frequencies
-by 1/127 instead of 1/128 (a quarter of the output, with random weights), and unless told otherwise adds 1e-5 instead
-of 1e-6 in the second norms (a millionth). Weights trained inside diffusers do not carry over exactly.
+A converted model computes the published forward pass. diffusers' own differs: it spaces the timestep frequencies by
+1/127 instead of 1/128 (relative change 0.25 with random weights), and its second norms default to an eps of 1e-5
+instead of 1e-6 (relative change 1e-6). Weights trained in diffusers are therefore not reproduced exactly.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ OUTSIDE = {
     "final_layer.adaLN_modulation.1": "proj_out_1",
     "final_layer.linear": "proj_out_2",
 }
-INSIDE = {  # several names: the parts of ours, one below the other
+INSIDE = {  # several names: concatenated along the rows
     "adaLN_modulation.1": ("norm1.linear",),
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.proj": ("attn1.to_out.0",),
@@ -36,14 +36,15 @@ REPEATED = {
 
 
 def is_diffusers(state: Mapping[str, Tensor]) -> bool:
-    """Whether these are the names of diffusers' DiT."""
+    """Whether tensors (…) of these names belong to diffusers' DiT."""
     return "transformer_blocks.0.norm1.linear.weight" in state
 
 
 def from_diffusers(state: Mapping[str, Tensor], input_size: int) -> dict[str, Tensor]:
-    """The published state dict; `input_size` is diffusers' `sample_size`, which no tensor tells.
+    """diffusers' tensors (…) under the published names and in the published layout.
 
-    Raises UserError where a tensor is missing or left over, or the blocks' embedders differ.
+    `input_size` is diffusers' `sample_size`, which no tensor shows. Raises UserError for missing, unknown or misshapen
+    tensors, and where the blocks' embedders differ.
     """
     left, depth = dict(state), count(state, "transformer_blocks")
     try:
@@ -51,18 +52,24 @@ def from_diffusers(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
         for ours, name in REPEATED.items():
             first, *others = [left.pop(f"transformer_blocks.{i}.{name}") for i in range(depth)]
             if not all(torch.equal(first, other) for other in others):
-                raise UserError(f"the blocks of this diffusers DiT differ in {name}; a published DiT has one for all")
+                raise UserError(f"the blocks of this diffusers DiT differ in {name}; a published DiT shares it")
             result[ours] = first
+        hidden_size, _, patch_size, _ = result["x_embedder.proj.weight"].shape
+        position = position_embedding(hidden_size, input_size // patch_size)
     except KeyError as error:
-        raise UserError(f"this diffusers DiT lacks {error}; give a complete DiTTransformer2DModel") from None
+        raise UserError(f"this diffusers DiT lacks {error}; pass a complete DiTTransformer2DModel") from None
+    except (ArithmeticError, IndexError, RuntimeError, ValueError) as error:
+        raise UserError(f"this diffusers DiT has tensors of other shapes ({error}); pass an unchanged one") from None
     if left:
-        raise UserError(f"this diffusers DiT has {len(left)} tensors a published one has no place for: {min(left)}, …")
-    hidden_size, _, patch_size, _ = result["x_embedder.proj.weight"].shape
-    return {"pos_embed": position_embedding(hidden_size, input_size // patch_size), **result}
+        raise UserError(
+            f"this diffusers DiT has {len(left)} tensors that a published one lacks ({min(left)}, …); "
+            "pass an unchanged DiTTransformer2DModel"
+        )
+    return {"pos_embed": position, **result}
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_diffusers`, for a model that is not quantized."""
+    """The inverse of `from_diffusers`: tensors (…) of a full-precision model under diffusers' names."""
     depth = count(state, "blocks")
     result: dict[str, Tensor] = {}
     for ours, theirs in layout(depth).items():
@@ -73,11 +80,12 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def count(state: Mapping[str, Tensor], blocks: str) -> int:
+    """Number of blocks whose tensors (…) start with that name."""
     return len({name.split(".")[1] for name in state if name.startswith(f"{blocks}.")})
 
 
 def layout(depth: int) -> dict[str, list[str]]:
-    """Each published tensor outside the embedders, and the tensors of diffusers that it is made of."""
+    """Published names outside the embedders, each with the diffusers tensors that it concatenates."""
     pairs = {ours: [theirs] for ours, theirs in OUTSIDE.items()}
     for i in range(depth):
         for ours, parts in INSIDE.items():

@@ -1,6 +1,6 @@
-"""The published DiT-XL/2 checkpoints, downloaded once into a folder, as the original code does.
+"""Downloads the published DiT-XL/2 checkpoints into a folder, once.
 
-The environment variable SVDIT_CHECKPOINT_URL names another base URL, a mirror for example.
+The environment variable SVDIT_CHECKPOINT_URL sets another base URL, for example a mirror.
 """
 
 import os
@@ -16,9 +16,9 @@ PUBLISHED = {256: "DiT-XL-2-256x256.pt", 512: "DiT-XL-2-512x512.pt"}
 
 
 def published_checkpoint(image_size: int, folder: str | Path = "pretrained_models") -> Path:
-    """The published DiT-XL/2 for images of that size, 256 or 512; downloaded into `folder` if missing.
+    """Path of the published DiT-XL/2 for that image size, downloaded into `folder` if missing.
 
-    Raises UserError for other sizes and where the download fails.
+    Raises UserError for sizes other than 256 and 512, and if the download fails.
     """
     if image_size not in PUBLISHED:
         raise UserError(f"no DiT-XL/2 was published for {image_size}-pixel images; choose 256 or 512, or pass --ckpt")
@@ -28,7 +28,7 @@ def published_checkpoint(image_size: int, folder: str | Path = "pretrained_model
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a file is a state dict whose bytes have the checksums of the archive."""
+    """Whether a file is a readable state dict whose bytes match the checksums of its archive."""
     try:
         io.read_header(path)
         return not (zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip())

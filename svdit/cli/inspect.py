@@ -28,7 +28,6 @@ def run(args: argparse.Namespace) -> None:
     from svdit.checkpoints import io, store
     from svdit.kernels import ops
     from svdit.model.zoo import CONFIGS
-    from svdit.quant.linear import LinearSpec
     from svdit.report.tables import console, spec_table
 
     path = store.locate(args.file)
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         config = store.config_from_header(header, path)
     store.check_claims(config, args.model, claims, path)
     header = header or {}
-    specs = {name: LinearSpec.from_dict(fields) for name, fields in header.get("layers", {}).items()}
+    specs = store.specs_from_header(header, path)
     layers = {name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}
     out = console()
     if layers:

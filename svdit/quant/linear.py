@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from svdit.errors import UserError
 from svdit.kernels import reference as ref
-from svdit.kernels.formats import Format
+from svdit.kernels.formats import Format as Format  # part of a spec
 from svdit.kernels.layer import Layer
 from svdit.kernels.layer import LinearSpec as LinearSpec  # what `spec` is
 

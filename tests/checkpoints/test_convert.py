@@ -1,4 +1,4 @@
-"""Weights exchanged with diffusers' own DiT: same outputs, and back without a change."""
+"""Conversion from and to diffusers' DiT: equal outputs, and an exact round trip."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from diffusers.models.embeddings import Timesteps  # noqa: E402
 
 @pytest.fixture(scope="module")
 def theirs() -> DiTTransformer2DModel:
-    """Every weight random; 3 heads, 6×6 inputs, and the published timestep frequencies."""
+    """Random weights, 3 heads, 6×6 inputs, and the published timestep frequencies."""
     model = DiTTransformer2DModel(
         num_attention_heads=3,
         attention_head_dim=16,
@@ -40,20 +40,20 @@ def theirs() -> DiTTransformer2DModel:
 
 @torch.no_grad()
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-@pytest.mark.parametrize("below", ["", "transformer"])  # a model's folder, or a whole pipeline's
-def test_outputs_equal_diffusers(theirs: DiTTransformer2DModel, tmp_path: Path, suffix: str, below: str) -> None:
-    theirs.save_pretrained(tmp_path / below, safe_serialization=suffix == "safetensors")
+@pytest.mark.parametrize("folder", ["", "transformer"])  # a model's folder, or a pipeline's
+def test_outputs_equal_diffusers(theirs: DiTTransformer2DModel, tmp_path: Path, suffix: str, folder: str) -> None:
+    theirs.save_pretrained(tmp_path / folder, safe_serialization=suffix == "safetensors")
     ours = load_model(tmp_path)
     assert ours.config.num_heads == 3
     x, t, y = torch.randn(4, 4, 6, 6), torch.tensor([0, 17, 500, 999]), torch.tensor([0, 4, 5, 2])
     expected = theirs(x, t, y).sample
     assert relative(ours(x, t, y), expected) < 2e-5
     assert expected.std() > 0.1
-    loaded = load_model(next((tmp_path / below).glob(f"*.{suffix}")))  # the file alone, its config.json beside it
+    loaded = load_model(next((tmp_path / folder).glob(f"*.{suffix}")))  # the file, with config.json beside it
     assert torch.equal(loaded(x, t, y), ours(x, t, y))
 
 
-def test_back_and_forth_changes_nothing(tiny: DiT, theirs: DiTTransformer2DModel) -> None:
+def test_round_trip_is_exact(tiny: DiT, theirs: DiTTransformer2DModel) -> None:
     state = tiny.state_dict()
     again = from_diffusers(to_diffusers(state), 4)
     assert again.keys() == state.keys()
@@ -64,18 +64,29 @@ def test_back_and_forth_changes_nothing(tiny: DiT, theirs: DiTTransformer2DModel
     assert all(torch.equal(there[key], names[key]) for key in names)
 
 
-def test_what_cannot_be_converted_says_why(theirs: DiTTransformer2DModel, tmp_path: Path) -> None:
+def test_unusable_diffusers_models_are_errors(theirs: DiTTransformer2DModel, tmp_path: Path) -> None:
     state = theirs.state_dict()
     with pytest.raises(UserError, match=r"lacks 'proj_out_2\.bias'"):
         from_diffusers({key: tensor for key, tensor in state.items() if key != "proj_out_2.bias"}, 6)
-    with pytest.raises(UserError, match="1 tensors a published one has no place for: more"):
+    with pytest.raises(UserError, match=r"1 tensors that a published one lacks \(more, …\); pass"):
         from_diffusers({**state, "more": torch.ones(1)}, 6)
     for name in REPEATED.values():
         with pytest.raises(UserError, match=f"differ in {name}"):
             from_diffusers({**state, f"transformer_blocks.1.{name}": state[f"transformer_blocks.0.{name}"] + 1}, 6)
+    for name in ("pos_embed.proj.weight", "transformer_blocks.0.attn1.to_k.bias"):
+        with pytest.raises(UserError, match="tensors of other shapes"):
+            from_diffusers({**state, name: torch.ones(())}, 6)
     torch.save(state, tmp_path / "alone.bin")
-    with pytest.raises(UserError, match=r"no config\.json beside it .* give input_size"):
+    with pytest.raises(UserError, match=r"no config\.json beside it, .* pass input_size"):
         load_model(tmp_path / "alone.bin")
     assert load_model(tmp_path / "alone.bin", input_size=6, num_heads=3).config.num_heads == 3
     with pytest.raises(UserError, match=r"no diffusion_pytorch_model\.safetensors"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"sample_size": "6", "num_attention_heads": 3}'])
+def test_unusable_config_json_is_an_error(theirs: DiTTransformer2DModel, tmp_path: Path, content: str) -> None:
+    torch.save(theirs.state_dict(), tmp_path / "model.bin")
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json has no usable sample_size .*; download it again"):
+        load_model(tmp_path / "model.bin")
