@@ -1,7 +1,7 @@
-"""Processes started by torchrun, or just one: a world of one is not special.
+"""Collectives that also work in a single process, without torchrun.
 
-with session():                  # joins the group torchrun announced, if it did
-    for i in shard(n): ...       # rank, rank + world, …: no padding, nothing twice
+with session():                  # joins torchrun's process group, if there is one
+    for i in shard(n): ...       # rank, rank + world size, …: no padding, no duplicates
     barrier()
 """
 
@@ -34,7 +34,7 @@ def session(device: torch.device | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        gc.collect()  # what uses the group, DistributedDataParallel's cycles too, goes before it
+        gc.collect()  # frees users of the group first, including reference cycles of DistributedDataParallel
         dist.destroy_process_group()
 
 
@@ -46,32 +46,35 @@ def default_device() -> torch.device:
 
 
 def rank() -> int:
+    """Index of this process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier() -> None:
+    """Wait for all processes."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def shard(count: int) -> range:
-    """The indices below `count` that are this process's."""
+    """The indices below `count` that this process computes."""
     return range(rank(), count, world_size())
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes, in place."""
+    """Sum `x` (…) over all processes, in place."""
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's picklable `value`, in rank order, on every process."""
+    """The picklable `value` of every process, in rank order, on every process."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()

@@ -1,5 +1,5 @@
-"""The exception for errors a user can fix: a command prints its message on one line and exits with code 2."""
+"""The exception for errors that a user can fix. Commands print its message and exit with code 2."""
 
 
 class UserError(Exception):
-    """What was wrong, the value, and what to do, in one sentence."""
+    """The message is one sentence: what was wrong, the value, and what to do."""

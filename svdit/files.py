@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write to a temporary neighbour, then rename; and their SHA-256."""
+"""Atomic writes (to a temporary file, then rename), SHA-256 of files, and a check that a folder is writable."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from svdit.errors import UserError
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path`, on any exception it vanishes."""
+    """Yield a temporary path in the same folder: renamed to `path` on success, deleted on any exception."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -24,7 +24,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's content, read in pieces."""
+    """Hex SHA-256 of a file's content, read in chunks."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -33,7 +33,7 @@ def sha256(path: str | Path) -> str:
 
 
 def writable_folder(path: str | Path) -> Path:
-    """Make the folder where it is missing; a UserError, before the long work, where files cannot be written there."""
+    """Create the folder if it is missing. Raises UserError, before any long computation, if it is not writable."""
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -1,7 +1,7 @@
 """Lets torchvision's Python modules import on a CPU build of torch.
 
-The torchvision on PyPI is built for CUDA: on a CPU build of torch its C++ library does not load, and registering fake
-kernels for `nms` then fails. Declaring the two operator schemas first is enough; the operators stay uncallable.
+torchvision on PyPI is built for CUDA. On a CPU build of torch its C++ library does not load, and registering the fake
+kernel of `nms` then fails. Declaring the two operator schemas first is enough. The operators remain uncallable.
 """
 
 import sys

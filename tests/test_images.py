@@ -1,4 +1,4 @@
-"""Levels, files, grids, mapped archives; Pillow, NumPy and torchvision's rounding as the oracles."""
+"""Conversion, image files, grids and .npz files, compared with Pillow, NumPy and torchvision's rounding."""
 
 import re
 import zipfile
@@ -27,16 +27,16 @@ from svdit.images import (
 )  # fmt: skip
 
 
-def picture(height: int = 5, width: int = 7, seed: int = 0) -> np.ndarray:
+def random_image(height: int = 5, width: int = 7, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
 
 
-def test_every_level_survives_the_way_to_floats_and_back():
+def test_every_level_survives_the_round_trip_through_floats():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
     np.testing.assert_array_equal(to_uint8(to_float(levels)), levels)
 
 
-def test_rounding_is_half_up_as_torchvision_saves():
+def test_rounding_is_half_up_as_in_torchvision():
     x = torch.linspace(-1.2, 1.2, 4001).view(1, 1, 1, -1)
     expected = ((x + 1) / 2 * 255 + 0.5).clamp(0, 255).to(torch.uint8)  # torchvision.utils.save_image
     assert (to_uint8(x)[..., 0] != expected[:, 0].numpy()).mean() < 1e-3  # ties of float32 aside
@@ -51,7 +51,7 @@ def test_natural_order():
     ]  # fmt: skip
 
 
-def test_listing_goes_deep_and_passes_other_files_by(tmp_path: Path):
+def test_listing_includes_subfolders_and_ignores_other_files(tmp_path: Path):
     for name in ("b/2.PNG", "b/10.png", "a.jpeg", ".hidden.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -63,31 +63,31 @@ def test_listing_goes_deep_and_passes_other_files_by(tmp_path: Path):
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "I;16"])
 def test_every_mode_is_read_as_rgb(tmp_path: Path, mode: str):
     grey = np.zeros((4, 6), np.uint16) if mode == "I;16" else None
-    image = Image.fromarray(grey) if grey is not None else Image.fromarray(picture(4, 6)).convert(mode)
+    image = Image.fromarray(grey) if grey is not None else Image.fromarray(random_image(4, 6)).convert(mode)
     image.save(tmp_path / "x.png")
     assert read_image(tmp_path / "x.png").shape == (4, 6, 3)
     assert image_header(tmp_path / "x.png")[0] == (4, 6)
 
 
 @pytest.mark.parametrize("read", [read_image, image_header])
-def test_what_is_no_image_is_named(tmp_path: Path, read):
+def test_unreadable_images_are_named(tmp_path: Path, read):
     (tmp_path / "x.png").write_text("hello")
     with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'x.png'} cannot be read as an image")):
         read(tmp_path / "x.png")
 
 
 def test_png_is_lossless(tmp_path: Path):
-    write_png(tmp_path / "new" / "x.png", picture())
-    np.testing.assert_array_equal(read_image(tmp_path / "new" / "x.png"), picture())
+    write_png(tmp_path / "new" / "x.png", random_image())
+    np.testing.assert_array_equal(read_image(tmp_path / "new" / "x.png"), random_image())
 
 
 @given(st.integers(1, 7), st.integers(1, 4), st.integers(0, 3), st.integers(1, 3))
-def test_grid_holds_every_picture_in_its_place(n: int, columns: int, pad: int, scale: int):
-    pictures = np.stack([picture(3, 2, seed=i) for i in range(n)])
-    canvas = grid(pictures, columns, pad, scale)
-    for i, each in enumerate(pictures):
+def test_grid_contains_every_image_in_order(n: int, columns: int, pad: int, scale: int):
+    images = np.stack([random_image(3, 2, seed=i) for i in range(n)])
+    canvas = grid(images, columns, pad, scale)
+    for i, image in enumerate(images):
         top, left = (i // columns) * (3 * scale + pad) + pad, (i % columns) * (2 * scale + pad) + pad
-        np.testing.assert_array_equal(canvas[top : top + 3 * scale : scale, left : left + 2 * scale : scale], each)
+        np.testing.assert_array_equal(canvas[top : top + 3 * scale : scale, left : left + 2 * scale : scale], image)
     rows = -(-n // columns)
     assert canvas.shape == (rows * (3 * scale + pad) + pad, columns * (2 * scale + pad) + pad, 3)
 
@@ -103,17 +103,17 @@ def test_center_crop_is_the_middle_at_the_size(height: int, width: int):
         np.testing.assert_array_equal(cropped, ramp)
 
 
-def test_streamed_npz_is_numpys(tmp_path: Path):
-    pictures = np.stack([picture(seed=i) for i in range(5)])
-    write_npz(tmp_path / "x.npz", iter(pictures), 5)
+def test_streamed_npz_loads_in_numpy(tmp_path: Path):
+    images = np.stack([random_image(seed=i) for i in range(5)])
+    write_npz(tmp_path / "x.npz", iter(images), 5)
     with np.load(tmp_path / "x.npz") as archive:
-        np.testing.assert_array_equal(archive["arr_0"], pictures)
+        np.testing.assert_array_equal(archive["arr_0"], images)
 
 
 @pytest.mark.parametrize(("shapes", "count"), [([(5, 7), (5, 7)], 3), ([(5, 7), (7, 5)], 2)])
-def test_streaming_refuses_other_counts_and_sizes_and_leaves_nothing(tmp_path: Path, shapes, count: int):
-    with pytest.raises(UserError):
-        write_npz(tmp_path / "x.npz", (picture(*shape) for shape in shapes), count)
+def test_wrong_counts_and_sizes_are_errors_and_leave_no_file(tmp_path: Path, shapes, count: int):
+    with pytest.raises(UserError, match=r"; (use images of one size|pass all of them)$"):
+        write_npz(tmp_path / "x.npz", (random_image(*shape) for shape in shapes), count)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -129,9 +129,9 @@ def test_mapped_array_is_the_stored_one(tmp_path: Path, save, array: np.ndarray)
     assert isinstance(mapped, np.memmap) == (array.size > 0)
 
 
-def test_large_headers_are_read_too(tmp_path: Path):
-    """Version 2 of the .npy header, and a zip entry with an extra field, which shifts the data."""
-    array = picture()
+def test_version_2_headers_and_extra_fields_are_supported(tmp_path: Path):
+    """An extra field in the zip entry moves the data."""
+    array = random_image()
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         info = zipfile.ZipInfo("arr_0.npy")
         info.extra = b"\x99\x99\x04\x00abcd"
@@ -140,14 +140,14 @@ def test_large_headers_are_read_too(tmp_path: Path):
     np.testing.assert_array_equal(map_npz(tmp_path / "x.npz"), array)
 
 
-def test_mapping_does_not_write_back(tmp_path: Path):
+def test_mapped_arrays_are_copy_on_write(tmp_path: Path):
     np.savez(tmp_path / "x.npz", np.zeros(4))
     map_npz(tmp_path / "x.npz")[0] = 1
     assert map_npz(tmp_path / "x.npz")[0] == 0
 
 
 @pytest.mark.parametrize("key", ["arr_0", "arr_1"])
-def test_unmappable_archives_are_named(tmp_path: Path, key: str):
+def test_unusable_archives_are_named(tmp_path: Path, key: str):
     np.savez(tmp_path / "x.npz", np.array([{}], object))
-    with pytest.raises(UserError, match=r"x\.npz (cannot be read|holds no array arr_1)"):
+    with pytest.raises(UserError, match=r"x\.npz (cannot be read|contains no array arr_1)"):
         map_npz(tmp_path / "x.npz", key)
