@@ -1,8 +1,8 @@
-"""A row of `results.csv` for each measured number, with all that is needed to judge it: when, which code, on what.
+"""Appends a measurement to `results.csv` with its date, commit, machine and versions.
 
     record("evaluation", "inception_fast", 28.8, "images/s", note="batch 32, 256 px")
 
-The machine is a processor model and a core count; no host names.
+The machine is recorded as processor model and number of cores, without a host name.
 """
 
 import csv
@@ -18,17 +18,8 @@ COLUMNS = ["date", "commit", "machine", "versions", "benchmark", "name", "value"
 
 def record(benchmark: str, name: str, value: float, unit: str, note: str = "", path: Path = RESULTS) -> None:
     """Append one number and print it."""
-    row = [
-        date.today().isoformat(),
-        commit(),
-        machine(),
-        versions(),
-        benchmark,
-        name,
-        f"{value:.6g}",
-        unit,
-        note,
-    ]
+    measured = [benchmark, name, f"{value:.6g}", unit, note]
+    row = [date.today().isoformat(), commit(), machine(), versions(), *measured]
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -37,7 +28,7 @@ def record(benchmark: str, name: str, value: float, unit: str, note: str = "", p
 
 
 def commit() -> str:
-    """The short commit, with a plus where tracked files differ from it; empty outside a repository."""
+    """The short commit hash, with a plus if tracked files differ from it; empty outside a repository."""
     try:
         return _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
@@ -46,8 +37,7 @@ def commit() -> str:
 
 def _git(*arguments: str) -> str:
     command = ["git", *arguments]
-    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def machine() -> str:
@@ -69,6 +59,7 @@ def _processor() -> str:
 
 
 def versions() -> str:
+    """Versions of Python and torch."""
     import torch
 
     return f"python {platform.python_version()}, torch {torch.__version__}"

@@ -1,7 +1,7 @@
-"""The tables of the docs, made from results.csv: `python benchmarks/tables.py` updates them.
+"""Generates the tables of the docs from results.csv: `python benchmarks/tables.py` updates them.
 
-A table stands between `<!-- table: cpu, 725 rows -->` and `<!-- end: cpu -->`. The number of rows pins it to the first
-725 rows of results.csv, which only grows: new measurements make no table wrong, and updating moves the pin.
+A table is enclosed by `<!-- table: cpu, 725 rows -->` and `<!-- end: cpu -->`. It is generated from the first 725 rows
+of results.csv, which is append-only. New measurements therefore change no table until it is updated.
 """
 
 import csv
@@ -25,13 +25,13 @@ def read(path: Path = RESULTS) -> list[Row]:
 
 
 def latest(rows: Rows, benchmark: str) -> dict[str, Row]:
-    """The newest row of every name. Early rows say "picture" where later ones say "image"."""
+    """The newest row of every name. Early rows use "picture" for "image"."""
     renamed = ({key: text.replace("picture", "image") for key, text in row.items()} for row in rows)
     return {row["name"]: row for row in renamed if row["benchmark"] == benchmark}
 
 
 def markdown(header: list[str], lines: list[list[str]], source: str) -> str:
-    """A table with its source below it."""
+    """A table with its source as a caption."""
     if not lines:
         return "Not measured yet."
     rows = [header, ["---"] * len(header), *lines]
@@ -39,12 +39,13 @@ def markdown(header: list[str], lines: list[list[str]], source: str) -> str:
 
 
 def source(rows: dict[str, Row], command: str, setting: str = "") -> str:
-    """Where and when the newest of the rows was measured, and the command that measures it."""
+    """Caption: machine, versions, commit and date of the newest row, and the command to reproduce it."""
     if not rows:
         return ""
     row = list(rows.values())[-1]
-    parts = [setting, row["machine"], row["versions"], f"commit {row['commit']}", row["date"]]
-    return "; ".join(filter(None, parts)) + f". Reproduce: `python benchmarks/{command}`."
+    machine = re.sub(r"\b1 (core|thread)s\b", r"1 \1", row["machine"])
+    parts = [setting, machine, row["versions"], f"commit {row['commit']}", row["date"]]
+    return "; ".join(filter(None, parts)) + f". Reproduce with `python benchmarks/{command}`."
 
 
 def extract(pattern: str, text: str) -> str:
@@ -54,7 +55,7 @@ def extract(pattern: str, text: str) -> str:
 
 
 def quality(rows: Rows, experiment: str, header: str) -> str:
-    """What each method does to the digits: size, PSNR and relative L2 of images, SQNR of layers."""
+    """Each method on the digits model: model size, PSNR and relative L2 of images, mean SQNR of layers."""
     measured = latest(rows, f"digits {experiment}")
     names = [key.removesuffix(" PSNR") for key in measured if key.endswith(" PSNR")]
     if experiment == "presets":
@@ -69,7 +70,7 @@ def quality(rows: Rows, experiment: str, header: str) -> str:
         lines.append([f"`{name}`", size, value, relative, f"{float(layer['value']):.1f}" if layer else "–"])
     rank = "" if experiment == "ranks" else ", rank 8"
     count = extract("^([0-9]+) digits", note)
-    setting = f"{count} digits, DDIM 50, cfg 1.5{rank}; ± over 2 or 3 calibrations, else one"
+    setting = f"{count} digits, DDIM 50, cfg 1.5{rank}; ± over 2 or 3 calibrations, without ± one calibration"
     columns = [header, "model, MB", "PSNR, dB", "relative L2", "layer SQNR, dB"]
     return markdown(columns, lines, source(measured, f"bench_end_to_end.py {experiment}", setting))
 
@@ -87,7 +88,7 @@ def synthetic(rows: Rows) -> str:
 
 
 def listing(rows: Rows, benchmark: str, command: str, groups: tuple[str, ...] = ()) -> str:
-    """Every number by its name, those whose names contain one of `groups` together and in that order."""
+    """One line per measurement; names that contain one of `groups` are grouped in that order."""
     measured = latest(rows, benchmark)
     names = sorted(measured, key=lambda name: [group not in name for group in groups])
     lines = [[name, number(row := measured[name]), row["note"], row["machine"]] for name in names]
@@ -95,7 +96,7 @@ def listing(rows: Rows, benchmark: str, command: str, groups: tuple[str, ...] = 
 
 
 def number(row: Row) -> str:
-    """Three digits and the unit."""
+    """The value with three significant digits, and the unit."""
     value = float(row["value"])
     return f"{value:.0f} {row['unit']}" if abs(value) >= 1000 else f"{value:.3g} {row['unit']}"
 
@@ -108,7 +109,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "budget": lambda rows: quality(rows, "budget", "weights"),
     "synthetic": synthetic,
     "cost": lambda rows: listing(rows, "cost", "bench_cost.py"),
-    # Differences paired by seed are in no row: digits_evaluation.py writes this table and updates the page.
+    # Differences paired by seed are not in results.csv: digits_evaluation.py writes this table and updates the page.
     "evaluation": lambda rows: (ROOT / "benchmarks" / "digits_evaluation.md").read_text().strip(),
     "evaluation speed": lambda rows: listing(rows, "evaluation", "evaluation.py"),
     "cpu": lambda rows: listing(rows, "cpu", "bench_cpu.py", CPU),
@@ -120,7 +121,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
 
 
 def filled(text: str, rows: Rows, update: bool = False) -> str:
-    """`text` with every marked table made from the rows it is pinned to; with `update`, from all of them."""
+    """`text` with every table generated from its pinned number of rows, or with `update` from all rows."""
 
     def table(match: re.Match[str]) -> str:
         name, pin = match[1], int(match[2])
