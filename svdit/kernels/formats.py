@@ -40,6 +40,10 @@ class Format:
         for name, (value, kind) in closed.items():
             if value not in get_args(kind):
                 raise UserError(f"{name} is {value!r}; choose one of {', '.join(get_args(kind))}")
+        if type(self.bits) is not int or type(self.group) is not int:
+            raise UserError(
+                f"bits {self.bits!r} and group {self.group!r} must be whole numbers; pass 4 and 64, for example"
+            )
         if not 2 <= self.bits <= 8:
             raise UserError(f"{self.bits} bits cannot be stored; choose 2 to 8")
         if self.group < 0:

@@ -115,7 +115,7 @@ def with_whole_codes(layer: Layer) -> Layer:
 
 
 def whole_codes(spec: LinearSpec) -> LinearSpec:
-    """The spec of `with_whole_codes`."""
-    if spec.weight is None or spec.weight.element != "int":
+    """The spec of `with_whole_codes`; unsigned codes, which no kernel reads, stay as they are."""
+    if spec.weight is None or spec.weight.element != "int" or spec.weight.span == "unsigned":
         return spec
     return replace(spec, weight=replace(spec.weight, bits=4 if spec.weight.bits <= 4 else 8))

@@ -66,11 +66,19 @@ class Layer:
                                                     two levels and …_zeros (O, G) int8 where the format is affine
     l1 (O, R), l2 (R, I)                            float factors, in place of codes
     bias (O,), in_scale (I,), in_shift (I,)         each optional
+    Raises UserError where Hadamard blocks do not divide the input.
     """
 
     spec: LinearSpec
     shape: tuple[int, int]  # (O, I)
     tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        if self.spec.hadamard and self.shape[1] % self.spec.hadamard:
+            raise UserError(
+                f"{self.shape[1]} inputs cannot be cut into Hadamard blocks of {self.spec.hadamard}; "
+                "choose another block size"
+            )
 
     @property
     def nbytes(self) -> int:

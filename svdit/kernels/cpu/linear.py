@@ -69,16 +69,24 @@ def pack(layer: Layer, inner: bool = False) -> Linear | None:
     return IntegerLinear(layer, kernels(), inner) if layer.spec.act else weight_only(layer, kernels())
 
 
+def require(layer: Layer) -> None:
+    """Raises ValueError where the kernels do not support the layer: they would read past the end of its codes."""
+    if reason := unsupported(layer.spec, layer.shape, layer.device):
+        raise ValueError(reason)
+
+
 class IntegerLinear:
     """W8A8, W4A8 and W4A4: codes of activations and low-rank projection, then the integer product with its epilogue."""
 
     def __init__(self, layer: Layer, kernels: Kernels, inner: bool = False) -> None:
+        require(layer)
         spec, form, (O, I) = layer.spec, layer.form("residual"), layer.shape
         if spec.act is None:
             raise ValueError("the layer's activations are not quantized")
         self.kernels, self.shape, self.act = kernels, layer.shape, spec.act
         self.dtype = kernels.low_dtype if inner else torch.float32  # of the output
         self.depth, self.outputs, self.rank = padded(I, DEPTH_STEP), padded(O, kernels.panel), spec.rank
+        self.low_rank = padded(spec.rank, kernels.low_panel)
         self.group = min({form.group, spec.act.group} - {0}, default=0)  # columns that have the same scales
         self.floats = bool(spec.act.group) or not generic.has_integers(spec)  # groups are summed in fp32
         wide = kernels.wide and form.bits == 8
@@ -134,9 +142,8 @@ class IntegerLinear:
         """x (N, T, I) to codes (M, padded I) with the offset, steps (M, groups) and x̂ L2ᵀ (M, padded R)."""
         N, T, I = x.shape
         codes = torch.empty(N * T, self.depth, dtype=self.codes, device="cpu")
-        steps = torch.empty(N * T, self.act.groups(I), device="cpu")
-        low_rank = padded(self.rank, self.kernels.low_panel)
-        low = torch.empty(N * T, low_rank, dtype=self.kernels.low_dtype, device="cpu")
+        steps = torch.empty(N * T, self.act.groups(I), dtype=torch.float32, device="cpu")
+        low = torch.empty(N * T, self.low_rank, dtype=self.kernels.low_dtype, device="cpu")
         call = Rows.from_buffer_copy(self.rows)
         call.rows, call.tokens, call.bf16 = N * T, T, x.dtype == torch.bfloat16
         call.x = pointer(x, torch.bfloat16 if call.bf16 else torch.float32, (N, T, self.shape[1]))
@@ -153,15 +160,19 @@ class IntegerLinear:
     ) -> Tensor:
         """The results of `quantize` for N images to (N, T, O)."""
         codes, steps, low = quantized
-        M, O = len(codes), self.shape[0]
-        out = torch.empty(N, M // N, O, dtype=self.dtype, device="cpu") if residual is None else residual.x
+        (O, I), T = self.shape, len(codes) // max(N, 1)
+        M = N * T
+        out = torch.empty(N, T, O, dtype=self.dtype, device="cpu") if residual is None else residual.x
         call = Product.from_buffer_copy(self.product)
-        call.rows, call.tokens, call.gelu, call.bf16 = M, M // N, gelu, out.dtype == torch.bfloat16
-        call.codes, call.steps, call.low, call.out = (t.data_ptr() for t in (codes, steps, low, out))
+        call.rows, call.tokens, call.gelu, call.bf16 = M, T, gelu, out.dtype == torch.bfloat16
+        call.codes = pointer(codes, self.codes, (M, self.depth))
+        call.steps = pointer(steps, torch.float32, (M, self.act.groups(I)))
+        call.low = pointer(low, self.kernels.low_dtype, (M, self.low_rank))
+        call.out = out.data_ptr()
         if residual is not None:
             call.stride = residual.gate.stride(0)
             call.gate = row_pointer(residual.gate, N, O, call.stride)
-            call.residual = pointer(out, torch.float32, (N, M // N, O))
+            call.residual = pointer(out, torch.float32, (N, T, O))
         self.kernels.call("multiply", call)
         return out
 
@@ -173,13 +184,14 @@ class IntegerLinear:
 
 def weight_only(layer: Layer, kernels: Kernels) -> Linear:
     """Quantized weights, float activations: rows of weights are decoded where they are used, and stay small."""
+    require(layer)
     (O, I), form = layer.shape, layer.form("residual")
     weight, scales = layer.tensors["residual_codes"].contiguous(), ref.layer_scales(layer).values().contiguous()
     rest = generic.with_float_factors(layer).without("residual_codes")
 
     def product(hat: Tensor) -> Tensor:
         rows = hat.flatten(0, -2).contiguous()
-        out = torch.empty(len(rows), O, device="cpu")
+        out = torch.empty(len(rows), O, dtype=torch.float32, device="cpu")
         call = WeightOnly(rows=len(rows), depth=I, outputs=O, bits=form.bits, groups=form.groups(I), out=out.data_ptr())
         call.x, call.bias = pointer(rows, torch.float32, (len(rows), I)), pointer(rest.bias, torch.float32, (O,))
         call.weight = pointer(weight, torch.int8 if form.bits == 8 else torch.uint8, (O, I * form.bits // 8))
@@ -193,7 +205,9 @@ def weight_only(layer: Layer, kernels: Kernels) -> Linear:
 def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:
     """softmax(q kᵀ / √head) v of (N, T, 3D) in `kernels.low_dtype` to (N, T, D) fp32."""
     N, T, width = qkv.shape
-    out = torch.empty(N, T, width // 3, device="cpu")
+    if heads < 1 or width % (3 * heads):
+        raise ValueError(f"got {width} columns and {heads} heads, expected a multiple of three times the heads")
+    out = torch.empty(N, T, width // 3, dtype=torch.float32, device="cpu")
     call = Attention(images=N, tokens=T, heads=heads, head=width // 3 // heads, out=out.data_ptr())
     call.qkv = pointer(qkv, kernels.low_dtype, (N, T, width))
     kernels.call("attend", call)
