@@ -1,10 +1,12 @@
 """Imports run down the house's floors: never up, never sideways, not inside functions either."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from benchmarks import structure
 
 ROOT = Path(__file__).parents[1]
 GROUND = {"errors", "files", "shims", "extras", "progress", "download", "images", "distributed"}
@@ -84,3 +86,19 @@ def test_a_wrong_arrow_is_seen(tmp_path: Path) -> None:
 def test_files_stay_readable() -> None:
     long = {p.name: n for p in (ROOT / "svdit").rglob("*.py") if (n := len(p.read_text().splitlines())) > 300}
     assert long == {}
+
+
+@pytest.mark.parametrize("check", [structure.without_docstring, structure.without_shapes, structure.silent_raises])
+def test_docstrings_are_complete(check: Callable[[ast.Module], list[str]]) -> None:
+    found = {
+        path.name: names for path in (ROOT / "svdit").rglob("*.py") if (names := check(ast.parse(path.read_text())))
+    }
+    assert found == {}
+
+
+def test_an_incomplete_docstring_is_seen() -> None:
+    module = ast.parse(
+        'def f(x: Tensor) -> None:\n    """Text."""\n    raise UserError("")\n\n\ndef g() -> None: ...\n'
+    )
+    assert structure.without_docstring(module) == ["g"]
+    assert structure.without_shapes(module) == structure.silent_raises(module) == ["f"]
