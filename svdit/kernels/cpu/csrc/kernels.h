@@ -1,4 +1,4 @@
-/* What Python hands over, once for each call. Pointers come from torch tensors that cpu.py has checked:
+/* What Python hands over, once for each call. Pointers come from torch tensors that ffi.py has checked:
    contiguous, of the type named here, and of the shape in the comment. Sizes are counts of elements.
    `depth` K is padded with zeros to a multiple of 16 in codes, weights and the vectors of an input's transform. */
 #ifndef SVDIT_KERNELS_H

@@ -74,7 +74,7 @@ TARGET int EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t 
     return 0;
 }
 
-/* What cpu.py must know and agree with: shapes of tiles, WIDE, whether `low` holds bf16, sizes of arguments. */
+/* What ffi.py must know and agree with: shapes of tiles, WIDE, whether `low` holds bf16, sizes of arguments. */
 int EXPORT(geometry)(int64_t *to)
 {
     int64_t numbers[] = {PANEL, LOW_PANEL, WIDE, PAIRS,
