@@ -41,7 +41,7 @@ class DiTConfig:
             (self.hidden_size, self.num_heads, "hidden_size {} by num_heads {}"),
             (self.hidden_size, 4, "hidden_size {} by {} (sines and cosines of two axes)"),
         ):
-            if value % by or value < by:
+            if by < 1 or value < by or value % by:
                 raise UserError(f"cannot divide {what.format(value, by)}; choose a multiple")
 
 

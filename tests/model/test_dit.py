@@ -21,7 +21,8 @@ def test_null_class_follows_num_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"input_size": 9}, {"hidden_size": 62, "num_heads": 2}, {"num_heads": 5}, {"input_size": 1}]
+    "bad",
+    [{"input_size": 9}, {"hidden_size": 62, "num_heads": 2}, {"num_heads": 5}, {"input_size": 1}, {"patch_size": 0}],
 )
 def test_impossible_shapes_are_sentences(bad: dict[str, int]) -> None:
     good = {"input_size": 8, "patch_size": 2, "hidden_size": 64, "num_heads": 2}
