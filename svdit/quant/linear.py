@@ -177,9 +177,16 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace the sub-module called `name` by `layer`."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)
+    """Replace the sub-module called `name` by `layer`, under all its names and in its mode."""
+    old = model.get_submodule(name)
+    layer.train(old.training)
+    for alias, module in list(model.named_modules(remove_duplicate=False)):
+        if module is old:
+            parent, _, leaf = alias.rpartition(".")
+            owner = model.get_submodule(parent)
+            setattr(owner, leaf, layer)
+            if isinstance(owner, nn.TransformerEncoderLayer):
+                owner.activation_relu_or_gelu = 0  # disables its fast path, which reads linear1.weight
 
 
 def layer_specs(model: nn.Module) -> dict[str, dict[str, Any]]:

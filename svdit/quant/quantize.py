@@ -18,10 +18,11 @@ from torch import nn
 from svdit import distributed
 from svdit.errors import UserError
 from svdit.quant.config import QuantConfig
+from svdit.quant.linear import swap
 from svdit.quant.observe import ForwardLoop, Statistics, chunks, full_precision, observe
 from svdit.quant.report import QuantReport
 from svdit.quant.resume import Results
-from svdit.quant.select import replace_, select
+from svdit.quant.select import select
 from svdit.quant.solve import quantize_linear
 
 Progress = Callable[[int, int], None]
@@ -71,7 +72,7 @@ def quantize_(
             progress(len(results), len(mine))
         report.add_seconds(calibrate=observed - start, quantize=time.perf_counter() - observed)
     for name, (layer, line) in results.collect(names).items():
-        replace_(model, selection.names[name], layer)
+        swap(model, name, layer.to(selection.linears[name].weight.device))
         report.layers.append(line)
     report.bytes_after = model_bytes(model)
     return report

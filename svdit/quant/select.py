@@ -16,11 +16,10 @@ from svdit.quant.linear import quantized_layers
 
 @dataclass(frozen=True)
 class Selection:
-    """The layers to quantize by their first name, all names of each, and reasons for what is not quantized."""
+    """The layers to quantize by their first name, and reasons for what is not quantized."""
 
     recipes: dict[str, Recipe] = field(default_factory=dict)
     linears: dict[str, nn.Linear] = field(default_factory=dict)
-    names: dict[str, list[str]] = field(default_factory=dict)  # several where a module is shared
     skipped: dict[str, str] = field(default_factory=dict)  # name: reason, of what a recipe asked for in vain
 
 
@@ -49,7 +48,7 @@ def select(model: nn.Module, config: QuantConfig) -> Selection:
             selection.skipped[name] = f"{type(linear).__name__} is a subclass of nn.Linear with its own forward"
         else:
             check_layer(name, linear, recipe)
-            selection.recipes[name], selection.linears[name], selection.names[name] = recipe, linear, every
+            selection.recipes[name], selection.linears[name] = recipe, linear
     if not selection.recipes:
         reasons = "".join(f"; {name}: {reason}" for name, reason in selection.skipped.items())
         raise UserError(f"no rule of the configuration selects a linear layer of this model{reasons}")
@@ -91,15 +90,3 @@ def check_layer(name: str, linear: nn.Linear, recipe: Recipe) -> None:
             raise UserError(f"the {part} of {name} is on the meta device; load the checkpoint before quantizing")
         if not tensor.isfinite().all():
             raise UserError(f"the {part} of {name} contains NaN or Inf; check the checkpoint and its dtype")
-
-
-def replace_(model: nn.Module, names: list[str], layer: nn.Module) -> None:
-    """Put `layer` in place of the module with these names, on its device and in its mode."""
-    old = model.get_submodule(names[0])
-    layer.to(next(old.parameters()).device).train(old.training)
-    for name in names:
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, layer)
-        if isinstance(owner, nn.TransformerEncoderLayer):
-            owner.activation_relu_or_gelu = 0  # disables its fast path, which reads linear1.weight

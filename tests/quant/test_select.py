@@ -9,13 +9,17 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 from conftest import relative
+from layers import model_bound
 from torch import Tensor, nn
 
+from svdit.compat import apply_svd_to_dit
 from svdit.errors import UserError
+from svdit.kernels import ops
 from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, recipe_for
 from svdit.quant.linear import SVDLinear, quantized_layers
 from svdit.quant.observe import observe
 from svdit.quant.quantize import quantize_
+from svdit.runtime.accelerate import accelerate
 
 ALL = QuantConfig((Rule("*", recipe_for("w8a8", rank=4, smoothing=0)),))
 PLAIN = QuantConfig((Rule("*", recipe_for("rtn")),))
@@ -61,6 +65,17 @@ def test_a_shared_linear_is_quantized_once_and_stays_shared() -> None:
     assert isinstance(model.first, SVDLinear) and model.first is model.second
     assert model.block is model.again
     assert 0 < relative(model(BATCHES[0]), before) < 0.05
+
+
+@torch.no_grad()
+def test_a_shared_layer_stays_shared_when_it_is_accelerated_or_factored() -> None:
+    model, x = Tied().eval(), torch.randn(8, 32, 64)
+    quantize_(model, QuantConfig((Rule("*", recipe_for("w8a8", rank=8)),)), lambda m: [m(batch) for batch in x])
+    expected = model(x)
+    fast = accelerate(model)
+    assert fast.first is fast.second and relative(fast(x), expected) < 4 * model_bound(ops.choose())  # four layers
+    factored = apply_svd_to_dit(Tied(), 0.5)
+    assert factored.first is factored.second and isinstance(factored.second, SVDLinear)
 
 
 def test_one_module_under_two_rules_is_a_sentence() -> None:
