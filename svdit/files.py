@@ -1,13 +1,20 @@
-"""Atomic writes (to a temporary file, then rename), SHA-256 of files, and a check that a folder is writable."""
+"""Atomic writes (to a temporary file, then rename), locks, SHA-256 of files, and a check that a folder is writable."""
 
+import errno
 import hashlib
 import os
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from svdit.errors import UserError
+
+CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
 
 
 @contextmanager
@@ -21,6 +28,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(*outputs: str | Path, wait: float = 0) -> Iterator[None]:
+    """Hold the locks of `outputs`, files or existing folders. The system releases them when the process is killed.
+
+    A lock is an empty hidden file in the folder or beside the file, which stays. Raises UserError, naming the output,
+    where another process holds one for `wait` seconds. Without locks on the file system a note is printed instead.
+    """
+    with ExitStack() as locks:
+        for path in map(Path, outputs):
+            folder = path.resolve()
+            place = folder / ".lock" if folder.is_dir() else path.parent.resolve() / f".{path.name}.lock"
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # newer versions of filelock have a substitute, and warn of it
+                    locks.enter_context(FileLock(place).acquire(timeout=wait))
+            except Timeout:
+                raise UserError(
+                    f"another process is writing {path}; wait for it to finish, or choose another name"
+                ) from None
+            except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno not in CANNOT_LOCK:
+                    raise UserError(f"cannot create {place} ({error.strerror}); choose another output") from None
+                print(f"note: no locks on this file system; let no other process write {path}", file=sys.stderr)
+        yield
 
 
 def sha256(path: str | Path) -> str:
