@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from svdit.errors import UserError
+from svdit.printing import write_error
 
 CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
 
@@ -53,7 +53,7 @@ def exclusive(*outputs: str | Path, wait: float = 0) -> Iterator[None]:
             except (OSError, NotImplementedError) as error:
                 if isinstance(error, OSError) and error.errno not in CANNOT_LOCK:
                     raise UserError(f"cannot create {place} ({error.strerror}); choose another output") from None
-                print(f"note: no locks on this file system; let no other process write {path}", file=sys.stderr)
+                write_error(f"note: no locks on this file system; let no other process write {path}")
         yield
 
 

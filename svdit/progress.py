@@ -9,9 +9,12 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     TaskProgressColumn,
+    TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from svdit.printing import printable
 
 COLUMNS = {"": (TaskProgressColumn,), "bytes": (DownloadColumn, TransferSpeedColumn)}
 
@@ -23,7 +26,12 @@ def progress(description: str, shown: bool = True, unit: str = "") -> Iterator[C
     if not (shown and console.is_terminal):
         yield lambda done, total: None
         return
-    columns = "{task.description}", BarColumn(), *(column() for column in COLUMNS[unit]), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *(column() for column in COLUMNS[unit]),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(description, total=None)
+        task = bar.add_task(printable(description), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

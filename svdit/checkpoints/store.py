@@ -107,7 +107,7 @@ def diffusers_claims(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with naming(path, "no usable sample_size and num_attention_heads", "download it again"):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         options = {"input_size": content["sample_size"], "num_heads": content["num_attention_heads"]}
         return known(DiTConfig, options)
 

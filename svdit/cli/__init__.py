@@ -4,15 +4,13 @@ Each command's module has `parser()`, which imports no torch, and `run(args)`.
 """
 
 import argparse
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 
 from svdit import __version__
 from svdit.cli.arguments import Parser
 from svdit.errors import UserError
+from svdit.printing import standard_streams, write_error
 
 COMMANDS = {
     "sample": "sample a grid of images",
@@ -41,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     top.add_argument("--version", action="version", version=f"svdit {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND")
-    with quiet_pipe():
+    with standard_streams():
         name = top.parse_args(argv[:1]).command
     command(name, argv[1:])
 
@@ -49,25 +47,12 @@ def main(argv: list[str] | None = None) -> None:
 def command(name: str, argv: list[str] | None = None) -> None:
     """Run one command; a UserError ends it with one line and exit code 2."""
     module = import_module(f"svdit.cli.{MODULES.get(name, name)}")
-    with quiet_pipe():
+    with standard_streams():
         args = module.parser().parse_args(argv)
         try:
             module.run(args)
         except UserError as error:
-            print(f"svdit {name}: {error}", file=sys.stderr)
+            write_error(f"svdit {name}: {error}")
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
-
-
-@contextmanager
-def quiet_pipe() -> Iterator[None]:
-    """Exit with code 1 and without a traceback if the reader of stdout is gone (`… | head -1`)."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()  # or the interpreter does it at exit, and reports the error
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from svdit.printing import printable
+
 PACKAGE = Path(__file__).parents[1]
 LARGEST = 2**63 - 1
 
@@ -16,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and exit."""
-        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+        self.exit(2, printable(f"{self.prog}: {message}; see `{self.prog} --help`") + "\n")
 
 
 def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:

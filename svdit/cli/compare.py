@@ -3,6 +3,7 @@
 import argparse
 
 from svdit.cli.arguments import Parser
+from svdit.printing import write_out
 
 
 def parser() -> Parser:
@@ -18,4 +19,5 @@ def run(args: argparse.Namespace) -> None:
     """Print the table."""
     from svdit.evaluation.compare import compare
 
-    print(compare(args.reports, args.metrics.split(",") if args.metrics else None, args.force))
+    table = compare(args.reports, args.metrics.split(",") if args.metrics else None, args.force)
+    write_out(*table.split("\n"))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from svdit.cli.arguments import Parser, keys
 from svdit.cli.setup import device
 from svdit.errors import UserError
+from svdit.printing import write_error, write_out
 
 if TYPE_CHECKING:
     from svdit.evaluation.inception import Extractor
@@ -37,7 +38,7 @@ def parser() -> Parser:
     add("--resize-to", type=int, metavar="SIZE", help="crop and resize every image, as ADM prepares ImageNet")
     add("--allow-fewer", action="store_true", help="use all images where there are fewer than --num_images")
     add("--batch-size", type=int, default=32)
-    add("--device", help="cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     add("--seed", type=int, default=0, help="of the choice of images")
     add("--output", metavar="DIR", help="write metrics.json, metrics.md and image grids to this folder")
     return p
@@ -69,9 +70,9 @@ def run(args: argparse.Namespace) -> None:
         if rank() == 0:
             if args.output:  # before printing, which fails when the reader of a pipe has gone
                 report.save(Path(args.output))
-            print(report.text())
+            write_out(*report.text().split("\n"))
     if report.failed:
-        print(f"svdit evaluate: requested but unavailable: {', '.join(report.failed)}", file=sys.stderr)
+        write_error(f"svdit evaluate: requested but unavailable: {', '.join(report.failed)}")
         sys.exit(1)
 
 

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         shapes = {name: (spec, (rows, columns)) for name, (spec, rows, columns, _) in layers.items()}
         lines += filter(None, [setup.unsupported(shapes, backend, device)])
     lines += [f"{key}: {value}" for key, value in flat(header.get("provenance", {}))]
-    out.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    out.print(*lines, sep="\n", highlight=False, soft_wrap=True)
 
 
 def size(name: str, spec: "LinearSpec", tensors: Mapping[str, "Tensor"]) -> tuple[int, int, int]:

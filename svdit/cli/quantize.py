@@ -10,6 +10,7 @@ from svdit.cli import setup
 from svdit.cli.arguments import Parser, above_0, finite, integer, natural, not_negative, positive, ratio
 from svdit.cli.quantize_settings import ACTS, QuantizeSettings
 from svdit.errors import UserError
+from svdit.printing import printable
 from svdit.quant.config import ADALN, RECIPES
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def write_report(
     path = output.with_suffix(".report.json")
     with atomic_path(path) as temporary:
         content = {**header, **report.to_dict(), "measured": measured}
-        temporary.write_text(json.dumps(content, indent=1))
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     if measured:
         try:
             require("matplotlib")
@@ -227,6 +228,8 @@ def remove(folder: Path) -> None:
 
 def print_report(report: "QuantReport", warnings: list[str], paths: list[Path]) -> None:
     """Print the table of layers, the totals, warnings, and the paths."""
+    from rich.text import Text
+
     from svdit.report.tables import console, layer_table
 
     out = console()
@@ -237,5 +240,5 @@ def print_report(report: "QuantReport", warnings: list[str], paths: list[Path]) 
         f"({report.bytes_before / report.bytes_after:.2f}× smaller); {seconds}"
     )
     for warning in warnings:
-        out.print(f"[yellow]warning:[/] {warning}")
+        out.print(Text("warning: ", "yellow").append(printable(warning)))
     out.print("  ".join(map(str, paths)), soft_wrap=True)

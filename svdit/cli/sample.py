@@ -8,6 +8,7 @@ from pathlib import Path
 
 from svdit.cli import setup
 from svdit.cli.arguments import Parser, natural
+from svdit.printing import write_out
 
 PUBLISHED_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 COLUMNS = 4
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         )
     scale = max(1, MIN_SIDE // samples.shape[1])
     images.write_png(args.output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
-    print(args.output)
+    write_out(args.output)
 
 
 def default_classes(num_classes: int) -> list[int]:

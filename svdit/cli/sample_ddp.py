@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from svdit.cli import setup
 from svdit.cli.arguments import Parser, keys, positive, ratio
 from svdit.errors import UserError
+from svdit.printing import write_out
 
 if TYPE_CHECKING:
     from svdit.model.dit import DiT
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
                 progress=tick,
             )
         if first:
-            print(f"{args.num_fid_samples} images in {args.sample_dir} and {npz}")
+            write_out(f"{args.num_fid_samples} images in {args.sample_dir} and {npz}")
 
 
 def set_tf32(allowed: bool) -> None:

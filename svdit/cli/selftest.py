@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from svdit.cli.arguments import Parser
+from svdit.printing import write_out
 
 DESCRIPTION = """\
 Check the metric implementations on this machine, on data with known answers. With the Inception weights, ADM's
@@ -38,6 +39,6 @@ def run(args: argparse.Namespace) -> None:
     for check in checks:
         verdict = "ok  " if check.passed else "FAIL"
         expected = f"expected {check.expected:.8g} ± {check.tolerance:.1g}"
-        print(f"{verdict} {check.name:{width}} {check.value:14.8g}, {expected}")
+        write_out(f"{verdict} {check.name:{width}} {check.value:14.8g}, {expected}")
     if not all(check.passed for check in checks):
         sys.exit(1)

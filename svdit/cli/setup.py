@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdit.cli.arguments import integer, keys, natural, not_negative, positive
 from svdit.errors import UserError
+from svdit.printing import write_error
 
 if TYPE_CHECKING:
     import torch
@@ -182,7 +182,7 @@ def unsupported(layers: Mapping[str, tuple[LinearSpec, Shape]], backend: str, de
 
 def note(message: str) -> None:
     """Print a note to stderr."""
-    print(f"note: {message}", file=sys.stderr)
+    write_error(f"note: {message}")
 
 
 def image_size(model: DiT) -> int:

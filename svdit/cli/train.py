@@ -4,6 +4,7 @@ torchrun --nproc-per-node 8 train.py --model DiT-XL/2 --data imagenet/train --bf
 """
 
 import argparse
+import sys
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from svdit.cli import setup
 from svdit.cli.arguments import Parser, keys, natural, not_negative, positive, share
 from svdit.errors import UserError
+from svdit.printing import write_out
 
 if TYPE_CHECKING:
     from svdit.model.dit import DiTConfig
@@ -123,13 +125,14 @@ def run(args: argparse.Namespace) -> None:
             report=progress,
         )
         if rank() == 0:
-            print(args.results_dir / "ema.safetensors")
+            write_out(args.results_dir / "ema.safetensors")
 
 
 def progress(line: str) -> None:
     """Print a line of progress; training continues if the reader of stdout is gone."""
     with suppress(BrokenPipeError):
-        print(line, flush=True)
+        write_out(line)
+        sys.stdout.flush()
 
 
 def image_space(args: argparse.Namespace) -> tuple[int, bool]:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from svdit.cli.arguments import Parser
 from svdit.errors import UserError
+from svdit.printing import write_out
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{name} of {path} has weight error {error}, but {record} is recorded; do not use this file"
             )
-    print(f"{path.name}: {len(errors)} quantized layers match the record, all else equals {source.name}")
+    write_out(f"{path.name}: {len(errors)} quantized layers match the record, all else equals {source.name}")
 
 
 def close(x: "Tensor", y: "Tensor") -> bool:

@@ -16,7 +16,7 @@ from svdit.errors import UserError
 from svdit.evaluation.jackknife import Estimate, Estimates
 from svdit.evaluation.metrics import METRICS, RANDOM
 from svdit.evaluation.protocol import disagreements
-from svdit.evaluation.report import NOT_COMPARABLE, markdown_table, number, read_report
+from svdit.evaluation.report import NOT_COMPARABLE, literal, markdown_table, number, read_report
 
 
 @dataclass(frozen=True)
@@ -110,5 +110,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     first, *others = rows
     how = "paired by seed" if all(row.paired_with(first) for row in others) else "not all paired by seed"
     notes = [f"In brackets: minus the first line; errors of differences {how}."] if others else []
-    notes += [f"* {row.name} differs in {', '.join(row.differs)}: not comparable." for row in rows if row.differs]
+    notes += [
+        f"* {literal(row.name)} differs in {', '.join(row.differs)}: not comparable." for row in rows if row.differs
+    ]
     return notes + ([f"{NOT_COMPARABLE}."] if any(not row.protocol.get("comparable") for row in rows) else [])

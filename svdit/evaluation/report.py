@@ -6,6 +6,7 @@ metric is {value, se, bias, leave_out, reason}; `svdit compare` pairs two files 
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from svdit.evaluation.jackknife import Estimate, Estimates
 from svdit.evaluation.metrics import METRICS, RANDOM
 from svdit.files import atomic_path
 from svdit.images import Pixels, write_png
+from svdit.printing import printable
 
 SCHEMA = 1
 NOT_COMPARABLE = "random features: NOT comparable with any published number, nor with Inception's"
@@ -90,14 +92,14 @@ class Report:
         lines.append(f"{self.protocol['n_fake']} generated images of {self.inputs['fake']['path']}")
         if "real" in self.inputs:
             lines.append(f"{self.protocol['n_real']} real images of {self.inputs['real']['path']}")
-        return "\n".join([*lines, *self.notes()])
+        return "\n".join(map(printable, [*lines, *self.notes()]))
 
     def markdown(self) -> str:
         """The table, its protocol and its warnings."""
         lines = [f"**{NOT_COMPARABLE}**", ""] if not self.comparable else []
         lines += markdown_table(self.columns(), self.rows())
-        lines += ["", *(f"- {key}: {value}" for key, value in self.protocol.items() if value is not None)]
-        lines += [f"- {note}" for note in self.notes()]
+        lines += ["", *(f"- {key}: {literal(value)}" for key, value in self.protocol.items() if value is not None)]
+        lines += [f"- {literal(note)}" for note in self.notes()]
         return "\n".join(lines) + "\n"
 
     def save(self, folder: Path) -> None:
@@ -107,7 +109,7 @@ class Report:
         texts = {"metrics.json": flat_lists + "\n", "metrics.md": self.markdown()}
         for name, text in texts.items():
             with atomic_path(folder / name) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
         for name, image in self.images.items():
             write_png(folder / f"{name}.png", image)
 
@@ -135,9 +137,14 @@ def number(value: float | None, error: float | None = None) -> str:
     return text.removeprefix("-") if float(text) == 0 else text
 
 
+def literal(text: object) -> str:
+    """Any text in Markdown as it is, on one line: neither HTML, links and images, nor a new cell."""
+    return re.sub(r"[\\`\[\]|]", r"\\\g<0>", html.escape(printable(text), quote=False))
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table with aligned columns."""
-    heading, *body = _aligned([columns, *rows])
+    heading, *body = _aligned([[literal(cell) for cell in cells] for cells in (columns, *rows)])
     rule = ["-" * len(cell) for cell in heading]
     return ["| " + " | ".join(cells) + " |" for cells in (heading, rule, *body)]
 
@@ -155,7 +162,7 @@ def read_report(path: str | Path) -> dict[str, Any]:
     """The content of a `metrics.json`, or of the one in a folder. Raises UserError if it is not one."""
     path = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     try:
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable metrics.json ({error}); run svdit evaluate --output again") from None
     valid = isinstance(report, dict) and report.get("schema") == SCHEMA

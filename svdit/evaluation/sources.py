@@ -174,7 +174,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is not readable JSON ({error}); remove it or sample again") from None
     return manifest if isinstance(manifest, dict) else {}

@@ -21,13 +21,11 @@ SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 DEFAULT_CACHE = Path("~/.cache/svdit").expanduser()
 VARIABLE = "SVDIT_INCEPTION_WEIGHTS"
 
-MISSING = """\
-FID/sFID/KID/IS/precision/recall need the 2015 Inception weights (95.6 MB), which were not found.
-  searched: {places}
-  download them once:  curl -LO {url}
-  then pass --feature-extractor-weights PATH (or set {variable}).
-  offline alternatives: --paired_dir DIR --metrics paired (PSNR/SSIM, no weights) or
-  --feature-extractor random (smoke test, NOT comparable)."""
+MISSING = (
+    "FID, sFID, KID, IS, precision and recall need the 2015 Inception weights (95.6 MB), which are in none of "
+    "{places}; pass --download, or run curl -LO {url} and pass --feature-extractor-weights FILE (or set {variable}), "
+    "or use --paired_dir DIR --metrics paired, or --feature-extractor random (a smoke test, NOT comparable)"
+)
 
 
 def find_weights(path: str | Path | None, cache: Path, download: bool = False) -> Path:

@@ -3,10 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from svdit.printing import printable
 
 if TYPE_CHECKING:
     from svdit.quant.linear import LinearSpec
@@ -17,10 +20,18 @@ MANY = 40  # layers; longer tables have one row per kind of layer
 WIDE = 120  # columns where stdout is not a terminal
 
 
+class PlainConsole(Console):
+    """A console whose strings are printable lines: names in files are neither markup nor control characters."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that rich prints, cells of tables too, becomes a Text here."""
+        return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
+
+
 def console() -> Console:
     """A console on stdout, at least WIDE where that is not a terminal."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=max(terminal.width, WIDE))
+    terminal = PlainConsole()
+    return terminal if terminal.is_terminal else PlainConsole(width=max(terminal.width, WIDE))
 
 
 def place(name: str) -> tuple[str, int | None]:

@@ -147,14 +147,14 @@ def _open(folder: Path, manifest: dict[str, Any]) -> list[int]:
         npz.unlink(missing_ok=True)  # it exists only for complete sets
     with atomic_path(record) as temporary:
         fields = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
-        temporary.write_text(f"{{\n{fields}\n}}\n")
+        temporary.write_text(f"{{\n{fields}\n}}\n", encoding="utf-8")
     return missing
 
 
 def _compare(record: Path, manifest: dict[str, Any]) -> None:
     """Raises UserError unless `manifest` may resume the run that wrote `record`."""
     try:
-        written = json.loads(record.read_text())
+        written = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         written = None
     if not isinstance(written, dict) or not isinstance(written.get("num_images"), int):

@@ -24,7 +24,7 @@ class Curve:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         rows = [row for row in read_curve(path) if int(row["step"]) <= step] if path.exists() else []
-        with atomic_path(path) as temporary, temporary.open("w", newline="") as file:
+        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -32,7 +32,7 @@ class Curve:
     def add(self, step: int, losses: list[float], held_out: float | None, seconds: float) -> str:
         """Append one row, with an empty field if there is no held-out error; returns it as a line of text."""
         error = "" if held_out is None else f"{held_out:.6f}"
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             row = [step, *(f"{loss:.6f}" for loss in losses), error, f"{seconds:.1f}"]
             csv.writer(file, lineterminator="\n").writerow(row)
         return f"step {step}  loss {losses[0]:.4f}  {'held-out ' + error if error else ''}  {seconds:.0f} s"
@@ -40,7 +40,7 @@ class Curve:
 
 def read_curve(path: Path) -> list[dict[str, str]]:
     """The rows of a `loss.csv`."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -9,7 +9,6 @@ import ctypes
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch  # before our library: it brings the OpenMP runtime that both use
 
 from svdit.kernels.cpu.sources import FLAGS, files, source_hash
+from svdit.printing import write_error
 
 
 class MissingKernelsError(Exception):
@@ -56,7 +56,7 @@ def _find() -> ctypes.CDLL:
 def openmp_runtimes() -> list[str]:
     """Files of OpenMP runtimes mapped into this process."""
     maps = Path("/proc/self/maps")
-    lines = maps.read_text().splitlines() if maps.exists() else []
+    lines = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.exists() else []
     paths = {line.split()[-1] for line in lines if "omp" in line.rpartition("/")[2]}
     return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
 
@@ -91,7 +91,7 @@ def compile_library(path: Path, extra: Sequence[str] = ()) -> None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise MissingKernelsError("there is no C compiler (cc, gcc or clang); install one for fast inference")
-    print(f"compiling the CPU kernels with {compiler}, once", file=sys.stderr)
+    write_error(f"compiling the CPU kernels with {compiler}, once")
     define = f'-DSVDIT_SOURCE="{source_hash()}"'
     with tempfile.TemporaryDirectory() as folder:
         objects = [(source, Path(folder) / f"{Path(source).stem}.o") for source in files()]

@@ -21,5 +21,5 @@ def capabilities() -> dict[str, bool]:
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
     cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split()) if cpuinfo.exists() else set()
     return {name: LINUX.get(name, name) in flags for name in (*LINUX, *OTHERS)}

@@ -1,0 +1,62 @@
+"""Printing for the commands: every text fits on its line and into the terminal's encoding.
+
+What comes from files, paths and checkpoints cannot move the cursor, change the text before it or add lines.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+def printable(text: object) -> str:
+    """The text on one line: controls, line separators, bidirectional marks and stray bytes of names as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def write_out(*lines: object) -> None:
+    """Print lines to stdout."""
+    for line in lines:
+        print(printable(line))
+
+
+def write_error(line: object) -> None:
+    """Print a line to stderr; a reader that is gone does not change the exit code."""
+    with suppress(OSError):
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Let stdout and stderr accept every character, closed ones too.
+
+    Exits with code 1, without a traceback, where stdout cannot be written: its reader is gone (`… | head -1`), or its
+    disk is full.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # or the next file that is opened becomes a closed stdout, and is written by libraries in C
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        setattr(sys, name, stream)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            _flush()  # or the interpreter does it at exit, and reports the error
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _flush() -> None:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        write_error(f"svdit: cannot write to stdout ({error.strerror}); send it elsewhere")
+        raise BrokenPipeError from None
