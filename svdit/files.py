@@ -66,6 +66,12 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def check_expansion(path: str | Path, unpacked: int, stored: int) -> None:
+    """Raises UserError where `stored` bytes of a file declare to be more than 64 MiB and 200 times as many."""
+    if unpacked > max(1 << 26, 200 * stored):
+        raise UserError(f"{path} declares {unpacked / 1e6:.0f} MB in {stored} bytes; remove or replace it")
+
+
 def writable_folder(path: str | Path) -> Path:
     """Create the folder if it is missing. Raises UserError, before any long computation, if it is not writable."""
     try:

@@ -5,15 +5,9 @@ Files are always RGB; images of one-channel models are written in grey.
 """
 
 import re
-import shutil
-import struct
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -101,72 +95,3 @@ def grid(images: Pixels, columns: int, pad: int = 2, scale: int = 1) -> Pixels:
         top, left = (i // columns) * (h + pad) + pad, (i % columns) * (w + pad) + pad
         canvas[top : top + h, left : left + w] = image
     return canvas
-
-
-def write_npz(path: str | Path, images: Iterable[Pixels], count: int) -> None:
-    """Stream `count` uint8 (H, W, 3) images of one size into an uncompressed .npz, key `arr_0` (ADM's layout).
-
-    Raises UserError where their sizes differ or their number is not `count`.
-    """
-    shape: tuple[int, ...] | None = None
-    written = 0
-    with (
-        atomic_path(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        for image in images:
-            if shape is None:
-                shape = image.shape
-                layout = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-                np.lib.format.write_array_header_1_0(member, layout)
-            if image.shape != shape:
-                raise UserError(f"image {written} is {image.shape} and the first is {shape}; use images of one size")
-            member.write(np.ascontiguousarray(image).tobytes())
-            written += 1
-        if written != count:
-            raise UserError(f"{path} was to contain {count} images and {written} were passed; pass all of them")
-
-
-def map_npz(path: str | Path, key: str = "arr_0") -> npt.NDArray[np.generic]:
-    """An array of an .npz, memory-mapped copy-on-write; compressed ones are unpacked to a temporary file first.
-
-    Raises UserError for files that are no .npz or lack the array.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            info = archive.getinfo(f"{key}.npy")
-            if info.compress_type != zipfile.ZIP_STORED:
-                return _map_unpacked(archive, info)
-        with Path(path).open("rb") as file:
-            file.seek(info.header_offset)
-            # the lengths of name and extra field in the local header may differ from those in the central directory
-            name, extra = struct.unpack("<26x2H", file.read(30))
-            file.seek(info.header_offset + 30 + name + extra)
-            return _map_npy(file, Path(path))
-    except KeyError:
-        raise UserError(
-            f"{path} contains no array {key}; pass an .npz with uint8 images (N, H, W, 3) under that key"
-        ) from None
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error, zlib.error) as error:
-        raise UserError(f"{path} cannot be read as an .npz ({error}); create or download it again") from None
-
-
-def _map_unpacked(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> npt.NDArray[np.generic]:
-    with tempfile.TemporaryFile() as unpacked:
-        with archive.open(info) as member:
-            shutil.copyfileobj(member, unpacked, 1 << 20)
-        unpacked.seek(0)
-        return _map_npy(unpacked, unpacked)
-
-
-def _map_npy(file: Any, mapped: Any) -> npt.NDArray[np.generic]:
-    """Map the .npy that starts at `file`'s position."""
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ValueError("it contains Python objects")
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    return np.memmap(mapped, dtype, "c", file.tell(), shape, "F" if fortran else "C")

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import structure
 
 ROOT = Path(__file__).parents[1]
-GROUND = {"errors", "files", "shims", "extras", "printing", "progress", "download", "images", "distributed"}
+GROUND = {"errors", "files", "shims", "extras", "printing", "progress", "download", "images", "npz", "distributed"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors", "printing"},
@@ -19,6 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"printing"},
     "download": {"errors", "progress"},
     "images": {"errors", "files"},
+    "npz": {"errors", "files"},
     "distributed": {"errors"},
     "kernels": GROUND,
     "model": GROUND,

@@ -1,7 +1,6 @@
 """Conversion, image files, grids and .npz files, compared with Pillow, NumPy and torchvision's rounding."""
 
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,10 @@ from svdit.images import (
     grid,
     image_header,
     list_images,
-    map_npz,
     natural_key,
     read_image,
     to_float,
     to_uint8,
-    write_npz,
     write_png,
 )  # fmt: skip
 
@@ -101,53 +98,3 @@ def test_center_crop_is_the_middle_at_the_size(height: int, width: int):
     assert float(cropped.mean()) == pytest.approx(float(ramp.mean()), abs=6)  # a ramp's middle has its mean
     if (height, width) == (16, 16):
         np.testing.assert_array_equal(cropped, ramp)
-
-
-def test_streamed_npz_loads_in_numpy(tmp_path: Path):
-    images = np.stack([random_image(seed=i) for i in range(5)])
-    write_npz(tmp_path / "x.npz", iter(images), 5)
-    with np.load(tmp_path / "x.npz") as archive:
-        np.testing.assert_array_equal(archive["arr_0"], images)
-
-
-@pytest.mark.parametrize(("shapes", "count"), [([(5, 7), (5, 7)], 3), ([(5, 7), (7, 5)], 2)])
-def test_wrong_counts_and_sizes_are_errors_and_leave_no_file(tmp_path: Path, shapes, count: int):
-    with pytest.raises(UserError, match=r"; (use images of one size|pass all of them)$"):
-        write_npz(tmp_path / "x.npz", (random_image(*shape) for shape in shapes), count)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-@pytest.mark.parametrize(
-    "array", [np.arange(24).reshape(2, 3, 4), np.asfortranarray(np.arange(15).reshape(3, 5)), np.zeros((0, 4))]
-)
-def test_mapped_array_is_the_stored_one(tmp_path: Path, save, array: np.ndarray):
-    save(tmp_path / "x.npz", first=np.ones(1000), arr_0=array)
-    mapped = map_npz(tmp_path / "x.npz")
-    np.testing.assert_array_equal(mapped, array)
-    assert mapped.dtype == array.dtype
-    assert isinstance(mapped, np.memmap) == (array.size > 0)
-
-
-def test_version_2_headers_and_extra_fields_are_supported(tmp_path: Path):
-    """An extra field in the zip entry moves the data."""
-    array = random_image()
-    with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
-        info = zipfile.ZipInfo("arr_0.npy")
-        info.extra = b"\x99\x99\x04\x00abcd"
-        with archive.open(info, "w") as member:
-            np.lib.format.write_array(member, array, version=(2, 0))
-    np.testing.assert_array_equal(map_npz(tmp_path / "x.npz"), array)
-
-
-def test_mapped_arrays_are_copy_on_write(tmp_path: Path):
-    np.savez(tmp_path / "x.npz", np.zeros(4))
-    map_npz(tmp_path / "x.npz")[0] = 1
-    assert map_npz(tmp_path / "x.npz")[0] == 0
-
-
-@pytest.mark.parametrize("key", ["arr_0", "arr_1"])
-def test_unusable_archives_are_named(tmp_path: Path, key: str):
-    np.savez(tmp_path / "x.npz", np.array([{}], object))
-    with pytest.raises(UserError, match=r"x\.npz (cannot be read|contains no array arr_1)"):
-        map_npz(tmp_path / "x.npz", key)

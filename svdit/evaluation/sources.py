@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,8 @@ import numpy.typing as npt
 from svdit.errors import UserError
 from svdit.evaluation.statistics import Gaussian, load_statistics
 from svdit.files import sha256
-from svdit.images import Pixels, center_crop, image_header, list_images, map_npz, natural_key, read_image
+from svdit.images import Pixels, center_crop, image_header, list_images, natural_key, read_image
+from svdit.npz import map_npz, npz_keys
 
 LOSSY = {".jpg", ".jpeg", ".webp"}
 Indices = npt.NDArray[np.int64]
@@ -137,12 +137,8 @@ def _open_folder(path: Path, resize_to: int | None) -> Source:
 
 
 def _open_npz(path: Path, resize_to: int | None) -> Source:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            keys = {name.removesuffix(".npy") for name in archive.namelist()}
-        gaussians, extractor = load_statistics(path)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an .npz ({error}); create or download it again") from None
+    keys = npz_keys(path)
+    gaussians, extractor = load_statistics(path)
     if not gaussians and "arr_0" not in keys:
         content = ", ".join(sorted(keys)) or "nothing"
         raise UserError(f"{path} contains {content}; expected images under arr_0 or statistics under mu and sigma")

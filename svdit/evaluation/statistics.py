@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,9 @@ from svdit.distributed import all_sum
 from svdit.errors import UserError
 from svdit.extras import require
 from svdit.files import atomic_path
+from svdit.npz import map_npz, npz_keys
 
+T = TypeVar("T", int, str)
 Array = npt.NDArray[np.float64]
 ADM_SUFFIX = {"pool": "", "spatial": "_s"}
 
@@ -137,21 +139,34 @@ def save_statistics(path: str | Path, gaussians: dict[str, Gaussian], extractor:
 def load_statistics(path: str | Path) -> tuple[dict[str, Gaussian], str]:
     """The Gaussians in an .npz by layer (maybe none), and the digest of the network that computed them.
 
-    Raises UserError for shapes that do not fit together and values that are not finite.
+    Raises UserError for damaged files, shapes that do not fit together and values that are not finite.
     """
-    gaussians = {}
-    with np.load(path, allow_pickle=False) as archive:
-        count = int(archive["count"].item()) if "count" in archive else None
-        for layer, suffix in ADM_SUFFIX.items():
-            if {"mu" + suffix, "sigma" + suffix} <= set(archive.files):
-                mean, covariance = (archive[key + suffix].astype(np.float64) for key in ("mu", "sigma"))
-                # Files without a root (ADM's), or with half of one, get theirs computed on first use.
-                complete = {"root" + suffix, "order" + suffix} <= set(archive.files)
-                root = Root(archive["root" + suffix], archive["order" + suffix]) if complete else None
-                gaussians[layer] = Gaussian(mean, covariance, count, root)
-                _check(path, suffix, gaussians[layer])
-        extractor = str(archive["extractor"]) if "extractor" in archive else "inception"
+    keys, gaussians = npz_keys(path), {}
+    count = _scalar(path, "count", int) if "count" in keys else None
+    for layer, suffix in ADM_SUFFIX.items():
+        if {"mu" + suffix, "sigma" + suffix} <= keys:
+            mean, covariance = (_floats(path, key + suffix) for key in ("mu", "sigma"))
+            # Files without a root (ADM's), or with half of one, get theirs computed on first use.
+            complete = {"root" + suffix, "order" + suffix} <= keys
+            root = Root(_floats(path, "root" + suffix), np.array(map_npz(path, "order" + suffix))) if complete else None
+            gaussians[layer] = Gaussian(mean, covariance, count, root)
+            _check(path, suffix, gaussians[layer])
+    extractor = _scalar(path, "extractor", str) if "extractor" in keys else "inception"
     return gaussians, extractor
+
+
+def _floats(path: str | Path, key: str) -> Array:
+    array = map_npz(path, key)
+    if array.dtype.kind not in "fiu":
+        raise UserError(f"{key} in {path} is {array.dtype}; expected floats, so create the file again")
+    return np.array(array, np.float64, order="K")
+
+
+def _scalar(path: str | Path, key: str, kind: type[T]) -> T:
+    try:
+        return kind(map_npz(path, key).item())
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{key} in {path} is not one {kind.__name__}; create the file again") from None
 
 
 def _check(path: str | Path, suffix: str, gaussian: Gaussian) -> None:
@@ -164,6 +179,7 @@ def _check(path: str | Path, suffix: str, gaussian: Gaussian) -> None:
         raise UserError(f"{mu} or {sigma} in {path} contains NaN or Inf; create the file again")
     if root is None:
         return
-    fits = root.lower.ndim == 2 and len(root.lower) == D and root.order.dtype.kind == "i"
+    fits = root.lower.shape[:1] == (D,) and root.lower.ndim == 2 and root.order.dtype.kind == "i"
+    fits = fits and bool(np.isfinite(root.lower).all())
     if not fits or not np.array_equal(np.sort(root.order, axis=None), np.arange(D)):
         raise UserError(f"{root_name} and {order} in {path} do not factor {sigma}; create the file again")

@@ -19,6 +19,7 @@ from svdit.errors import UserError
 from svdit.files import atomic_path, writable_folder
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
+from svdit.npz import write_npz
 from svdit.sampling.batch import SamplingConfig, check_autoencoder, generate_images
 
 Progress = Callable[[float, int], None]
@@ -176,7 +177,7 @@ def _finish(folder: Path, files: list[str]) -> Path:
     """Write the .npz on rank 0, unless it exists; returns its path."""
     npz = _npz(folder)
     if rank() == 0 and not npz.exists():
-        images.write_npz(npz, (images.read_image(folder / name) for name in files), len(files))
+        write_npz(npz, (images.read_image(folder / name) for name in files), len(files))
     return npz
 
 

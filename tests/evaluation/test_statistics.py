@@ -137,7 +137,9 @@ def test_roots_of_other_matrices_are_refused(tmp_path: Path, arrays: dict[str, n
 
 @pytest.mark.parametrize(
     ("arrays", "sentence"),
-    [({"count": np.arange(2)}, "cannot be read as an .npz"), ({"features": np.zeros((20, 5), np.float32)}, "the width"),
+    [({"count": np.arange(2)}, "count in .* is not one int"), ({"mu": np.array(["x"] * 6)}, "mu in .* is <U1"),
+     ({"root": np.full((6, 6), np.nan)}, "root and order in .* do not factor"),
+     ({"features": np.zeros((20, 5), np.float32)}, "the width"),
      ({"features": np.zeros(20, np.float32)}, "expected float32"), ({"features": np.array(["x"])}, "expected float32")],
 )  # fmt: skip
 def test_other_malformed_arrays_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], sentence: str):
