@@ -119,7 +119,7 @@ def test_pairs_alone_need_neither_weights_nor_real_images(tmp_path: Path, capsys
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [
-        (["--cache-dir", "CACHE"], "need the 2015 Inception weights (95.6 MB), which were not found"),
+        (["--cache-dir", "CACHE"], "need the 2015 Inception weights (95.6 MB), which are in none of"),
         (["--metrics", "fidd", "--feature-extractor", "random"], "there is no metric 'fidd'"),
         (["--num_images", "99", "--feature-extractor", "random"], "contains 5 images, fewer than the 99 requested"),
         (["--num_images", "0", "--feature-extractor", "random"], "num_images is 0; it must be at least 1"),
