@@ -7,14 +7,20 @@ with session():                  # joins torchrun's process group, if there is o
 
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from svdit.errors import UserError
+from svdit.files import exclusive
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -80,3 +86,26 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """The picklable result of `function`, called by the first process, on every process; so is its UserError."""
+    result: Any = None
+    problem: UserError | None = None
+    if rank() == 0:
+        try:
+            result = function()
+        except UserError as error:
+            problem = error
+    result, problem = gather((result, problem))[0]
+    if problem:
+        raise problem
+    return result
+
+
+@contextmanager
+def reserved(*outputs: str | Path) -> Iterator[None]:
+    """`files.exclusive`, held by the first process for all. Every process raises UserError where another job writes."""
+    with ExitStack() as locks:
+        on_first(lambda: locks.enter_context(exclusive(*outputs)))
+        yield

@@ -5,6 +5,7 @@ import hashlib
 import os
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -70,6 +71,13 @@ def check_expansion(path: str | Path, unpacked: int, stored: int) -> None:
     """Raises UserError where `stored` bytes of a file declare to be more than 64 MiB and 200 times as many."""
     if unpacked > max(1 << 26, 200 * stored):
         raise UserError(f"{path} declares {unpacked / 1e6:.0f} MB in {stored} bytes; remove or replace it")
+
+
+def check_zip(path: str | Path) -> None:
+    """Read every member of a zip file (.npz, .pt). Raises BadZipFile where one does not match its checksum."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
 def writable_folder(path: str | Path) -> Path:

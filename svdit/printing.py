@@ -27,6 +27,11 @@ def write_error(line: object) -> None:
         print(printable(line), file=sys.stderr, flush=True)
 
 
+def warn(message: object) -> None:
+    """Print a warning to stderr; the work continues."""
+    write_error(f"warning: {message}")
+
+
 @contextmanager
 def standard_streams() -> Iterator[None]:
     """Let stdout and stderr accept every character, closed ones too.

@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "download": {"errors", "progress"},
     "images": {"errors", "files"},
     "npz": {"errors", "files"},
-    "distributed": {"errors"},
+    "distributed": {"errors", "files"},
     "kernels": GROUND,
     "model": GROUND,
     "diffusion": GROUND,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from svdit.distributed import all_sum, barrier, gather, rank, session, shard, world_size
+from svdit.distributed import all_sum, barrier, gather, on_first, rank, session, shard, world_size
+from svdit.errors import UserError
 
 
 def free_port() -> int:
@@ -62,3 +63,21 @@ def test_one_process_needs_no_session():
     assert (rank(), world_size(), list(shard(3)), gather("x")) == (0, 1, [0, 1, 2], ["x"])
     assert all_sum(torch.ones(2)).tolist() == [1, 1]
     barrier()
+
+
+def one_fails() -> tuple[int, str]:
+    calls: list[int] = []
+
+    def refuse() -> None:
+        raise UserError("another process is writing")
+
+    value = on_first(lambda: calls.append(rank()) or 7)
+    with pytest.raises(UserError) as caught:
+        on_first(refuse)
+    assert calls == ([0] if rank() == 0 else [])
+    return value, str(caught.value)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_process_gets_the_first_ones_result_or_error(world: int):
+    assert in_world(world, one_fails) == [(7, "another process is writing")] * world

@@ -2,17 +2,21 @@
 
 Each process handles its share of the images and writes its rows to their places in one memory-mapped file per layer,
 so rows are in the order of the source and memory does not grow with the number of images. Results are cached under a
-key of content, weights and choice, so the real set is processed once.
+key of content, weights and choice, so the real set is processed once. Every run writes into a folder of its own and
+renames it when it is complete; the statistics contain the hashes of the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,15 +27,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from svdit.distributed import barrier, gather, rank, shard, world_size
+from svdit.distributed import barrier, gather, on_first, rank, shard, world_size
 from svdit.errors import UserError
 from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, save_statistics
+from svdit.files import check_zip, exclusive
+from svdit.printing import warn
 from svdit.progress import progress
 
 Rows = npt.NDArray[np.float32]
 SUMMED = ("pool", "spatial")
-FORMAT = "features 2"  # of the cached files; part of the key, so other formats are never read
+FORMAT = "features 3"  # of the cached files; part of the key, so other formats are never read
 WORKERS_FROM = 1000  # below this many images per process, starting workers costs more time than they save
 
 
@@ -83,25 +89,88 @@ class _Pixels(Dataset[tuple[int, Tensor]]):
 
 
 def extract(images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], how: Extraction) -> Features:
-    """The features of `images`, with rows for `layers`; taken from the cache if it has all of them."""
+    """The features of `images`, with rows for `layers`; taken from the cache if it has all of them.
+
+    The first process returns them, the others return none. Cached features that are damaged are computed again, with
+    a warning.
+    """
     folder = how.folder / cache_key(images, network)
-    if not _complete(folder, layers):
-        _extract_into(folder, images, network, layers, how)
-    gaussians, _ = load_statistics(folder / "statistics.npz")
-    return Features(gaussians, {layer: np.load(folder / f"{layer}.npy", mmap_mode="c") for layer in layers})
+    features = _cached(folder, layers, warn) if rank() == 0 else None
+    if not gather(features is not None)[0]:
+        with _private_folder(folder) as private:
+            _extract_into(private, images, network, layers, how)
+            if rank() == 0:
+                features = _load(private, layers)  # mapped, so they stay the same wherever the files go
+                if _cached(folder, layers) is None:  # another run may have been faster
+                    _replace(folder, private)
+            barrier()
+    return features or Features({}, {})
 
 
-def _complete(folder: Path, layers: tuple[str, ...]) -> bool:
-    complete = all((folder / name).exists() for name in ("statistics.npz", *(f"{layer}.npy" for layer in layers)))
-    return bool(gather(complete)[0])
+def _cached(folder: Path, layers: tuple[str, ...], report: Callable[[str], object] = str) -> Features | None:
+    """The features in `folder`; None if it does not exist, lacks layers, or is damaged, which is reported."""
+    try:
+        if all((folder / name).exists() for name in ("statistics.npz", *(f"{layer}.npy" for layer in layers))):
+            return _load(folder, layers)
+    except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile, zlib.error, UserError) as error:
+        report(f"the cached features in {folder} are damaged ({error}); they are computed again")
+    return None
+
+
+def _load(folder: Path, layers: tuple[str, ...]) -> Features:
+    """The features in `folder`. Raises ValueError, among others, where rows are not those of the statistics."""
+    path = folder / "statistics.npz"
+    check_zip(path)
+    gaussians, _ = load_statistics(path)
+    rows = {layer: np.load(folder / f"{layer}.npy", mmap_mode="c") for layer in layers}
+    with np.load(path) as archive:
+        for layer, array in rows.items():
+            if str(archive[f"sha256_{layer}"]) != _hash(array):
+                raise ValueError(f"{layer}.npy does not match its checksum")
+    return Features({layer: gaussians[layer] for layer in SUMMED}, rows)
+
+
+def _hash(rows: Rows) -> str:
+    """Hex SHA-256 of type, shape and content of an array (N, D)."""
+    digest = hashlib.sha256(f"{rows.dtype.str} {rows.shape}".encode())
+    digest.update(rows.data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _private_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` for all processes of this run, removed at the end, as are those of killed runs."""
+    with ExitStack() as stack:
+        yield on_first(lambda: _create_private(folder, stack))
+
+
+def _create_private(folder: Path, stack: ExitStack) -> Path:
+    for lock in folder.parent.glob(f".{folder.name}.*/.lock"):
+        with suppress(UserError), exclusive(lock.parent):  # nobody holds it, so its run has ended
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    private = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    private.mkdir(parents=True)
+    stack.callback(shutil.rmtree, private, ignore_errors=True)
+    stack.enter_context(exclusive(private))
+    return private
+
+
+def _replace(folder: Path, private: Path) -> None:
+    """Rename `private` to `folder`, instead of its earlier content; where two runs do so at once, one of them wins."""
+    earlier = private.with_name(f"{private.name}.old")
+    with suppress(OSError):
+        if folder.exists():
+            folder.rename(earlier)
+        private.rename(folder)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 @torch.inference_mode()
 def _extract_into(
     folder: Path, images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], how: Extraction
 ) -> None:
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    rows = _create_rows(unfinished, {layer: (images.count, network.widths[layer]) for layer in layers})
+    """Write rows and statistics into `folder`."""
+    rows = _create_rows(folder, {layer: (images.count, network.widths[layer]) for layer in layers})
     moments = {layer: Moments(network.widths[layer], how.device) for layer in SUMMED}
     pixels, done = _Pixels(images), 0
     with (
@@ -120,10 +189,8 @@ def _extract_into(
     gaussians = {layer: sums.merge().gaussian() for layer, sums in moments.items()}
     barrier()
     if rank() == 0:
-        save_statistics(unfinished / "statistics.npz", gaussians, network.digest)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    barrier()
+        hashes = {f"sha256_{layer}": np.array(_hash(np.load(folder / f"{layer}.npy", mmap_mode="r"))) for layer in rows}
+        save_statistics(folder / "statistics.npz", gaussians, network.digest, **hashes)
 
 
 def _batches(pixels: _Pixels, size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,8 +211,6 @@ def _create_rows(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, 
     """One file per layer, mapped by all processes."""
     paths = {layer: folder / f"{layer}.npy" for layer in shapes}
     if rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         for layer, shape in shapes.items():
             np.lib.format.open_memmap(paths[layer], "w+", np.float32, shape).flush()
     barrier()

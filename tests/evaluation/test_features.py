@@ -1,5 +1,6 @@
 """One pass over the images: order, sums, rows, the cache, and interrupted passes."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from svdit.errors import UserError
 from svdit.evaluation.features import Extraction, Features, cache_key, extract, features_folder
 from svdit.evaluation.sources import ImageSet, open_source
+from svdit.files import exclusive
 
 from .conftest import TinyNetwork, make_images, write_folder
 
@@ -74,6 +76,56 @@ def test_an_interrupted_pass_caches_nothing(images: ImageSet, tmp_path: Path):
     assert whole.seen == 5
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_runs_with_one_cache_do_not_meet(images: ImageSet, tmp_path: Path, killed: bool):
+    """The second run begins in the middle of the first, and is complete or killed before the first continues."""
+
+    class Killed(TinyNetwork):
+        def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            if killed and self.seen:
+                raise KeyboardInterrupt
+            return super().__call__(pixels)
+
+    class Meets(TinyNetwork):
+        def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            if self.seen == 3:
+                with suppress(KeyboardInterrupt):
+                    run(images, Killed(), tmp_path / "f")
+            return super().__call__(pixels)
+
+    truth = run(images, TinyNetwork(), tmp_path / "alone")
+    first = run(images, Meets(), tmp_path / "f")
+    later = run(images, TinyNetwork(), tmp_path / "f")
+    for features in (first, later):
+        np.testing.assert_array_equal(features.rows["pool"], truth.rows["pool"])
+        np.testing.assert_array_equal(features.gaussians["pool"].mean, truth.gaussians["pool"].mean)
+    assert [path.name for path in (tmp_path / "f").iterdir()] == [cache_key(images, TinyNetwork())]
+
+
+def test_files_of_a_killed_run_are_removed_by_the_next(images: ImageSet, tmp_path: Path):
+    key = cache_key(images, TinyNetwork())
+    for name in (f".{key}.12", f".{key}.34"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".lock").touch()
+    with exclusive(tmp_path / f".{key}.12"):
+        run(images, TinyNetwork(), tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} >= {key, f".{key}.12"}
+    assert not (tmp_path / f".{key}.34").exists()
+
+
+def test_rows_of_other_images_are_computed_again(images: ImageSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    truth = run(images, TinyNetwork(), tmp_path)
+    path = tmp_path / cache_key(images, TinyNetwork()) / "pool.npy"
+    truth_rows = truth.rows["pool"].copy()
+    np.save(path, truth_rows[::-1])
+    again = run(images, TinyNetwork(), tmp_path)
+    np.testing.assert_array_equal(again.rows["pool"], truth_rows)
+    assert capsys.readouterr().err.count("damaged (pool.npy does not match its checksum); they are computed again") == 1
+    network = TinyNetwork()
+    run(images, network, tmp_path)
+    assert network.seen == 0
+
+
 def test_key_changes_with_content_weights_choice_and_format(images: ImageSet, monkeypatch: pytest.MonkeyPatch):
     keys = {
         cache_key(images, TinyNetwork()),
@@ -84,7 +136,7 @@ def test_key_changes_with_content_weights_choice_and_format(images: ImageSet, mo
     }
     assert len(keys) == 5
     assert cache_key(images, TinyNetwork()) in keys
-    monkeypatch.setattr("svdit.evaluation.features.FORMAT", "features 3")
+    monkeypatch.setattr("svdit.evaluation.features.FORMAT", "another")
     assert cache_key(images, TinyNetwork()) not in keys
 
 
