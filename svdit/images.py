@@ -68,6 +68,16 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
         raise UserError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
 
 
+def is_whole_png(path: str | Path, size: int) -> bool:
+    """Whether the file is a PNG of size × size pixels whose checksums match."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+            return image.size == (size, size)
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
 def center_crop(pixels: Pixels, size: int) -> Pixels:
     """(H, W, 3) to (size, size, 3) as ADM prepares ImageNet: box filters by 2, bicubic to `size`, center crop."""
     image = Image.fromarray(pixels)

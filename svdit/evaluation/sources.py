@@ -7,7 +7,6 @@ headers, before any long computation, and reported with the file's name.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,9 @@ from svdit.errors import UserError
 from svdit.evaluation.statistics import Gaussian, load_statistics
 from svdit.files import sha256
 from svdit.images import Pixels, center_crop, image_header, list_images, natural_key, read_image
+from svdit.manifest import read_manifest
 from svdit.npz import map_npz, npz_keys
+from svdit.printing import warn
 
 LOSSY = {".jpg", ".jpeg", ".webp"}
 Indices = npt.NDArray[np.int64]
@@ -169,16 +170,15 @@ def _check_rows(path: Path, rows: npt.NDArray[Any], gaussians: dict[str, Gaussia
 def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}); remove it or sample again") from None
-    return manifest if isinstance(manifest, dict) else {}
+    manifest = read_manifest(path)
+    if manifest is None:
+        warn(f"{path} is not a manifest of svdit and is ignored")
+    return manifest or {}
 
 
 def _labels(manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[int, ...] | None:
-    labels = manifest.get("labels")
-    return tuple(labels) if isinstance(labels, list) and len(labels) == len(names) else None
+    labels = manifest.get("labels") or ()
+    return tuple(labels) if len(labels) == len(names) else None
 
 
 def _folder_labels(names: tuple[str, ...]) -> tuple[int, ...] | None:

@@ -2,11 +2,14 @@
 
 Label and noise of image i depend on (seed, i) alone, so the set does not depend on the batch size or the world size
 (images may differ in a float's last bits, hence by one grey level). Files are written whole or not at all: an
-interrupted run resumes, and a finished one can be extended. Memory holds one batch.
+interrupted run resumes, and a finished one can be extended. A second run in the same folder is refused, and images that
+are damaged are generated again. Memory holds one batch.
 """
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,14 @@ from typing import Any
 from svdit import __version__, images
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.diffusion.schedule import make_schedule
-from svdit.distributed import barrier, gather, rank, world_size
+from svdit.distributed import barrier, on_first, rank, world_size
 from svdit.errors import UserError
-from svdit.files import atomic_path, writable_folder
+from svdit.files import exclusive, writable_folder
+from svdit.manifest import read_manifest, write_manifest
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
-from svdit.npz import write_npz
+from svdit.npz import map_npz, write_npz
+from svdit.printing import warn
 from svdit.sampling.batch import SamplingConfig, check_autoencoder, generate_images
 
 Progress = Callable[[float, int], None]
@@ -54,28 +59,30 @@ def generate_dataset(
     `label_policy`: "random" (uniform over the classes) or "balanced" (i modulo the number of classes).
     `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision).
     `progress(done, total)` counts this process's images, unfinished ones as fractions.
-    Raises UserError for a folder of another run, naming the field that differs, and for options out of range.
+    Raises UserError for a folder of another run, naming the field that differs, for one that another process writes,
+    and for options out of range.
     """
     config = config or SamplingConfig()
     _check(count, seed, batch_size, label_policy)
     check_autoencoder(model, autoencoder)
     folder = Path(folder).resolve()
     manifest = describe(model, autoencoder, config, count, seed, label_policy) | (origin or {})
-    missing = _begin(folder, manifest)
-    mine, steps = missing[rank() :: world_size()], len(make_schedule(config.steps))
-    for start in range(0, len(mine), batch_size):
-        batch = mine[start : start + batch_size]
+    with ExitStack() as locks:
+        missing = on_first(lambda: _open(folder, manifest, locks))
+        mine, steps = missing[rank() :: world_size()], len(make_schedule(config.steps))
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
 
-        def tick(step: int, x: object, done: int = start, size: int = len(batch)) -> None:
-            progress(done + size * step / steps, len(mine))
+            def tick(step: int, x: object, done: int = start, size: int = len(batch)) -> None:
+                progress(done + size * step / steps, len(mine))
 
-        labels = [manifest["labels"][i] for i in batch]
-        noise = image_noise(seed, batch, model.input_shape, model.pos_embed.device)
-        pixels = generate_images(model, labels, config, autoencoder=autoencoder, noise=noise, callback=tick)
-        for i, image in zip(batch, pixels, strict=True):
-            images.write_png(folder / manifest["files"][i], image)
-    barrier()
-    return _finish(folder, manifest["files"])
+            labels = [manifest["labels"][i] for i in batch]
+            noise = image_noise(seed, batch, model.input_shape, model.pos_embed.device)
+            pixels = generate_images(model, labels, config, autoencoder=autoencoder, noise=noise, callback=tick)
+            for i, image in zip(batch, pixels, strict=True):
+                images.write_png(folder / manifest["files"][i], image)
+        barrier()
+        return _finish(folder, manifest)
 
 
 def describe(
@@ -113,27 +120,13 @@ def _check(count: int, seed: int, batch_size: int, label_policy: str) -> None:
         raise UserError(f"there is no label policy {label_policy!r}; choose one of {', '.join(LABEL_POLICIES)}")
 
 
-def _begin(folder: Path, manifest: dict[str, Any]) -> list[int]:
-    """Indices still to generate; rank 0 opens the folder, and all ranks return or raise the same."""
-    missing: list[int] = []
-    problem: UserError | None = None
-    if rank() == 0:
-        try:
-            missing = _open(folder, manifest)
-        except UserError as error:
-            problem = error
-    problem, missing = gather((problem, missing))[0]
-    if problem:
-        raise problem
-    return missing
-
-
-def _open(folder: Path, manifest: dict[str, Any]) -> list[int]:
-    """Check the folder and write the manifest; returns the missing indices. Raises UserError if it cannot."""
-    writable_folder(folder.parent)
-    writable_folder(folder)
+def _open(folder: Path, manifest: dict[str, Any], locks: ExitStack) -> list[int]:
+    """Lock and check the folder, and write the manifest; returns the missing indices. Raises UserError if it cannot."""
+    npz, record = _npz(folder), folder / "manifest.json"
+    for place in (folder.parent, folder):
+        writable_folder(place)
+    locks.enter_context(exclusive(folder, npz))
     present = {str(path.relative_to(folder)) for path in images.list_images(folder)}
-    record, npz = folder / "manifest.json", _npz(folder)
     if record.exists():
         _compare(record, manifest)
     elif present:
@@ -143,22 +136,28 @@ def _open(folder: Path, manifest: dict[str, Any]) -> list[int]:
     for path in (npz, *(folder / name for name in present)):
         if path.is_dir():
             raise UserError(f"{path} is a folder where a file belongs; remove or rename it")
+    present -= _damaged(folder, present, manifest["image_size"])
     missing = [i for i, name in enumerate(manifest["files"]) if name not in present]
     if missing:
         npz.unlink(missing_ok=True)  # it exists only for complete sets
-    with atomic_path(record) as temporary:
-        fields = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in manifest.items())
-        temporary.write_text(f"{{\n{fields}\n}}\n", encoding="utf-8")
+    write_manifest(record, manifest)
     return missing
+
+
+def _damaged(folder: Path, names: set[str], size: int) -> set[str]:
+    """The images that are not whole, with a warning: they are generated again."""
+    with ThreadPoolExecutor() as pool:
+        whole = pool.map(lambda name: images.is_whole_png(folder / name, size), names)
+        damaged = {name for name, is_whole in zip(names, whole, strict=True) if not is_whole}
+    if damaged:
+        warn(f"{len(damaged)} images in {folder} are damaged and are generated again (first: {min(damaged)})")
+    return damaged
 
 
 def _compare(record: Path, manifest: dict[str, Any]) -> None:
     """Raises UserError unless `manifest` may resume the run that wrote `record`."""
-    try:
-        written = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        written = None
-    if not isinstance(written, dict) or not isinstance(written.get("num_images"), int):
+    written = read_manifest(record)
+    if written is None or written.get("num_images") is None:
         raise UserError(f"{record} is not a manifest written by svdit; choose another folder")
     for field, value in json.loads(json.dumps(manifest)).items():
         if field not in MAY_CHANGE and written.get(field) != value:
@@ -173,12 +172,26 @@ def _compare(record: Path, manifest: dict[str, Any]) -> None:
         )
 
 
-def _finish(folder: Path, files: list[str]) -> Path:
-    """Write the .npz on rank 0, unless it exists; returns its path."""
-    npz = _npz(folder)
-    if rank() == 0 and not npz.exists():
+def _finish(folder: Path, manifest: dict[str, Any]) -> Path:
+    """Write the .npz on rank 0, unless it is complete; returns its path."""
+    npz, files = _npz(folder), manifest["files"]
+    if rank() == 0 and not _is_complete(npz, len(files), manifest["image_size"]):
         write_npz(npz, (images.read_image(folder / name) for name in files), len(files))
     return npz
+
+
+def _is_complete(npz: Path, count: int, size: int) -> bool:
+    """Whether the file exists and contains that many images, by its header and its checksum."""
+    if not npz.exists():
+        return False
+    try:
+        array = map_npz(npz)
+        complete = array.shape == (count, size, size, 3) and array.dtype == "uint8"
+    except UserError:
+        complete = False
+    if not complete:
+        warn(f"{npz} is damaged or incomplete and is written again")
+    return complete
 
 
 def _npz(folder: Path) -> Path:

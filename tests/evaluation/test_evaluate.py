@@ -201,7 +201,7 @@ def test_protocol_records_the_counterparts(tmp_path: Path, fake: Path, full: Pat
 
 def test_counterparts_of_other_sampling_options_are_a_warning(fake: Path, full: Path):
     for folder, seed in ((fake, 0), (full, 1)):
-        (folder / "manifest.json").write_text(json.dumps({"seed": seed, "steps": 20, "sampler": "ddim"}))
+        (folder / "manifest.json").write_text(json.dumps({"tool": "svdit", "seed": seed, "steps": 20}))
     warnings = evaluate(None, fake, options=Options(("paired",), paired=full)).warnings
     assert warnings == (f"{fake} and {full} were sampled with seed 0 and 1",)
 

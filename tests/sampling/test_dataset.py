@@ -22,7 +22,7 @@ COUNT = 7
 KEYS = {
     *("tool", "version", "model", "checkpoint", "checkpoint_sha256", "quantization", "precision", "image_size"),
     *("num_images", "num_classes", "label_policy", "labels", "seed", "sampler", "steps", "cfg_scale"),
-    *("cfg_channels", "cfg_interval", "vae", "files"),
+    *("cfg_channels", "cfg_interval", "vae", "files", "manifest_sha256"),
 }
 
 
@@ -152,8 +152,8 @@ def test_a_foreign_manifest_is_refused(tmp_path: Path, content: bytes | None) ->
 
 
 def test_a_manifest_without_some_fields_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"num_images": 3}')
-    with pytest.raises(UserError, match="belongs to a run with tool None, not 'svdit'"):
+    (tmp_path / "manifest.json").write_text('{"tool": "svdit", "num_images": 3}')
+    with pytest.raises(UserError, match="belongs to a run with version None, not "):
         draw(tmp_path)
 
 
@@ -177,11 +177,64 @@ def test_a_changed_folder_is_refused(reference: Path, tmp_path: Path) -> None:
     (folder / "000003.png").unlink()
     (folder / "000003.png").mkdir()
     refused(r"000003\.png is a folder where a file belongs")
-    (folder / "000003.png").write_text("no image")
-    refused(r"000003\.png cannot be read as an image")
     npz.mkdir()
     with pytest.raises(UserError, match=r"set\.npz is a folder where a file belongs"):
         draw(folder)
+
+
+def test_a_second_run_in_the_folder_is_refused_while_the_first_writes(reference: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second_run(done: float, total: int) -> None:
+        for options in ({"seed": 12}, {"count": 2 * COUNT}):
+            with pytest.raises(UserError, match=r"another process is writing .*set; wait for it to finish") as caught:
+                draw(tmp_path / "set", **options)
+            refused.append(str(caught.value))
+
+    npz = draw(tmp_path / "set", progress=second_run)
+    assert len(refused) > 2
+    assert np.array_equal(arrays(npz), arrays(reference))
+    assert len(images.list_images(tmp_path / "set")) == COUNT
+    assert len(arrays(draw(tmp_path / "set", count=COUNT + 1))) == COUNT + 1
+
+
+def damage(npz: Path, kind: str) -> None:
+    """Leave an .npz as killed, faulty and concurrent runs did."""
+    content = bytearray(npz.read_bytes())
+    if kind == "flipped":
+        content[len(content) // 2] ^= 1
+    npz.write_bytes(content[:2] if kind == "two bytes" else content[:-100] if kind == "truncated" else content)
+    if kind in ("fewer", "other type", "other size"):
+        array = arrays(npz)
+        changed = {"fewer": array[:4], "other type": array.astype(np.float32), "other size": array[:, :4, :4]}
+        np.savez(npz, arr_0=changed[kind])
+
+
+@pytest.mark.parametrize("kind", ["two bytes", "truncated", "flipped", "fewer", "other type", "other size"])
+def test_an_incomplete_npz_is_written_again(
+    reference: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(reference.with_suffix(""), tmp_path / "set")
+    shutil.copy(reference, tmp_path / "set.npz")
+    damage(tmp_path / "set.npz", kind)
+    assert np.array_equal(arrays(draw(tmp_path / "set")), arrays(reference))
+    assert "set.npz is damaged or incomplete and is written again" in capsys.readouterr().err
+
+
+def test_damaged_images_are_generated_again(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(reference.with_suffix(""), folder)
+    (folder / "000001.png").write_text("no image")
+    (folder / "000002.png").write_bytes(b"")
+    images.write_png(folder / "000003.png", np.zeros((9, 9, 3), np.uint8))
+    content = bytearray((folder / "000004.png").read_bytes())
+    content[60] ^= 4
+    (folder / "000004.png").write_bytes(content)
+    assert same_images(arrays(draw(folder)), arrays(reference))
+    assert "4 images in" in (message := capsys.readouterr().err)
+    assert "are damaged and are generated again (first: 000001.png)" in message
 
 
 def test_foreign_images_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""`manifest.json` of a folder of generated images: the settings that produced them, with a checksum."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from svdit.errors import UserError
+from svdit.files import atomic_path
+
+CHECKSUM = "manifest_sha256"
+TYPES: dict[str, type | list[type]] = {
+    "num_images": int,
+    "seed": int,
+    "image_size": int,
+    "num_classes": int,
+    "labels": [int],
+    "files": [str],
+}
+
+
+def write_manifest(path: Path, fields: dict[str, Any]) -> None:
+    """Write one field per line, and the checksum."""
+    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in {**fields, CHECKSUM: _sum(fields)}.items())
+    with atomic_path(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The fields; None for files that svdit did not write. Raises UserError for a manifest that was changed.
+
+    Those of earlier versions have no checksum.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(fields, dict) or fields.get("tool") != "svdit":
+        return None
+    if fields.pop(CHECKSUM, None) not in (None, _sum(fields)):
+        raise UserError(f"{path} does not match its checksum; restore it, or generate the images again")
+    for key, kind in TYPES.items():
+        if fields.get(key) is not None and not _has_type(fields[key], kind):
+            raise UserError(f"{key} in {path} is not {_name(kind)}; restore it, or generate the images again")
+    return fields
+
+
+def _sum(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _has_type(value: object, kind: type | list[type]) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(type(item) is kind[0] for item in value)
+    return type(value) is kind
+
+
+def _name(kind: type | list[type]) -> str:
+    return f"a list of {kind[0].__name__}" if isinstance(kind, list) else f"one {kind.__name__}"
