@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from svdit.errors import UserError
+from svdit.errors import UserError, sentence
 from svdit.files import exclusive
 
 T = TypeVar("T")
@@ -95,8 +95,10 @@ def on_first(function: Callable[[], T]) -> T:
     if rank() == 0:
         try:
             result = function()
-        except UserError as error:
-            problem = error
+        except Exception as error:
+            if (message := sentence(error)) is None:
+                raise
+            problem = UserError(message)
     result, problem = gather((result, problem))[0]
     if problem:
         raise problem

@@ -1,5 +1,80 @@
-"""The exception for errors that a user can fix. Commands print its message and exit with code 2."""
+"""Errors that a user can fix: commands print one sentence and exit with code 2. Other exceptions are bugs.
+
+`sentence` recognizes them: our own, those of the operating system, and those that torch and safetensors report as text.
+"""
+
+import errno
+import os
+import re
+
+REMEDIES = {
+    errno.ENOSPC: "free some space, or choose another folder",
+    errno.EDQUOT: "free some space, or choose another folder",
+    errno.EFBIG: "raise the limit (ulimit -f), or choose another file system",
+    errno.EACCES: "change the permissions, or choose another path",
+    errno.EPERM: "change the permissions, or choose another path",
+    errno.EROFS: "choose another folder",
+    errno.EISDIR: "remove or rename the folder, or choose another path",
+    errno.ENOTDIR: "remove or rename the file where a folder belongs, or choose another path",
+    errno.EEXIST: "remove or rename the file where a folder belongs, or choose another path",
+    errno.ENOENT: "check the path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "check the symbolic links",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files",
+    errno.EIO: "check the disk or the network, then try again",
+}
+LESS_MEMORY = "use a smaller batch or model, or a machine with more memory"
+NO_MEMORY = r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Unable to allocate"
+OF_TORCH = {  # RuntimeErrors by their text: what happened and what to do
+    r"shared memory|</torch_|Bus error": (
+        "not enough shared memory for the data loading workers",
+        "use --num-workers 0, or a larger /dev/shm (docker run --shm-size)",
+    ),
+    r"DataLoader worker .*(is killed|exited unexpectedly)": (
+        "a data loading worker was killed, probably for lack of memory",
+        "use fewer workers or a smaller batch",
+    ),
+    r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe": (
+        "the connection to another process of this run failed",
+        "see its message, then run the same command again",
+    ),
+}
 
 
 class UserError(Exception):
     """The message is one sentence: what was wrong, the value, and what to do."""
+
+
+def sentence(error: BaseException, less_memory: str = LESS_MEMORY) -> str | None:
+    """The message for an error that the user can fix, None for others; `less_memory`: how to need less of it."""
+    text = re.sub(r"^\[enforce fail at .*?\] (err == 0)?\W*", "", str(error)).strip()
+    if isinstance(error, UserError):
+        return text.rsplit("UserError: ", 1)[-1]  # after the traceback of a DataLoader worker
+    first = (text or type(error).__name__).splitlines()[0][:200]
+    if isinstance(error, RuntimeError):
+        for pattern, (problem, remedy) in OF_TORCH.items():
+            if re.search(pattern, text):
+                return f"{problem} ({first}); {remedy}"
+    system = system_error(error)
+    torch_memory = isinstance(error, RuntimeError) and re.search(NO_MEMORY, text)
+    if isinstance(error, MemoryError) or torch_memory or (system and system.errno == errno.ENOMEM):
+        return f"not enough memory ({first}); {less_memory}"
+    return None if system is None else failed("access", system.filename or "a file", system)
+
+
+def failed(action: str, path: object, error: OSError) -> str:
+    """The sentence for a system's error: "cannot write PATH (No space left on device); free some space, …"."""
+    remedy = REMEDIES.get(error.errno or 0, "check the path and the disk, then try again")
+    return f"cannot {action} {path} ({error.strerror}); {remedy}"
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error that `error` is, or whose text it has where Rust or a worker process raised it."""
+    if isinstance(error, OSError) and error.errno:
+        return error
+    number = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\] [^:]*(?:: '(.+)')?", str(error))
+    if number is None:
+        return None
+    code = int(number[1] or number[2])
+    return OSError(code, os.strerror(code), number[3])

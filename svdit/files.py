@@ -1,34 +1,132 @@
-"""Atomic writes (to a temporary file, then rename), locks, SHA-256 of files, and a check that a folder is writable."""
+"""Atomic writes (to a temporary file, then rename), locks, SHA-256 of files, and a check that a folder is writable.
+
+`writing` and `reading` turn errors of the system into sentences with the path.
+"""
 
 import errno
+import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from svdit.errors import UserError
+from svdit.errors import REMEDIES, UserError, failed, system_error
 from svdit.printing import write_error
 
+PREFIX, SUFFIX, LOCK = ".svdit-", ".tmp", ".lock"  # of temporary folders, and of the file in it that is locked
+swept, unfinished = set[Path](), set[Path]()  # folders where this process has looked for strays; its temporary ones
 CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder: renamed to `path` on success, deleted on any exception."""
+    """Yield a temporary path on the same disk: renamed to `path` on success, deleted on any exception.
+
+    Raises UserError where the system cannot write the file, or `path` is a folder or a device.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    with writing(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot write {path} (it exists and is no file); choose the name of a file")
+        with temporary_folder(path.parent) as folder:
+            temporary = folder / path.name
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            temporary.chmod(mode)  # as the umask says; safetensors creates files that only their owner can read
+            temporary.replace(path)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A private folder for unfinished files, deleted at the end; those of killed processes are deleted before."""
+    parent.mkdir(parents=True, exist_ok=True)
+    if parent not in swept:
+        swept.add(parent)
+        sweep(parent)
+    folder, lock = locked_folder(parent)
+    unfinished.add(folder)
     try:
-        yield temporary
-        temporary.replace(path)
+        yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.discard(folder)
+        os.close(lock)
+
+
+def locked_folder(parent: Path) -> tuple[Path, int]:
+    """A new folder with an unpredictable name, and the descriptor that holds its lock as long as the process lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(SUFFIX, PREFIX, parent))
+        with suppress(FileNotFoundError):  # where another process swept it before it was locked
+            lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
+            with suppress(OSError):  # file systems without locks are never swept
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def sweep(parent: Path) -> None:
+    """Delete the temporary folders in `parent` that no living process holds the lock of."""
+    for folder in parent.glob(f"{PREFIX}*{SUFFIX}"):
+        with suppress(OSError):
+            lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+def remove_unfinished() -> None:
+    """Delete this process's temporary folders, before it ends without unwinding the stack."""
+    for folder in list(unfinished):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Raise UserError where the system cannot write `path`; torch and safetensors have other types for this."""
+    path = Path(path)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        system = next(filter(None, map(system_error, chain_of(error))), None)
+        place = system and system.filename and Path(os.fsdecode(system.filename))
+        if system is None or (place and place not in (path, *path.parents) and PREFIX not in str(place)):
+            raise
+        raise UserError(failed("write", path, system)) from None
+
+
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it was raised from: torch.save replaces the system's by its own."""
+    while error:
+        yield error
+        error = error.__context__
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Raise UserError where the system cannot read `path`; errors about its content pass."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        system = system_error(error)
+        if system is None or system.errno not in REMEDIES:
+            raise
+        raise UserError(failed("read", path, system)) from None
 
 
 @contextmanager
@@ -87,4 +185,4 @@ def writable_folder(path: str | Path) -> Path:
         with tempfile.TemporaryFile(dir=path):
             return Path(path)
     except OSError as error:
-        raise UserError(f"cannot write into the folder {path} ({error.strerror}); choose another one") from None
+        raise UserError(failed("write into the folder", path, error)) from None

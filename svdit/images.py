@@ -39,12 +39,16 @@ def natural_key(path: Path) -> list[tuple[int, int, str]]:
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """All image files in `folder` and its subfolders, in natural order. Raises UserError if it does not exist."""
+    """All image files in `folder` and its subfolders, except for hidden ones, in natural order.
+
+    Raises UserError if it does not exist.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pass a folder of images")
-    files = (p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
-    return sorted(files, key=lambda p: natural_key(p.relative_to(folder)))
+    names = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    visible = (p for p in names if not any(part.startswith(".") for part in p.parts))
+    return [folder / name for name in sorted(visible, key=natural_key)]
 
 
 def read_image(path: str | Path) -> Pixels:

@@ -36,8 +36,8 @@ def warn(message: object) -> None:
 def standard_streams() -> Iterator[None]:
     """Let stdout and stderr accept every character, closed ones too.
 
-    Exits with code 1, without a traceback, where stdout cannot be written: its reader is gone (`… | head -1`), or its
-    disk is full.
+    Where stdout cannot be written, exits without a traceback: with code 1 if its reader is gone (`… | head -1`), with a
+    sentence and code 2 if its disk is full.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # or the next file that is opened becomes a closed stdout, and is written by libraries in C
@@ -51,17 +51,10 @@ def standard_streams() -> Iterator[None]:
         try:
             yield
         finally:
-            _flush()  # or the interpreter does it at exit, and reports the error
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def _flush() -> None:
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
+            sys.stdout.flush()  # or the interpreter does it at exit, and reports the error
     except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
         write_error(f"svdit: cannot write to stdout ({error.strerror}); send it elsewhere")
-        raise BrokenPipeError from None
+        sys.exit(2)

@@ -1,16 +1,27 @@
-"""Locks: one process per output, none left behind by a killed one, and no dependence on the file system."""
+"""Locks: one process per output, none left behind by a killed one, and no dependence on the file system.
+
+Temporary files: private, unpredictable, and deleted by the next process on the same place, but not while in use.
+"""
 
 import errno
 import fcntl
+import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from svdit import images, npz
+from svdit.checkpoints import io as checkpoints
 from svdit.errors import UserError
-from svdit.files import exclusive
+from svdit.evaluation.statistics import save_statistics
+from svdit.files import atomic_path, exclusive, reading
 
 HOLD = """
 import sys
@@ -80,3 +91,136 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         exclusive(tmp_path / "file" / "set"),
     ):
         pass
+
+
+WRITE = """
+import os, sys
+from svdit.files import atomic_path
+with atomic_path(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print(temporary, flush=True)
+    sys.stdin.read()
+"""
+
+
+def writer(path: Path) -> tuple[subprocess.Popen[str], Path]:
+    """A process that has written half of `path`, and its temporary file."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", WRITE, str(path)], stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_the_next_process_deletes_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / ".svdit-of-the-user.tmp").write_text("a file")
+    (tmp_path / ".other-123.tmp").mkdir()
+    kept = set(tmp_path.iterdir())
+    (killed, stray), (alive, used) = writer(tmp_path / "a.bin"), writer(tmp_path / "b.bin")
+    killed.kill()
+    killed.wait()
+    assert stray.exists() and not (tmp_path / "a.bin").exists()
+    third, _ = writer(tmp_path / "a.bin")
+    third.communicate("")
+    assert not stray.parent.exists() and used.exists()
+    alive.communicate("")
+    assert set(tmp_path.iterdir()) - kept == {tmp_path / "a.bin", tmp_path / "b.bin"}
+    assert kept < set(tmp_path.iterdir())
+
+
+def test_temporary_names_are_unpredictable_private_and_short(tmp_path: Path) -> None:
+    """Nobody can place a symbolic link under the name; a file whose own name just fits can be written."""
+    path = tmp_path / ("n" * 251 + ".bin")
+    folders = []
+    for _ in range(2):
+        with atomic_path(path) as temporary:
+            folders.append(temporary.parent)
+            assert temporary.parent.stat().st_mode & 0o777 == 0o700
+            temporary.write_text("x")
+    assert folders[0] != folders[1]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize(
+    "write", [lambda path: save_file({}, path), lambda path: path.write_text("x")], ids=["safetensors", "text"]
+)
+def test_files_have_the_permissions_of_the_umask(tmp_path: Path, umask: int, write: Callable[[Path], object]) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_path(tmp_path / "a.safetensors") as temporary:
+            write(temporary)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.fixture
+def file_limit() -> Iterator[None]:
+    """No file may grow beyond 4096 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+NOISE = torch.randn(100, 100, 3)
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "a.safetensors": lambda path: checkpoints.write(path, {"x": NOISE}, {}),
+    "a.pt": lambda path: checkpoints.write(path, {"x": NOISE}, {}),
+    "a.png": lambda path: images.write_png(path, images.to_uint8(NOISE.permute(2, 0, 1)[None])[0]),
+    "a.npz": lambda path: npz.write_npz(path, images.to_uint8(NOISE.permute(2, 0, 1)[None]), 1),
+    "stats.npz": lambda path: save_statistics(path, {}, "x", features=NOISE.numpy()),
+}
+
+
+@pytest.mark.usefixtures("file_limit")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_a_sentence_and_the_old_file_stays(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("old")
+    with pytest.raises(UserError) as raised:
+        WRITERS[name](path)
+    assert str(raised.value) == (
+        f"cannot write {path} (File too large); raise the limit (ulimit -f), or choose another file system"
+    )
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def places(tmp_path: Path) -> dict[str, Path]:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "fifo")
+    return {
+        "File exists.*where a folder belongs": tmp_path / "file" / "a.bin",
+        "Not a directory": tmp_path / "file" / "folder" / "a.bin",
+        "it exists and is no file.; ": tmp_path / "folder",
+        "it exists and is no file.; choose": tmp_path / "fifo",
+        "File name too long": tmp_path / ("n" * 300),
+        "File exists|Too many levels": tmp_path / "loop" / "a.bin",
+        "Permission denied|Read-only file system|No such file": Path("/proc/a.bin"),
+    }
+
+
+def test_every_path_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
+    for reason, path in places(tmp_path).items():
+        with pytest.raises(UserError, match=reason) as raised, atomic_path(path) as temporary:
+            temporary.write_text("x")
+        assert str(raised.value).startswith(f"cannot write {path} (")
+        assert "); " in str(raised.value)
+
+
+def test_errors_of_other_files_and_bugs_pass(tmp_path: Path) -> None:
+    for error in (FileNotFoundError(2, "No such file", "/other"), KeyError("bug"), UserError("a sentence")):
+        with pytest.raises(type(error)) as raised, atomic_path(tmp_path / "a.bin"):
+            raise error
+        assert raised.value is error
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE, errno.EACCES])
+def test_reading_blames_the_system_not_the_content(code: int) -> None:
+    with pytest.raises(UserError, match=f"cannot read x \\({os.strerror(code)}\\); "), reading("x"):
+        raise OSError(code, os.strerror(code))
+    with pytest.raises(OSError, match="broken data stream"), reading("x"):
+        raise OSError("broken data stream")

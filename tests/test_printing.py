@@ -143,7 +143,7 @@ def test_a_command_with_closed_streams_writes_its_files(tmp_path: Path) -> None:
 def test_a_full_disk_below_stdout_is_one_line() -> None:
     done = shell("svdit --version > /dev/full")
     message = "svdit: cannot write to stdout (No space left on device); send it elsewhere\n"
-    assert (done.returncode, done.stderr) == (1, message)
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_python_m_svdit_in_an_ascii_locale() -> None:

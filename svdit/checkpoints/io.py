@@ -42,12 +42,10 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Header) -> No
     header["sha256"] = digest(header, tensors)
     with atomic_path(path) as temporary:
         if path.suffix == ".pt":
-            torch.save({KEY: header, "model": tensors}, temporary)
-            return
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
-        temporary.chmod(mode)  # safetensors creates files that only their owner can read
+            with temporary.open("wb") as file:
+                torch.save({KEY: header, "model": tensors}, file)
+        else:
+            save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], Header | None]:

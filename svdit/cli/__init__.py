@@ -9,7 +9,7 @@ from importlib import import_module
 
 from svdit import __version__
 from svdit.cli.arguments import Parser
-from svdit.errors import UserError
+from svdit.errors import sentence
 from svdit.printing import standard_streams, write_error
 
 COMMANDS = {
@@ -24,6 +24,13 @@ COMMANDS = {
     "train": "train a DiT",
 }
 
+LESS_MEMORY = {  # what to change where the memory is not enough; others have no such option
+    "sample": ("pass fewer --classes",),
+    "generate": ("choose a smaller --per-proc-batch-size",),
+    "quantize": ("choose a smaller --max-memory or fewer --calib-images",),
+    "evaluate": ("choose a smaller --batch-size or --num_images",),
+    "train": ("choose a smaller --global-batch-size or model",),
+}
 MODULES = {"generate": "sample_ddp"}  # where the module is named after its script
 
 
@@ -45,14 +52,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(name: str, argv: list[str] | None = None) -> None:
-    """Run one command; a UserError ends it with one line and exit code 2."""
+    """Run one command; an error that the user can fix ends it with one line and exit code 2."""
     module = import_module(f"svdit.cli.{MODULES.get(name, name)}")
     with standard_streams():
         args = module.parser().parse_args(argv)
         try:
             module.run(args)
-        except UserError as error:
-            write_error(f"svdit {name}: {error}")
+        except Exception as error:
+            sys.stdout.flush()  # fails again where stdout is what cannot be written
+            message = sentence(error, *LESS_MEMORY.get(name, ()))
+            if message is None:
+                raise
+            write_error(f"svdit {name}: {message}")
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)

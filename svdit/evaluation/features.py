@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import shutil
 import tempfile
 import zipfile
@@ -31,7 +30,7 @@ from svdit.distributed import barrier, gather, on_first, rank, shard, world_size
 from svdit.errors import UserError
 from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, save_statistics
-from svdit.files import check_zip, exclusive
+from svdit.files import check_zip, temporary_folder, writing
 from svdit.printing import warn
 from svdit.progress import progress
 
@@ -97,7 +96,7 @@ def extract(images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], 
     folder = how.folder / cache_key(images, network)
     features = _cached(folder, layers, warn) if rank() == 0 else None
     if not gather(features is not None)[0]:
-        with _private_folder(folder) as private:
+        with writing(how.folder), _private_folder(how.folder) as private:
             _extract_into(private, images, network, layers, how)
             if rank() == 0:
                 features = _load(private, layers)  # mapped, so they stay the same wherever the files go
@@ -138,21 +137,17 @@ def _hash(rows: Rows) -> str:
 
 
 @contextmanager
-def _private_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` for all processes of this run, removed at the end, as are those of killed runs."""
+def _private_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` for all processes of this run, removed at the end."""
     with ExitStack() as stack:
-        yield on_first(lambda: _create_private(folder, stack))
+        yield on_first(lambda: _inside(stack.enter_context(temporary_folder(parent))))
 
 
-def _create_private(folder: Path, stack: ExitStack) -> Path:
-    for lock in folder.parent.glob(f".{folder.name}.*/.lock"):
-        with suppress(UserError), exclusive(lock.parent):  # nobody holds it, so its run has ended
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    private = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    private.mkdir(parents=True)
-    stack.callback(shutil.rmtree, private, ignore_errors=True)
-    stack.enter_context(exclusive(private))
-    return private
+def _inside(temporary: Path) -> Path:
+    """A folder with the permissions of the umask."""
+    folder = temporary / "features"
+    folder.mkdir()
+    return folder
 
 
 def _replace(folder: Path, private: Path) -> None:
@@ -213,6 +208,8 @@ def _create_rows(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, 
     if rank() == 0:
         for layer, shape in shapes.items():
             np.lib.format.open_memmap(paths[layer], "w+", np.float32, shape).flush()
+            with paths[layer].open("r+b") as file:  # fails now: a disk that is full later is a SIGBUS
+                os.posix_fallocate(file.fileno(), 0, paths[layer].stat().st_size)
     barrier()
     return {layer: np.lib.format.open_memmap(path, "r+") for layer, path in paths.items()}
 
@@ -230,10 +227,5 @@ def features_folder(cache: Path | None) -> Iterator[Path]:
     if cache is not None:
         yield cache / "features"
         return
-    folder = Path(gather(tempfile.mkdtemp(prefix="svdit-") if rank() == 0 else "")[0])
-    try:
+    with _private_folder(Path(tempfile.gettempdir())) as folder:
         yield folder
-    finally:
-        barrier()
-        if rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)

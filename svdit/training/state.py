@@ -43,8 +43,8 @@ def save(state: State, path: Path, binding: dict[str, Any]) -> None:
         "seconds": state.seconds,
         "binding": binding,
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def restore_(state: State, path: Path, binding: dict[str, Any]) -> None:

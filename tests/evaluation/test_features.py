@@ -11,7 +11,6 @@ import torch
 from svdit.errors import UserError
 from svdit.evaluation.features import Extraction, Features, cache_key, extract, features_folder
 from svdit.evaluation.sources import ImageSet, open_source
-from svdit.files import exclusive
 
 from .conftest import TinyNetwork, make_images, write_folder
 
@@ -100,17 +99,6 @@ def test_two_runs_with_one_cache_do_not_meet(images: ImageSet, tmp_path: Path, k
         np.testing.assert_array_equal(features.rows["pool"], truth.rows["pool"])
         np.testing.assert_array_equal(features.gaussians["pool"].mean, truth.gaussians["pool"].mean)
     assert [path.name for path in (tmp_path / "f").iterdir()] == [cache_key(images, TinyNetwork())]
-
-
-def test_files_of_a_killed_run_are_removed_by_the_next(images: ImageSet, tmp_path: Path):
-    key = cache_key(images, TinyNetwork())
-    for name in (f".{key}.12", f".{key}.34"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / ".lock").touch()
-    with exclusive(tmp_path / f".{key}.12"):
-        run(images, TinyNetwork(), tmp_path)
-        assert {path.name for path in tmp_path.iterdir()} >= {key, f".{key}.12"}
-    assert not (tmp_path / f".{key}.34").exists()
 
 
 def test_rows_of_other_images_are_computed_again(images: ImageSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
