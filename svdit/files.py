@@ -133,8 +133,8 @@ def reading(path: str | Path) -> Iterator[None]:
 def exclusive(*outputs: str | Path, wait: float = 0) -> Iterator[None]:
     """Hold the locks of `outputs`, files or existing folders. The system releases them when the process is killed.
 
-    A lock is an empty hidden file in the folder or beside the file, which stays. Raises UserError, naming the output,
-    where another process holds one for `wait` seconds. Without locks on the file system a note is printed instead.
+    A lock is an empty hidden file in the folder or beside the file. Raises UserError, naming the output, where another
+    process holds one for `wait` seconds. Without locks on the file system a note is printed instead.
     """
     with ExitStack() as locks:
         for path in map(Path, outputs):
@@ -144,7 +144,7 @@ def exclusive(*outputs: str | Path, wait: float = 0) -> Iterator[None]:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # newer versions of filelock have a substitute, and warn of it
-                    locks.enter_context(FileLock(place).acquire(timeout=wait))
+                    locks.enter_context(_locked(place, wait))
             except Timeout:
                 raise UserError(
                     f"another process is writing {path}; wait for it to finish, or choose another name"
@@ -154,6 +154,21 @@ def exclusive(*outputs: str | Path, wait: float = 0) -> Iterator[None]:
                     raise UserError(f"cannot create {place} ({error.strerror}); choose another output") from None
                 write_error(f"note: no locks on this file system; let no other process write {path}")
         yield
+
+
+@contextmanager
+def _locked(place: Path, wait: float) -> Iterator[None]:
+    lock = FileLock(place)
+    lock.acquire(timeout=wait)
+    while not place.exists():  # its holder removed it after it was opened here
+        lock.release()
+        lock.acquire(timeout=wait)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            place.unlink()
+        lock.release()
 
 
 def sha256(path: str | Path) -> str:

@@ -11,12 +11,13 @@ from benchmarks import structure
 ROOT = Path(__file__).parents[1]
 GROUND = {
     *("errors", "files", "images", "npz", "manifest", "distributed", "download", "printing", "progress"),
-    *("extras", "shims"),
+    *("extras", "shims", "checksum"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors", "printing"},
     "shims": set(),
+    "checksum": set(),
     "extras": {"errors", "shims"},
     "printing": set(),
     "progress": {"printing"},

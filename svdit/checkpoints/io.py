@@ -7,7 +7,6 @@ allowed is `argparse.Namespace`, which the published training script stores. No 
 """
 
 import argparse
-import hashlib
 import json
 import pickle
 import struct
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svdit import __version__
+from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.files import atomic_path
 
@@ -135,13 +135,3 @@ def compact(tensor: Tensor) -> Tensor:
     """The tensor (…) on the CPU, contiguous, and alone in its storage, so that views are not saved with their base."""
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def digest(header: Header, tensors: Mapping[str, Tensor]) -> str:
-    """Hex SHA-256 over the header without its `sha256`, then over the tensors (…) sorted by name."""
-    rest = {key: value for key, value in header.items() if key != "sha256"}
-    sha = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        sha.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()

@@ -46,7 +46,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, save, print; exit code 1 if a named metric is unavailable."""
-    from svdit.distributed import rank, session
+    from svdit.distributed import rank, reserved, session
     from svdit.evaluation.evaluate import evaluate
     from svdit.evaluation.options import Options
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         progress=True,
     )
     _check_writable(args.output, options)
-    with session(options.device):
+    with session(options.device), reserved(*filter(None, (args.output, options.save_stats))):
         report = evaluate(args.real_dir, args.fake_dir, _network(args, options), options)
         if rank() == 0:
             if args.output:  # before printing, which fails when the reader of a pipe has gone

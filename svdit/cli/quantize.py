@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     setup.output_file(args.output, ".safetensors", ".pt")
     device = setup.device(args.device)
     backend = ops.choose(device)
-    with distributed.session(device):
+    with distributed.session(device), distributed.reserved(args.output, args.output.with_suffix(".report.json")):
         for sentence in settings.unused() if distributed.rank() == 0 else ():
             setup.note(sentence)
         source = setup.load_checkpoint(args, device)

@@ -5,10 +5,14 @@ Noise is drawn in the order of the published script, so on a GPU a seed reproduc
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from svdit.cli import setup
 from svdit.cli.arguments import Parser, natural
 from svdit.printing import write_out
+
+if TYPE_CHECKING:
+    from svdit.sampling.batch import SamplingConfig
 
 PUBLISHED_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 COLUMNS = 4
@@ -30,6 +34,16 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Check the options, lock the output, and draw into it."""
+    from svdit.files import exclusive
+
+    config = setup.sampling_config(args)
+    setup.output_file(args.output, ".png", ".PNG")
+    with exclusive(args.output):
+        draw(args, config)
+
+
+def draw(args: argparse.Namespace, config: "SamplingConfig") -> None:
     """Load the model, sample, write the grid and print its path."""
     from svdit import images
     from svdit.diffusion.noise import batch_noise
@@ -37,8 +51,6 @@ def run(args: argparse.Namespace) -> None:
     from svdit.progress import progress
     from svdit.sampling.batch import generate_images
 
-    config = setup.sampling_config(args)
-    setup.output_file(args.output, ".png", ".PNG")
     device = setup.device(args.device)
     model = setup.accelerated(setup.load_checkpoint(args, device).model, args)
     labels = args.classes or default_classes(model.config.num_classes)

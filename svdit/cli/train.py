@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from svdit.checkpoints.store import save_model
-    from svdit.distributed import rank, session
+    from svdit.distributed import rank, reserved, session
     from svdit.files import writable_folder
     from svdit.model.autoencoder import load_autoencoder
     from svdit.model.dit import DiT
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     device = setup.device(args.device)
     image_size, pixel_space = image_space(args)
     writable_folder(args.results_dir)
-    with session(device):
+    with session(device), reserved(args.results_dir):
         images = data.load(args.data, image_size)
         autoencoder = load_autoencoder("none" if pixel_space else VAE if args.vae == "auto" else args.vae, device)
         if image_size % autoencoder.factor:

@@ -1,4 +1,7 @@
-"""Finished layers, saved one by one, so that an interrupted run resumes and processes can share the work."""
+"""Finished layers, saved one by one, so that an interrupted run resumes and processes can share the work.
+
+Every file has a checksum; damaged ones are quantized again.
+"""
 
 import hashlib
 import json
@@ -6,15 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from svdit import __version__, distributed
+from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.files import atomic_path
+from svdit.printing import warn
 from svdit.quant.config import Recipe
 from svdit.quant.linear import LinearSpec, SVDLinear
 from svdit.quant.report import LayerReport
+
+
+class DamagedError(Exception):
+    """Why a file cannot be used."""
+
 
 Result = tuple[SVDLinear, LayerReport]
 
@@ -35,7 +45,10 @@ class Results:
 
     def __contains__(self, name: str) -> bool:
         if name not in self.memory and self.folder and self._path(name).exists():
-            self.memory[name] = self._load(name)
+            try:
+                self.memory[name] = self._load(name)
+            except DamagedError as error:
+                warn(f"{self._path(name)} is damaged ({error}); the layer is quantized again")
         return name in self.memory
 
     def __setitem__(self, name: str, result: Result) -> None:
@@ -47,7 +60,14 @@ class Results:
         header = {"plan": self.plan, "shape": O_I_bias, "spec": asdict(layer.spec), "report": asdict(report)}
         with atomic_path(self._path(name)) as temporary:
             state = {key: value.detach().contiguous() for key, value in layer.state_dict().items()}
-            save_file(state, temporary, {"result": json.dumps(header)})
+            save_file(
+                state,
+                temporary,
+                {
+                    "result": json.dumps(header),
+                    "sha256": digest(header, {key: value.cpu() for key, value in state.items()}),
+                },
+            )
 
     def collect(self, names: list[str]) -> dict[str, Result]:
         """All results in the order of `names`, with those of other processes."""
@@ -65,9 +85,15 @@ class Results:
 
     def _load(self, name: str) -> Result:
         path = self._path(name)
-        with safe_open(path, "pt") as file:
-            header: dict[str, Any] = json.loads(file.metadata()["result"])
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                header: dict[str, Any] = json.loads(metadata["result"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, LookupError, ValueError) as error:
+            raise DamagedError(str(error).splitlines()[0]) from None
+        if metadata.get("sha256") != digest(header, state):
+            raise DamagedError("it does not match its checksum")
         if header["plan"] != self.plan:
             raise UserError(f"{path} is from a run with other settings or another version; delete {self.folder}")
         O, I, bias = header["shape"]

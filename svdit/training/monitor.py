@@ -1,6 +1,7 @@
 """Progress of a training run: the learning curve as CSV and as a figure, and grids of samples."""
 
 import csv
+import math
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from svdit.files import atomic_path
 from svdit.images import grid, to_uint8, write_png
 from svdit.model.autoencoder import Autoencoder
 from svdit.model.dit import DiT
+from svdit.printing import warn
 
 COLUMNS = ["step", "loss", "mse", "vb", "held_out_mse", "seconds"]
 
@@ -23,7 +25,7 @@ class Curve:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        rows = [row for row in read_curve(path) if int(row["step"]) <= step] if path.exists() else []
+        rows = [row for row in read_curve(path) if int(row["step"]) <= step] if path.is_file() else []
         with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
@@ -39,9 +41,25 @@ class Curve:
 
 
 def read_curve(path: Path) -> list[dict[str, str]]:
-    """The rows of a `loss.csv`."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    """The rows of a `loss.csv`; those that are damaged are dropped, with a warning."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        lines = list(csv.reader(line.replace("\0", "?") for line in file))
+    rows = [dict(zip(COLUMNS, line, strict=False)) for line in lines[1:] if _is_row(line)]
+    if damaged := len(lines[1:]) - len(rows):
+        warn(f"{damaged} damaged rows of {path} are dropped")
+    return rows
+
+
+def _is_row(line: list[str]) -> bool:
+    numbers = [text for text in line if text]
+    return len(line) == len(COLUMNS) and line[0].isdecimal() and all(map(_is_number, numbers))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def plot_curve(source: Path, target: Path) -> None:

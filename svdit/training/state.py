@@ -1,10 +1,12 @@
 """The state of a training run, and the file it resumes from: `last.pt`.
 
-The file needs no random state: every random draw is a function of the seed and the number of the example.
+Its checksums are compared before it is used. It needs no random state: every random draw is a function of the seed and
+the number of the example.
 """
 
 import copy
 import pickle
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 import torch
 
 from svdit.errors import UserError
-from svdit.files import atomic_path
+from svdit.files import atomic_path, check_zip
 from svdit.model.dit import DiT
+
+CONTENT = {"model": OrderedDict, "ema": OrderedDict, "opt": dict, "step": int, "seconds": float, "binding": dict}
 
 
 @dataclass
@@ -48,16 +52,32 @@ def save(state: State, path: Path, binding: dict[str, Any]) -> None:
 
 
 def restore_(state: State, path: Path, binding: dict[str, Any]) -> None:
-    """Load the file into `state`, in place. Raises UserError for a damaged file or other options."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}); remove it to start again") from None
+    """Load the file into `state`, in place. Raises UserError for a damaged or foreign file, or other options."""
+    content = _read(path)
     for key, value in binding.items():
         if (before := content["binding"].get(key)) != value:
             raise UserError(f"{path} was trained with {key} {before}, not {value}; use the same, or another folder")
-    state.model.load_state_dict(content["model"])
-    state.ema.load_state_dict(content["ema"])
-    state.optimizer.load_state_dict(content["opt"])
+    try:
+        state.model.load_state_dict(content["model"])
+        state.ema.load_state_dict(content["ema"])
+        state.optimizer.load_state_dict(content["opt"])
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not fit the model ({_line(error)}); choose another folder") from None
     state.step, state.seconds = content["step"], content["seconds"]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content, whose checksums match. Raises UserError for other files."""
+    try:
+        check_zip(path)  # torch does not
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file from elsewhere can raise anything
+        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _line(error)
+        raise UserError(f"{path} cannot be read ({reason}); move it away to start again") from None
+    if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in CONTENT.items()):
+        raise UserError(f"{path} was not written by `svdit train`; choose another folder")
+    return content
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

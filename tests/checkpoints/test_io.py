@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdit.checkpoints.io import digest
 from svdit.checkpoints.store import load_model, read_header, save_model
+from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.model.dit import DiT, DiTConfig
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from svdit.errors import UserError
@@ -127,6 +129,30 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(
     report = quantize_(tiny, CONFIG, LOOP, work_dir=tmp_path)
     assert len(report.layers) == 11
     assert equal(state_of(tiny), state_of(whole))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "without a checksum"])
+def test_a_damaged_layer_is_quantized_again(
+    tiny: DiT, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, again = DiT(tiny.config), DiT(tiny.config)
+    for model in (whole, again):
+        model.load_state_dict(tiny.state_dict())
+    config = rank_ratio_config(0.5, 8)
+    quantize_(whole, config, work_dir=tmp_path)
+    path = sorted(tmp_path.glob("*.safetensors"))[3]
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    if damage == "without a checksum":
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            save_file(tensors, path, {"result": file.metadata()["result"]})
+    else:
+        path.write_bytes({"truncated": content[:-10], "flipped": content, "empty": b""}[damage])
+    quantize_(again, config, work_dir=tmp_path)
+    assert equal(state_of(again), state_of(whole))
+    assert f"{path} is damaged" in (message := capsys.readouterr().err)
+    assert message.count("the layer is quantized again") == 1
 
 
 def test_work_of_other_settings_is_refused(tiny: DiT, tmp_path: Path) -> None:

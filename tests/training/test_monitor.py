@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from torch import Tensor
 
@@ -30,6 +31,15 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     assert rows[2]["held_out_mse"] == ""
     plot_curve(path, tmp_path / "loss.png")
     assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 1
+
+
+def test_damaged_rows_are_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "loss.csv"
+    good = "10,3,2,1,,1.0"
+    path.write_bytes(f"stfp\n{good}\n2O,3,2,1,,1\n20,3\n30,x,2,1,,1\n40,nan,2,1,,1\n\0\n".encode() + b"\xff\n")
+    Curve(path, 50)
+    assert path.read_text() == f"step,loss,mse,vb,held_out_mse,seconds\n{good}\n"
+    assert "6 damaged rows of" in capsys.readouterr().err
 
 
 class FirstThree(Autoencoder):

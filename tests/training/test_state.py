@@ -1,5 +1,6 @@
 """A run's file: all of it comes back, or one sentence says why not."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,40 @@ def test_other_options_and_broken_files_are_refused(tiny: DiT, tmp_path: Path) -
     save(state, path, {"lr": 0.1, "seed": 3})
     with pytest.raises(UserError, match=r"last\.pt was trained with seed 3, not 4"):
         restore_(state, path, {"lr": 0.1, "seed": 4})
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read"):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read .*does not match its checksum.*; move it away"):
+        restore_(state, path, {"lr": 0.1, "seed": 3})
+    path.write_bytes(content[:1000])
+    with pytest.raises(UserError, match=r"cannot be read .*; move it away to start again"):
         restore_(state, path, {"lr": 0.1, "seed": 3})
     torch.save({"model": Path("code")}, path)
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read \(it holds more than tensors\)"):
         restore_(state, path, {"lr": 0.1, "seed": 3})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"model": {}},
+        {"epoch": 3, "state_dict": {"w": torch.ones(2)}},
+        {"model": OrderedDict(), "ema": OrderedDict(), "opt": {}, "step": "7", "seconds": 1.5, "binding": {}},
+    ],
+)
+def test_a_file_of_another_program_is_one_sentence(tiny: DiT, tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt was not written by `svdit train`; choose another folder"):
+        restore_(fresh(tiny, lr=0.1), tmp_path / "last.pt", {})
+
+
+@pytest.mark.parametrize("part", ["model", "opt"])
+def test_tensors_that_do_not_fit_are_one_sentence(tiny: DiT, tmp_path: Path, part: str) -> None:
+    state = stepped(tiny)
+    save(state, tmp_path / "last.pt", {})
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    content[part].pop(next(iter(content[part])))
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt does not fit the model"):
+        restore_(state, tmp_path / "last.pt", {})
