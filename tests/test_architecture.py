@@ -11,7 +11,7 @@ from benchmarks import structure
 ROOT = Path(__file__).parents[1]
 GROUND = {
     *("errors", "files", "images", "npz", "manifest", "distributed", "download", "printing", "progress"),
-    *("extras", "shims", "checksum"),
+    *("extras", "shims", "checksum", "filetype", "pickles"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -22,6 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "printing": set(),
     "progress": {"printing"},
     "download": {"errors", "progress"},
+    "filetype": {"errors"},
+    "pickles": {"errors", "filetype"},
     "images": {"errors", "files"},
     "npz": {"errors", "files"},
     "distributed": {"errors", "files"},

@@ -29,7 +29,10 @@ def config_from_shapes(tensors: Mapping[str, Tensor], path: Path, num_heads: int
         side = math.isqrt(tokens) * patch_size
         learn_sigma = rows // (in_channels * patch_size**2) == 2
     except KeyError as error:
-        raise UserError(f"{path} is not a checkpoint of a DiT: it has no tensor {error}; pass another file") from None
+        raise UserError(
+            f"{path} is not a checkpoint of a DiT: it has no tensor {error} among its {len(tensors)} "
+            f"({min(tensors, default='')[:60]!r}, …); pass another file"
+        ) from None
     except (ValueError, ZeroDivisionError):
         raise UserError(
             f"{path} is not a checkpoint of a DiT: its tensors have other shapes; pass another file"
@@ -55,5 +58,5 @@ def named_heads(depth: int, hidden_size: int, path: Path) -> int:
             return int(options["num_heads"])
     raise UserError(
         f"{path} does not record its number of heads, and no named model has depth {depth} and width {hidden_size}; "
-        "pass num_heads"
+        "pass num_heads in Python, or --num-heads"
     )

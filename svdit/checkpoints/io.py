@@ -1,14 +1,12 @@
 """Reads and writes checkpoint files, .safetensors or .pt: named tensors and, in svdit's own files, a JSON header.
 
 The format is detected from the content. The header's `sha256` covers the rest of the header and every tensor's name,
-dtype, shape and bytes, because neither format verifies them. Pickles are read with `weights_only=True`; the only global
-allowed is `argparse.Namespace`, which the published training script stores. No code in a file is ever executed.
-`store.py` interprets the header.
+dtype, shape and bytes, because neither format verifies them. Files of other tools may also be an index of shards, and
+`foreign.py` finds the weights in them. No code in a file is ever executed. `store.py` interprets the header.
 """
 
-import argparse
+import hashlib
 import json
-import pickle
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svdit import __version__
+from svdit import __version__, pickles
+from svdit.checkpoints import foreign
 from svdit.checksum import digest
 from svdit.errors import UserError
-from svdit.files import atomic_path
+from svdit.files import atomic_path, sha256
+from svdit.filetype import check_regular
 
 FORMAT_VERSION = 1
 KEY = "svdit"
@@ -67,16 +67,39 @@ def read_header(path: Path) -> Header | None:
 
 def contents(path: Path) -> tuple[dict[str, Tensor], Header | None]:
     """Memory-mapped tensors (…), and the header, whose checksum is not verified. Raises UserError as `read` does."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    is_safetensors = len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size
-    tensors, header = from_safetensors(path) if is_safetensors else from_torch(path, start)
+    if foreign.is_index(path):
+        tensors, header = foreign.joined(path, lambda shard: one_file(shard)[0]), None
+    else:
+        tensors, header = one_file(path)
+    if header is None:
+        tensors = foreign.state_dict(tensors, path)
+    pickles.check_memory(path, tensors, sum(part.stat().st_size for part in parts(path)))
     if header is not None and header["format_version"] > FORMAT_VERSION:
         raise UserError(
             f"{path} has format {header['format_version']} of svdit {header.get('tool_version')}, "
             f"and svdit {__version__} reads up to format {FORMAT_VERSION}; upgrade svdit"
         )
     return tensors, header
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a checkpoint: itself, or an index and its shards."""
+    return [path, *foreign.shards(path)] if foreign.is_index(path) else [path]
+
+
+def fingerprint(path: Path) -> str:
+    """Hex SHA-256 of a checkpoint's file; of an index, that of the digests of all its files."""
+    digests = [sha256(part) for part in parts(path)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def one_file(path: Path) -> tuple[Any, Header | None]:
+    """The content of one file, memory-mapped, and the header."""
+    check_regular(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    is_safetensors = len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size
+    return from_safetensors(path) if is_safetensors else from_torch(path)
 
 
 def from_safetensors(path: Path) -> tuple[dict[str, Tensor], Header | None]:
@@ -87,33 +110,20 @@ def from_safetensors(path: Path) -> tuple[dict[str, Tensor], Header | None]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, checked(path, json.loads(metadata[KEY])) if KEY in metadata else None
     except (SafetensorError, ValueError) as error:
-        raise incomplete(path, error) from None
+        raise pickles.unreadable(path, error) from None
 
 
-def from_torch(path: Path, start: bytes) -> tuple[dict[str, Tensor], Header | None]:
-    """Tensors (…) and header of a file of torch.save, zip or legacy: svdit's own, a training checkpoint, a state dict.
+def from_torch(path: Path) -> tuple[Any, Header | None]:
+    """Content and header of a file of torch.save, zip or legacy: svdit's own, or what another tool saved.
 
-    Raises UserError where it is damaged, contains other objects than tensors, or no state dict.
+    Raises UserError where it is damaged or contains objects that could run code.
     """
-    is_zip = start.startswith(b"PK\x03\x04")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # foreign bytes raise anything, including KeyError and IndexError
-        if isinstance(error, pickle.UnpicklingError) and (is_zip or start.startswith(b"\x80")):
-            raise UserError(
-                f"{path} contains pickled objects other than tensors, which could run code, so it was not loaded; "
-                "ask its author for a plain state dict or a .safetensors file"
-            ) from None
-        raise incomplete(path, error) from None
-    header = checked(path, loaded[KEY]) if isinstance(loaded, dict) and KEY in loaded else None
-    tensors = loaded
-    for key in ("ema", "model"):  # the training script samples from its EMA weights
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            tensors = loaded[key]
-            break
+    loaded = pickles.load(path)
+    if not (isinstance(loaded, dict) and KEY in loaded):
+        return loaded, None
+    header, tensors = checked(path, loaded[KEY]), loaded.get("model")
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise UserError(f"{path} contains no state dict of tensors; pass a checkpoint of a DiT")
+        raise UserError(f"{path} contains no state dict of tensors; copy or download it again")
     return tensors, header
 
 
@@ -122,13 +132,6 @@ def checked(path: Path, header: object) -> Header:
     if isinstance(header, dict) and isinstance(header.get("format_version"), int):
         return header
     raise UserError(f"{path} has a damaged header; copy or download it again")
-
-
-def incomplete(path: Path, error: Exception) -> UserError:
-    """The error for a file that cannot be parsed."""
-    reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-    size = f"{path.stat().st_size} bytes"
-    return UserError(f"{path} ({size}) is not a checkpoint, or an incomplete one: {reason}; copy or download it again")
 
 
 def compact(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ published files the configuration is inferred from the shapes. A model is built 
 the file's tensors. Missing or extra tensors, other shapes, and integers in place of floats are errors.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -15,16 +14,18 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from svdit.checkpoints import io
+from svdit.checkpoints import foreign, io
 from svdit.checkpoints.convert import from_diffusers, is_diffusers
+from svdit.checkpoints.folders import DIT, class_of, in_folder
 from svdit.checkpoints.infer import config_from_shapes
 from svdit.errors import UserError
+from svdit.filetype import check_regular
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS, config_for
 from svdit.quant.linear import Format, LinearSpec, layer_specs, quantized_layers, rebuild_
 
-DIFFUSERS = "diffusion_pytorch_model"
 EMBEDDED = Path(__file__).parents[1] / "pretrained"
+PUBLISHED_NAME = foreign.ANCHORS[0]
 FOLDED = ("absorbed", "out_scaled")  # earlier versions could fold smoothing into other layers; false means not folded
 
 
@@ -55,6 +56,7 @@ def load_model(
     check_claims(config, name, claims, path)
     model = empty(config, specs, path)
     check_fit(model.state_dict(), tensors, path)
+    check_finite(tensors, path)
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.to(device).eval()
 
@@ -70,19 +72,17 @@ def embedded_models() -> dict[str, Path]:
 
 
 def locate(path: str | Path) -> Path:
-    """The checkpoint file for an embedded model's name, a file, or a diffusers folder, in this order.
+    """The checkpoint file, or index of shards, for an embedded model's name, a file, or a folder, in this order.
 
-    Raises UserError if it does not exist.
+    Raises UserError if it does not exist, or if a folder has none or several, saying what it holds.
     """
     embedded = embedded_models()
     if str(path) in embedded:
         return embedded[str(path)]
     path = Path(path)
     if path.is_dir():
-        names = [f"{part}{DIFFUSERS}{suffix}" for part in ("", "transformer/") for suffix in (".safetensors", ".bin")]
-        if not (files := [path / name for name in names if (path / name).is_file()]):
-            raise UserError(f"the folder {path} has no {DIFFUSERS}.safetensors or .bin; pass a checkpoint file")
-        return files[0]
+        return in_folder(path)
+    check_regular(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}; pass a file or one of: {', '.join(embedded) or 'none'}")
     return path
@@ -93,11 +93,17 @@ def published(tensors: Mapping[str, Tensor], claims: dict[str, Any], path: Path)
 
     Raises UserError where they are not a DiT's or leave the configuration open.
     """
+    kind = class_of(path.with_name("config.json"))
+    if kind not in ("", DIT) and PUBLISHED_NAME not in tensors:
+        raise UserError(f"{path} contains a {kind}, not a DiT; pass a published DiT or a {DIT} of diffusers")
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
     if is_diffusers(tensors):
         claims = {**claims, **diffusers_claims(path.with_name("config.json"))}
         if "input_size" not in claims:
-            raise UserError(f"{path} has no config.json beside it, which contains its input size; pass input_size")
+            raise UserError(
+                f"{path} has no config.json beside it, which contains its input size; copy it there, or in Python "
+                "pass input_size"
+            )
         tensors = from_diffusers(tensors, claims["input_size"])
     return tensors, config_from_shapes(tensors, path, claims.get("num_heads"))
 
@@ -107,7 +113,7 @@ def diffusers_claims(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     with naming(path, "no usable sample_size and num_attention_heads", "download it again"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = foreign.json_object(path)
         options = {"input_size": content["sample_size"], "num_heads": content["num_attention_heads"]}
         return known(DiTConfig, options)
 
@@ -196,3 +202,14 @@ def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path:
     problems = [f"{what} {len(keys)} tensors (first: {keys[0]})" for what, keys in reports if keys]
     if problems:
         raise UserError(f"{path} does not fit its model: it {' and '.join(problems)}; pass an unchanged checkpoint")
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises UserError, naming the tensor (…), for NaN and Inf: a model with them generates black images."""
+    for name, tensor in tensors.items():
+        wrong = int((~tensor.float().isfinite()).sum()) if tensor.is_floating_point() else 0
+        if wrong:
+            raise UserError(
+                f"{path} has {wrong} NaN or Inf among the {tensor.numel()} values of {name}, as after training that "
+                "diverged; pass another checkpoint"
+            )

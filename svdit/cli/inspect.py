@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     path = store.locate(args.file)
     mapped, header = io.contents(path)
+    store.check_finite(mapped, path)
     tensors = {name: tensor.to("meta") for name, tensor in mapped.items()}
     claims = CONFIGS.get(args.model or "", {})
     if header is None:
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if layers:
         out.print(spec_table(layers))
     lines = [
-        f"file: {path.name}, {path.stat().st_size / 1e6:.2f} MB",
+        f"file: {path.name}, {sum(part.stat().st_size for part in io.parts(path)) / 1e6:.2f} MB",
         f"model: {header.get('name') or 'a DiT'}, {config}",
         f"layers: {len(specs)} quantized" if specs else "layers: none quantized",
     ]

@@ -89,8 +89,8 @@ def add_calibration(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Load, quantize, save, report. Raises UserError for options that contradict each other or the checkpoint."""
     from svdit import distributed
+    from svdit.checkpoints.io import fingerprint
     from svdit.checkpoints.store import save_model
-    from svdit.files import sha256
     from svdit.kernels import ops
     from svdit.quant.select import select
 
@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
         if args.output.resolve() == source.path.resolve():
             raise UserError(f"--output is {args.output}, which is also the source; choose another name")
         select(source.model, settings.config)  # before calibration, errors in patterns and shapes
-        record, digest = settings.record(), sha256(source.path)
+        record, digest = settings.record(), fingerprint(source.path)
         work = args.output.with_name(f"{args.output.name}.partial")
         report, plan = quantize(settings, source.model, record, digest, work)
         if distributed.rank() == 0:

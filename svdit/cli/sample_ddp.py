@@ -105,7 +105,7 @@ def set_tf32(allowed: bool) -> None:
 
 def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, Any]:
     """The manifest's record of the model; a float model has no backend."""
-    from svdit.files import sha256
+    from svdit.checkpoints.io import fingerprint
     from svdit.kernels import ops
     from svdit.runtime.accelerate import fallbacks
     from svdit.runtime.dit import FastDiT
@@ -113,7 +113,7 @@ def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, 
     return {
         "model": checkpoint.name,
         "checkpoint": checkpoint.path.name,
-        "checkpoint_sha256": sha256(checkpoint.path),
+        "checkpoint_sha256": fingerprint(checkpoint.path),
         "quantization": ((checkpoint.header or {}).get("provenance") or {}).get("quantization"),
         "backend": ops.describe(model.backend) if isinstance(model, FastDiT) else None,
         "fallbacks": ops.summary(fallbacks(model)) or None,

@@ -26,15 +26,15 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Recompute the weight error of every layer. Raises UserError at the first that differs from the record."""
+    from svdit.checkpoints.io import fingerprint
     from svdit.checkpoints.store import load_model, locate, read_header
-    from svdit.files import sha256
 
     path, source = locate(args.file), locate(args.against)
     provenance = (read_header(path) or {}).get("provenance", {})
     recorded = provenance.get("quantization", {}).get("weight_errors")
     if recorded is None:
         raise UserError(f"{path} records no weight errors; pass a file made by `svdit quantize`")
-    digest, expected = sha256(source), provenance["source"]["sha256"]
+    digest, expected = fingerprint(source), provenance["source"]["sha256"]
     if digest != expected:
         raise UserError(f"{source} is not the source of {path}: its sha256 is {digest[:16]}…, not {expected[:16]}…")
     errors = weight_errors(load_model(path), load_model(source))

@@ -5,12 +5,12 @@ Searched in this order: the given path, $SVDIT_INCEPTION_WEIGHTS, the cache fold
 """
 
 import os
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from svdit import pickles
 from svdit.download import download as download_file
 from svdit.errors import UserError
 from svdit.files import sha256
@@ -49,10 +49,11 @@ def find_weights(path: str | Path | None, cache: Path, download: bool = False) -
 def load_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """The state dict, tensors (O, I, …), and the file's SHA-256. Raises UserError for other files and for code."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read as a weights file ({reason}); download it again from {URL}") from None
+        state = pickles.load(path)
+    except UserError as error:
+        reason = str(error).rpartition("; ")[0]
+        raise UserError(f"{reason}; it cannot be read as a weights file, download it again from {URL}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} does not contain a state dict of tensors; download the weights from {URL}")
+    pickles.check_memory(path, state, path.stat().st_size)
     return state, sha256(path)

@@ -121,6 +121,7 @@ def test_named_sizes_need_no_num_heads(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         published = DiT_models[name](input_size=16, num_classes=3)
     published.to_empty(device="cpu")
+    published.load_state_dict({key: torch.zeros_like(tensor) for key, tensor in published.state_dict().items()})
     torch.save(published.state_dict(), tmp_path / "bare.pt", _use_new_zipfile_serialization=False)  # the legacy layout
     assert load_model(tmp_path / "bare.pt").config == published.config
     assert load_model(tmp_path / "bare.pt", name=name, input_size=16).config == published.config
@@ -282,3 +283,23 @@ def test_missing_tensors_of_published_files_are_named(golden_learned: Golden, tm
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(UserError, match=r"lacks 1 tensors \(first: blocks.1.mlp.fc2.bias\)"):
         load_model(tmp_path / "less.safetensors", num_heads=3)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(tiny: DiT, tmp_path: Path, suffix: str, value: float) -> None:
+    with torch.no_grad():
+        tiny.blocks[1].mlp.fc1.weight[0, 0] = value
+    save_model(tiny, tmp_path / f"own{suffix}")
+    torch.save(tiny.state_dict(), tmp_path / "bare.pt")
+    for path in (tmp_path / f"own{suffix}", tmp_path / "bare.pt"):
+        with pytest.raises(UserError, match=r"has 1 NaN or Inf among the 16384 values of blocks\.1\.mlp\.fc1\.weight"):
+            load_model(path, num_heads=2)
+
+
+def test_doubles_that_no_float_holds_are_named(tiny: DiT, tmp_path: Path) -> None:
+    state = {key: tensor.double() for key, tensor in tiny.state_dict().items()}
+    state["blocks.0.mlp.fc1.bias"][3] = 1e300
+    torch.save(state, tmp_path / "double.pt")
+    with pytest.raises(UserError, match=r"1 NaN or Inf among the 256 values of blocks\.0\.mlp\.fc1\.bias"):
+        load_model(tmp_path / "double.pt", num_heads=2)

@@ -1,0 +1,177 @@
+"""Reads files of torch.save as data: they run no code and use no more memory than the file has bytes.
+
+The names in a pickle are listed before anything is built. Torch's weights-only unpickler rebuilds the tensors; objects
+that only describe a run (paths, NumPy scalars, argparse.Namespace) become placeholders. Other names are refused.
+"""
+
+import pickle
+import pickletools
+import re
+import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from svdit import filetype
+from svdit.errors import UserError
+
+# Harmless by what they are, but never imported: a placeholder stands for each.
+DESCRIPTIVE = re.compile(
+    r"(pathlib|numpy|argparse|datetime|typing|uuid|decimal|omegaconf|ml_collections|easydict|yacs|addict)\..+"
+    r"|types\.SimpleNamespace|collections\.(defaultdict|deque)"
+    r"|builtins\.(list|dict|tuple|int|float|str|bool|frozenset|slice|range|object)|torch\.torch_version\.TorchVersion"
+)
+# Allowed by torch, but they allocate any amount of memory, or build tensors without storage.
+REFUSED = re.compile(r"builtins\.bytearray|torch\._utils\._rebuild_(?!tensor$|tensor_v[23]$|parameter).*")
+TORCH = re.compile(
+    r"torch\.((cuda|sparse|storage|serialization|_utils|_tensor|nn\.parameter)\.)?\w+"
+    r"|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|complex)"
+)
+PICKLES = 4  # that a legacy file begins with: magic number, version, system, content
+SLACK, REPEATS = 2**24, 4  # bytes of tensors per file: a few tensors may share their bytes
+
+
+class Placeholder:
+    """In place of an object that is not a tensor: accepts its state and keeps nothing."""
+
+    def __new__(cls, *_: object) -> "Placeholder":
+        """Ignore the arguments."""
+        return super().__new__(cls)
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore the state."""
+
+
+def new_dict(*_: object) -> dict[Any, Any]:
+    """In place of a defaultdict."""
+    return {}
+
+
+def new_list(*_: object) -> list[Any]:
+    """In place of a deque."""
+    return []
+
+
+STAND_INS = {"collections.defaultdict": new_dict, "collections.deque": new_list}
+
+
+def load(path: Path) -> Any:
+    """The content of a file of torch.save, zip or legacy, on the CPU; a zip is mapped into memory, not read.
+
+    Raises UserError for other files, damaged ones, and those with objects that are neither tensors nor descriptive.
+    """
+    filetype.check_regular(path)
+    names: set[str] = set()
+    try:
+        is_zip = zipfile.is_zipfile(path)
+        names = set(zip_names(path) if is_zip else legacy_names(path))
+        check_names(path, names)
+        stand_ins = [(STAND_INS.get(name, Placeholder), name) for name in names if DESCRIPTIVE.fullmatch(name)]
+        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except UserError:
+        raise
+    except zipfile.BadZipFile as error:
+        if "CRC" in str(error):
+            raise UserError(f"{path} is damaged: its content does not match its checksum; {filetype.AGAIN}") from None
+        raise unreadable(path, error) from None
+    except Exception as error:  # foreign bytes raise anything, including KeyError and IndexError
+        if isinstance(error, pickle.UnpicklingError) and names:
+            raise refusal(path, {name for name in names if not TORCH.fullmatch(name)} or names) from None
+        raise unreadable(path, error) from None
+
+
+def zip_names(path: Path) -> Iterator[str]:
+    """Names in the pickle of a zip archive. Raises UserError for archives that torch.save does not write."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        pickled = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+        if len(pickled) != 1 or any(entry.filename.endswith("constants.pkl") for entry in entries):
+            raise not_a_checkpoint(path, *filetype.archive(path))
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            unpacked = sum(entry.file_size for entry in entries)
+            raise UserError(
+                f"{path} ({path.stat().st_size} bytes) has compressed tensors ({unpacked} bytes), which torch.save "
+                "does not write, so it was not loaded; ask its author for a .safetensors file"
+            )
+        with archive.open(pickled[0]) as file:
+            yield from global_names(file)
+
+
+def legacy_names(path: Path) -> Iterator[str]:
+    """Names in the pickles of a file without a zip archive. Raises UserError for a file that is known not to be one."""
+    with path.open("rb") as file:
+        start = file.read(1)
+        file.seek(0)
+        if start != b"\x80":  # torch.save writes protocol 2 or later
+            raise not_a_checkpoint(path, *filetype.describe(path))
+        for _ in range(PICKLES):
+            if not file.read(1):
+                return
+            file.seek(-1, 1)
+            yield from global_names(file)
+
+
+def global_names(file: IO[bytes]) -> Iterator[str]:
+    """Names of everything that the next pickle imports; reads it without building an object."""
+    strings = ["", ""]
+    for code, argument, _ in pickletools.genops(file):
+        if code.name in ("GLOBAL", "INST"):
+            module, _, name = str(argument).partition(" ")
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # of Python 2
+            yield f"{module}.{name}"
+        elif code.name == "STACK_GLOBAL":
+            yield ".".join(strings)
+        elif isinstance(argument, str):
+            strings = [strings[1], argument]
+
+
+def check_names(path: Path, names: set[str]) -> None:
+    """Raises UserError for a name that is neither torch's nor descriptive."""
+    known = {name for name in names if TORCH.fullmatch(name) or DESCRIPTIVE.fullmatch(name)}
+    foreign = {name for name in names if name not in known or REFUSED.fullmatch(name)}
+    if foreign:
+        raise refusal(path, foreign)
+
+
+def check_memory(path: Path, tensors: Mapping[str, Tensor], nbytes: int) -> None:
+    """Raises UserError for tensors (…) that are not plain ones, or that a file of `nbytes` cannot contain.
+
+    A view of one number can have any shape, and copying it would fill the memory.
+    """
+    for name, tensor in tensors.items():
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
+            raise UserError(f"{name} of {path} is a {type(tensor).__name__} of layout {tensor.layout}; save it dense")
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > SLACK + REPEATS * nbytes:
+        raise UserError(
+            f"{path} has {nbytes} bytes, but its tensors claim {total}: they repeat the same bytes, so it was not "
+            "loaded; save contiguous copies of them"
+        )
+
+
+def refusal(path: Path, names: set[str]) -> UserError:
+    """The error for names that are not loaded."""
+    listed = ", ".join(name[:60] for name in sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+    return UserError(
+        f"{path} contains pickled objects other than tensors ({listed!r}), which could run code, so it was not loaded; "
+        "ask its author for a plain state dict or a .safetensors file"
+    )
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """The error for a file that cannot be parsed."""
+    kind, advice = filetype.describe(path)
+    reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+    return not_a_checkpoint(path, kind, advice, reason)
+
+
+def not_a_checkpoint(path: Path, kind: str, advice: str, reason: str = "its content is unknown") -> UserError:
+    """The error for a file that is something else."""
+    problem = f"it is {kind}" if kind else reason
+    size = f"{path.stat().st_size} bytes"
+    return UserError(f"{path} ({size}) is not a checkpoint, or an incomplete one: {problem}; {advice}")
