@@ -1,23 +1,31 @@
 """The kernels in C as one shared library: the installed one, or compiled at first use into the user's cache.
 
 It holds every instruction set of this kind of processor; ffi.py chooses. A library is used only if it was compiled
-from exactly the sources in csrc/. SVDIT_KERNELS names another library instead (`make sanitize` does), CC another
-compiler.
+from exactly the sources in csrc/. One in the cache is loaded only if its content has the hash in its name and nobody
+else could have written it. SVDIT_KERNELS names another library instead (`make sanitize` does), CC another compiler.
 """
 
 import ctypes
 import os
 import shutil
+import stat
+import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 
 import torch  # before our library: it brings the OpenMP runtime that both use
 
+from svdit.errors import UserError
+from svdit.files import exclusive, sha256, temporary_folder
 from svdit.kernels.cpu.sources import FLAGS, files, source_hash
-from svdit.printing import write_error
+from svdit.printing import warn, write_error
+
+WAIT = 120.0  # seconds for another process that compiles
 
 
 class MissingKernelsError(Exception):
@@ -44,9 +52,10 @@ def _attempt() -> ctypes.CDLL | str:
 def _find() -> ctypes.CDLL:
     torch.get_num_threads()
     before = openmp_runtimes()
-    lib = _load(os.environ["SVDIT_KERNELS"]) if "SVDIT_KERNELS" in os.environ else _installed() or _cached()
+    override = os.environ.get("SVDIT_KERNELS")
+    lib = _load(override) if override else _installed() or _load(_cached())
     if lib is None:
-        path = os.environ.get("SVDIT_KERNELS", "the compiled library")
+        path = override or "the compiled library"
         raise MissingKernelsError(f"{path} was not made from these sources; unset SVDIT_KERNELS")
     if before and openmp_runtimes() != before:
         raise MissingKernelsError(f"the kernels loaded a second OpenMP runtime beside torch's {', '.join(before)}")
@@ -64,11 +73,24 @@ def openmp_runtimes() -> list[str]:
 def _load(path: str | Path) -> ctypes.CDLL | None:
     """The library at `path`, None if it was made from other sources."""
     try:
-        lib = ctypes.CDLL(str(path))
+        check_whole(Path(path))
+        lib = ctypes.CDLL(str(Path(path).absolute()))  # a name without a folder would be searched in the system's
         lib.svdit_source.restype = ctypes.c_char_p
         return lib if lib.svdit_source() == source_hash().encode() else None
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ValueError) as error:
         raise MissingKernelsError(f"{path} cannot be loaded ({error})") from error
+
+
+def check_whole(path: Path) -> None:
+    """Raises OSError for an ELF file that is shorter than its header says: the loader would end with SIGBUS."""
+    if not path.is_file():
+        raise OSError("it is not a file")
+    with path.open("rb") as file:
+        header = file.read(64).ljust(64, b"\0")
+    if header[:5] == b"\x7fELF\x02":  # 64 bits; the table of sections is the last thing in the file
+        offset, size, count = int.from_bytes(header[40:48], sys.byteorder), *struct.unpack("=HH", header[58:62])
+        if offset + size * count > path.stat().st_size:
+            raise OSError("it is truncated")
 
 
 def _installed() -> ctypes.CDLL | None:
@@ -78,12 +100,65 @@ def _installed() -> ctypes.CDLL | None:
     return None
 
 
-def _cached() -> ctypes.CDLL | None:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = root / "svdit" / f"kernels-{source_hash()}.so"
-    if not path.exists():
-        compile_library(path)
-    return _load(path)
+def _cached() -> Path:
+    """The library in the cache, compiled if there is none; of several processes one compiles and the others wait."""
+    folder = cache_folder()
+    if path := _intact(folder):
+        return path
+    with ExitStack() as stack:
+        with suppress(UserError):  # where the wait is over or the place has no locks, two compile
+            stack.enter_context(exclusive(folder / "compiler", wait=WAIT))
+        if path := _intact(folder):
+            return path
+        try:
+            with temporary_folder(folder) as temporary:
+                fresh = temporary / "kernels.so"
+                compile_library(fresh)
+                fresh.chmod(0o600)
+                return fresh.replace(folder / f"{source_hash()}-{sha256(fresh)}.so")
+        except OSError as error:
+            raise MissingKernelsError(f"the kernels cannot be written into {folder} ({error})") from error
+
+
+def _intact(folder: Path) -> Path | None:
+    """A library in `folder` that only this user can have written and whose content has the hash in its name."""
+    for path in sorted(folder.glob(f"{source_hash()}-*.so")):
+        if is_ours(path) and path.stem.endswith(sha256(path)):
+            return path
+        warn(f"{path} is damaged or not your own and is compiled again")
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+def cache_folder() -> Path:
+    """This user's private folder for libraries: in the cache or, where that cannot be, among the temporary files."""
+    xdg, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")  # noqa: PTH111, which can raise
+    cache = Path(xdg if xdg.startswith("/") else home)
+    temporary = Path(tempfile.gettempdir()) / f"svdit-kernels-{os.geteuid()}"
+    for folder in (cache / "svdit" / "kernels", temporary):
+        if folder.is_absolute() and _private(folder):
+            if folder == temporary:
+                write_error(f"note: {cache} cannot hold the compiled CPU kernels; they are in {folder}")
+            return folder
+    raise MissingKernelsError(f"neither {cache} nor {temporary} can hold the compiled library; set XDG_CACHE_HOME")
+
+
+def _private(folder: Path) -> bool:
+    """Whether the folder exists or can be created, and only this user can write into it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return is_ours(folder) and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this user owns the file or folder, no link, and nobody else may write it."""
+    status = path.lstat()
+    mine = status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return mine and (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))
 
 
 def compile_library(path: Path, extra: Sequence[str] = ()) -> None:
@@ -97,13 +172,8 @@ def compile_library(path: Path, extra: Sequence[str] = ()) -> None:
         objects = [(source, Path(folder) / f"{Path(source).stem}.o") for source in files()]
         flags = [*compiler.split(), *FLAGS, *extra]
         _run([[*flags, define, "-c", source, "-o", str(made)] for source, made in objects])
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f"{path.name}.{os.getpid()}")
-            _run([[*flags, "-shared", *(str(made) for _, made in objects), "-lm", "-o", str(fresh)]])
-            fresh.replace(path)
-        except OSError as error:
-            raise MissingKernelsError(f"{path} cannot be written ({error})") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _run([[*flags, "-shared", *(str(made) for _, made in objects), "-lm", "-o", str(path)]])
 
 
 def _run(commands: list[list[str]]) -> None:
