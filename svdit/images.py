@@ -1,25 +1,39 @@
 """Images as arrays: uint8 (N, H, W, 3) in files, float (N, C, H, W) in [-1, 1] in models.
 
 Conversion to uint8 follows DiT: clamp(127.5 x + 128) and truncate, which rounds half up. Another rule changes FID.
-Files are always RGB; images of one-channel models are written in grey.
+Files are always RGB; images of one-channel models are written in grey. Only the listed formats are opened, and what
+a file declares is checked before it is decoded; EXIF rotation, colour profiles and all but the first frame are ignored.
 """
 
+import io
+import os
 import re
-from collections.abc import Iterator
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from svdit.errors import UserError
-from svdit.files import atomic_path
+from svdit.files import atomic_path, check_expansion
 
 Pixels = npt.NDArray[np.uint8]
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+UNREAD = {".avif", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".pbm", ".pnm", ".svg", ".tga"}
+SYSTEM = {"__MACOSX", "@eaDir", "@__thumb", "@Recycle", "#recycle", "$RECYCLE.BIN"}  # copies and thumbnails
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # any other could run a program: EPS starts Ghostscript
+LOSSY, LOSSY_TIFF = {"JPEG", "MPO", "WEBP"}, {"jpeg", "tiff_jpeg", "webp"}
+EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I;16N"}
+WIDTH, WHITE_IS_ZERO = 258, 262  # TIFF tags: bits per sample, photometric interpretation
 
 
 def to_uint8(x: Tensor) -> Pixels:
@@ -33,43 +47,152 @@ def to_float(pixels: Pixels) -> Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key that puts 2.png before 10.png."""
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", path.as_posix()) if p]
+class Header(NamedTuple):
+    """What is known of an image without decoding it: (H, W), Pillow's mode, and how it is stored."""
+
+    size: tuple[int, int]
+    mode: str
+    lossy: bool
+    more_frames: bool
+
+
+def natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+    """Sort key that puts 2.png before 10.png, and 01.png before 1.png."""
+    text = path.as_posix()
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", text) if p], text
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """All image files in `folder` and its subfolders, except for hidden ones, in natural order.
+    """All image files in `folder` and its subfolders, in natural order; see `scan_images`. Raises UserError as it."""
+    return scan_images(folder)[0]
 
-    Raises UserError if it does not exist.
+
+def scan_images(folder: str | Path) -> tuple[list[Path], str]:
+    """All image files in `folder` and its subfolders, in natural order; and what was skipped, in words.
+
+    Hidden and system folders are not entered. Symbolic links are followed, after the folders themselves; a folder is
+    read once, and none that contains `folder`. Raises UserError for missing or closed folders and broken links.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pass a folder of images")
-    names = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS)
-    visible = (p for p in names if not any(part.startswith(".") for part in p.parts))
-    return [folder / name for name in sorted(visible, key=natural_key)]
+    entered = {str(parent) for parent in folder.resolve().parents}
+    files: list[Path] = []
+    skipped: Counter[str] = Counter()
+    folders, links = [folder], list[Path]()
+    try:
+        while folders or links:
+            links.sort(key=natural_key, reverse=True)
+            current = folders.pop() if folders else links.pop()
+            if (place := os.path.realpath(current)) in entered:
+                skipped["repeated folder"] += 1
+                continue
+            entered.add(place)
+            for path, kind in _entries(current):
+                if kind.is_dir():
+                    (links if kind is path else folders).append(path)
+                elif not kind.is_file() and not path.exists():
+                    raise UserError(f"{path} is a broken link; repair or remove it")
+                elif path.suffix.lower() in EXTENSIONS and kind.is_file():
+                    files.append(path)
+                elif path.suffix.lower() in EXTENSIONS | UNREAD:
+                    skipped[f"{path.suffix.lower()} file" if kind.is_file() else "special file"] += 1
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}); change its permissions") from None
+    files.sort(key=lambda path: natural_key(path.relative_to(folder)))
+    return files, ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in sorted(skipped.items()))
+
+
+def _entries(folder: Path) -> Iterator[tuple[Path, "Path | os.DirEntry[str]"]]:
+    """The entries of a folder, and what knows their kind: the path itself for links, else what the folder lists."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.startswith(".") and entry.name not in SYSTEM:
+                path = folder / entry.name
+                yield path, path if entry.is_symlink() else entry
+
+
+def class_numbers(folders: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """The distinct folders in natural order, which are the classes, and the number of each folder's class."""
+    classes = sorted(set(folders), key=lambda name: natural_key(Path(name)))
+    numbers = {name: i for i, name in enumerate(classes)}
+    return tuple(classes), [numbers[name] for name in folders]
+
+
+def class_summary(classes: Sequence[str]) -> str:
+    """ "3 classes: bird … dog" """
+    return f"{len(classes)} classes: {classes[0]} … {classes[-1]}" if len(classes) > 1 else f"1 class: {classes[0]}"
 
 
 def read_image(path: str | Path) -> Pixels:
-    """uint8 (H, W, 3): every mode is converted to RGB, transparency is dropped. Raises UserError for other files."""
-    with _opened(path) as image:
-        return np.asarray(image.convert("RGB"))
+    """uint8 (H, W, 3): RGB, grey repeated, the upper 8 of 16 bits, transparency dropped.
+
+    Raises UserError for other files, and for modes without a fixed range (floats, 32 bits) with the range found.
+    """
+    with _opened(path, path) as image:
+        return _rgb(image)
 
 
-def image_header(path: str | Path) -> tuple[tuple[int, int], str]:
-    """((H, W), Pillow's mode) without decoding the image. Raises UserError for other files."""
-    with _opened(path) as image:
-        return (image.height, image.width), image.mode
+def decode_image(content: bytes, name: str) -> Pixels:
+    """As `read_image`, of the content of a file. Raises UserError, with `name`, for what is no image."""
+    with _opened(io.BytesIO(content), name) as image:
+        return _rgb(image)
+
+
+def image_header(path: str | Path) -> Header:
+    """The header of an image, without decoding it. Raises UserError as `read_image`."""
+    with _opened(path, path) as image:
+        lossy = image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
+        return Header((image.height, image.width), image.mode, lossy, getattr(image, "is_animated", False))
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image ({error}); remove or replace it") from None
+def _opened(file: str | Path | io.BytesIO, name: str | Path) -> Iterator[Image.Image]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of damaged tags; only exceptions matter
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            size = _stored_bytes(file)
+            with Image.open(file, formats=FORMATS) as image:
+                _check(image, size, name)
+                yield image
+        except UserError:
+            raise
+        except Exception as error:  # decoders raise almost anything for files from elsewhere
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "it is no PNG, JPEG, WebP, BMP, TIFF or PPM" if unknown else str(error) or type(error).__name__
+            reason = reason.splitlines()[0]
+            raise UserError(f"{name} cannot be read as an image ({reason}); remove or replace it") from None
+
+
+def _check(image: Image.Image, size: int, name: str | Path) -> None:
+    check_expansion(name, 4 * image.width * image.height, size)
+    if image.mode not in EIGHT_BIT and not _is_16_bit(image):
+        low, high = image.getextrema()[:2]
+        problem = f"{name} has mode {image.mode} with values from {low} to {high}"
+        raise UserError(f"{problem}; convert it to 8-bit RGB or grey, or 16-bit grey")
+
+
+def _stored_bytes(file: str | Path | io.BytesIO) -> int:
+    if isinstance(file, io.BytesIO):
+        return file.getbuffer().nbytes
+    status = Path(file).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError("it is not a file")
+    return status.st_size
+
+
+def _is_16_bit(image: Image.Image) -> bool:
+    """Whether 16-bit grey is held in 32 bits, as by Pillow for PGM, and before version 11 for PNG."""
+    return image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in {"PNG", "PPM"})
+
+
+def _rgb(image: Image.Image) -> Pixels:
+    if not _is_16_bit(image):
+        return np.asarray(image.convert("RGB"))
+    tags = getattr(image, "tag_v2", {})  # TIFF's, which also stores 12 bits
+    levels = (np.asarray(image) >> (tags.get(WIDTH, (16,))[0] - 8)).astype(np.uint8)
+    return np.repeat((255 - levels if tags.get(WHITE_IS_ZERO) == 0 else levels)[..., None], 3, axis=2)
 
 
 def is_whole_png(path: str | Path, size: int) -> bool:
@@ -78,7 +201,7 @@ def is_whole_png(path: str | Path, size: int) -> bool:
         with Image.open(path, formats=["PNG"]) as image:
             image.verify()
             return image.size == (size, size)
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # as in `_opened`
         return False
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,16 @@ def open_inputs(real: str | Path | None, fake: str | Path, options: Options) -> 
     reals = None if real is None else open_set(real, options)
     second = None if options.compare is None else open_counterparts(options.compare, fakes, options)
     path = _counterparts(reals, fakes, options)
-    return Inputs(fakes, reals, second, None if path is None else open_counterparts(path, fakes, options))
+    inputs = Inputs(fakes, reals, second, None if path is None else open_counterparts(path, fakes, options))
+    for a, b in combinations(inputs.named.values(), 2):
+        _refuse_overlap(a.source, b.source)
+    return inputs
+
+
+def _refuse_overlap(a: Source, b: Source) -> None:
+    """Raise UserError where one set lies inside the other, so that its images would count as the other's too."""
+    if a.folders != b.folders and (shared := a.folders & b.folders):
+        raise UserError(f"{a.path} and {b.path} share the images in {min(shared)}; move one set out of the other")
 
 
 def open_set(path: str | Path, options: Options) -> ImageSet:
@@ -71,9 +82,10 @@ def open_counterparts(path: str | Path, fakes: ImageSet, options: Options) -> Im
 def _checked(source: Source, indices: Indices, warnings: tuple[str, ...] = ()) -> ImageSet:
     if len(indices) < 2:
         raise UserError(f"{source.path} contains {len(indices)} images; at least 2 images are needed")
-    size, conversions = source.check(indices)
-    warnings += tuple(f"{source.path}: {conversion}" for conversion in conversions)
-    return ImageSet(source, indices, size, source.content(indices), warnings)
+    size, lossy, remarks = source.check(indices)
+    warnings += tuple(f"{source.path}: {remark}" for remark in remarks)
+    content, copies = source.content(indices)
+    return ImageSet(source, indices, size, content, lossy, copies, warnings)
 
 
 def _counterparts(reals: ImageSet | None, fakes: ImageSet, options: Options) -> str | Path | None:
@@ -104,17 +116,25 @@ def differences(a: ImageSet, b: ImageSet) -> list[str]:
 
 
 def pair(fakes: ImageSet, other: Source) -> Indices:
-    """For each chosen fake image the index in `other` of the image with its name; 7 and 000007 are the same name.
+    """For each chosen fake image the index in `other` of the image with its name, or else with its number.
 
-    Raises UserError if an image has no counterpart.
+    7 and 000007 are the same number; it decides only where each set has it once. Raises UserError if an image has no
+    counterpart, and for sets with two images of one name.
     """
-    places = {_key(name): i for i, name in enumerate(other.names)}
+    for source in (fakes.source, other):
+        name, count = Counter(source.names).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{source.path} contains two images named {name} with different extensions; remove one")
+    places = {name: i for i, name in enumerate(other.names)}
+    ours, theirs = (Counter(map(_key, names)) for names in (fakes.source.names, other.names))
+    numbers = {_key(name): i for i, name in enumerate(other.names) if theirs[_key(name)] == 1}
     names = [fakes.source.names[i] for i in fakes.indices]
-    missing = [name for name in names if _key(name) not in places]
+    found = [places.get(name, numbers.get(_key(name)) if ours[_key(name)] == 1 else None) for name in names]
+    missing = [name for name, place in zip(names, found, strict=True) if place is None]
     if missing:
         counts = f"{len(missing)} of {len(names)} images of {fakes.source.path} have no counterpart in {other.path}"
-        raise UserError(f"{counts} (first: {missing[0]}); images are paired by name")
-    return np.array([places[_key(name)] for name in names], np.int64)
+        raise UserError(f"{counts} (first: {missing[0]}); images are paired by name, or by a number that is unique")
+    return np.array(found, np.int64)
 
 
 def _key(name: str) -> str:

@@ -40,7 +40,7 @@ def protocol(inputs: Inputs, network: FeatureNetwork | None, options: Options) -
         "n_real": real and _count(real),
         "n_fake": fake.count,
         "pixels": "×".join(map(str, fake.size)),
-        "lossy": fake.source.lossy,
+        "lossy": fake.lossy,
         "selection_seed": options.seed,
         **{"sample_" + name: manifest.get(name) for name in SAMPLE_FIELDS},
         "sample_seed": manifest.get("seed"),
@@ -76,11 +76,15 @@ def input_warnings(inputs: Inputs, network: FeatureNetwork | None, metrics: Sequ
     for other in (inputs.second, inputs.counterparts):
         if other is not None and (fields := differences(fake, other)):
             warnings.append(f"{fake.source.path} and {other.source.path} were sampled with {', '.join(fields)}")
+    for generated in (fake, inputs.second):
+        if generated is not None and generated.copies:
+            counts = f"{generated.copies} of {generated.count} images of {generated.source.path}"
+            warnings.append(f"{counts} are exact copies of others")
     if real is None or real.count == 0:
         return warnings
     if real.content == fake.content:
         warnings.append(f"{real.source.path} and {fake.source.path} contain the same images")
-    if real.source.lossy != fake.source.lossy:
+    if real.lossy != fake.lossy:
         warnings.append("one side is stored lossy (JPEG or WebP), the other is not; compression alone changes FID")
     if real.size != fake.size:
         warnings.append(f"the real images are {real.size}, the generated {fake.size} (H, W); both are resized to 299")

@@ -89,9 +89,10 @@ class Report:
         """The table for a terminal, followed by the sets and the notes."""
         lines = [" ".join(cells).rstrip() for cells in _aligned([self.columns(), *self.rows()], right=True)]
         lines += [NOT_COMPARABLE] if not self.comparable else []
-        lines.append(f"{self.protocol['n_fake']} generated images of {self.inputs['fake']['path']}")
-        if "real" in self.inputs:
-            lines.append(f"{self.protocol['n_real']} real images of {self.inputs['real']['path']}")
+        for key, what in (("fake", "generated"), ("real", "real")):
+            if entry := self.inputs.get(key):
+                classes = f" in {entry['classes']}" if "classes" in entry else ""
+                lines.append(f"{self.protocol['n_' + key]} {what} images of {entry['path']}{classes}")
         return "\n".join(map(printable, [*lines, *self.notes()]))
 
     def markdown(self) -> str:
@@ -109,7 +110,7 @@ class Report:
         texts = {"metrics.json": flat_lists + "\n", "metrics.md": self.markdown()}
         for name, text in texts.items():
             with atomic_path(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         for name, image in self.images.items():
             write_png(folder / f"{name}.png", image)
 

@@ -7,6 +7,7 @@ headers, before any long computation, and reported with the file's name.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +21,11 @@ import numpy.typing as npt
 from svdit.errors import UserError
 from svdit.evaluation.statistics import Gaussian, load_statistics
 from svdit.files import sha256
-from svdit.images import Pixels, center_crop, image_header, list_images, natural_key, read_image
+from svdit.images import Pixels, center_crop, class_numbers, class_summary, image_header, read_image, scan_images
 from svdit.manifest import read_manifest
 from svdit.npz import map_npz, npz_keys
 from svdit.printing import warn
 
-LOSSY = {".jpg", ".jpeg", ".webp"}
 Indices = npt.NDArray[np.int64]
 
 
@@ -38,6 +38,8 @@ class Source:
     files: tuple[Path, ...] = ()
     array: npt.NDArray[np.uint8] | None = None
     labels: tuple[int, ...] | None = None
+    classes: tuple[str, ...] = ()  # the names of labels that come from sub-folders
+    skipped: str = ""  # files and folders that were not read, in words
     gaussians: dict[str, Gaussian] = field(default_factory=dict)
     rows: npt.NDArray[np.float32] | None = None  # (N, 2048) pool features stored beside the Gaussians
     extractor: str = ""  # digest of the network that computed the Gaussians
@@ -53,9 +55,9 @@ class Source:
         return "folder" if self.files else "npz" if self.array is not None else "statistics"
 
     @property
-    def lossy(self) -> bool:
-        """Whether any image file is JPEG or WebP."""
-        return any(file.suffix.lower() in LOSSY for file in self.files)
+    def folders(self) -> set[Path]:
+        """The folders that contain the files, without symbolic links."""
+        return {folder.resolve() for folder in {file.parent for file in self.files}}
 
     def read(self, index: int) -> Pixels:
         """One image, uint8 (H, W, 3)."""
@@ -65,34 +67,42 @@ class Source:
             pixels = np.repeat(self.array[index], 4 - self.array.shape[3], axis=2)[..., :3]
         return pixels if self.resize_to is None else center_crop(pixels, self.resize_to)
 
-    def check(self, indices: Indices) -> tuple[tuple[int, int], list[str]]:
-        """The common size (H, W) of the chosen images, and warnings; reads headers only."""
+    def check(self, indices: Indices) -> tuple[tuple[int, int], bool, list[str]]:
+        """The common size (H, W) of the chosen images, whether any is lossy, and warnings; reads headers only."""
         if self.array is not None:
-            size, warnings = self.array.shape[1:3], list[str]()
+            size, lossy, warnings = self.array.shape[1:3], False, list[str]()
         else:
-            size, warnings = _check_files([self.files[i] for i in indices], self.resize_to)
-        return (size if self.resize_to is None else (self.resize_to, self.resize_to)), warnings
+            size, lossy, warnings = _check_files([self.files[i] for i in indices], self.resize_to)
+        if self.skipped:
+            warnings.append(f"skipped {self.skipped}")
+        return (size if self.resize_to is None else (self.resize_to, self.resize_to)), lossy, warnings
 
-    def content(self, indices: Indices) -> str:
-        """A SHA-256 of the chosen images' stored bytes and names, in order."""
+    def content(self, indices: Indices) -> tuple[str, int]:
+        """A SHA-256 of the chosen images' stored bytes and names, in order; and how many are copies of others."""
         digest = hashlib.sha256(f"{self.kind} {self.resize_to}".encode())
         if self.array is not None:
             digest.update(sha256(self.path).encode() + indices.astype("<i8").tobytes())
-            return digest.hexdigest()
+            return digest.hexdigest(), len(indices) - len({hash(self.array[i].tobytes()) for i in indices})
         with ThreadPoolExecutor() as pool:
-            for index, file_hash in zip(indices, pool.map(sha256, (self.files[i] for i in indices)), strict=True):
-                digest.update(f"{self.names[index]} {file_hash}".encode())
-        return digest.hexdigest()
+            file_hashes = list(pool.map(sha256, (self.files[i] for i in indices)))
+        for index, file_hash in zip(indices, file_hashes, strict=True):
+            digest.update(os.fsencode(f"{self.names[index]} {file_hash}"))
+        return digest.hexdigest(), len(indices) - len(set(file_hashes))
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """The images chosen from a source, their size (H, W), the hash of their content, and warnings about them."""
+    """The images chosen from a source, their size (H, W), the hash of their content, and warnings about them.
+
+    `lossy`: whether any is stored as JPEG or WebP. `copies`: how many have the content of an earlier one.
+    """
 
     source: Source
     indices: Indices
     size: tuple[int, int]
     content: str
+    lossy: bool = False
+    copies: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
@@ -107,7 +117,8 @@ class ImageSet:
     def describe(self) -> dict[str, Any]:
         """The set's entry in `metrics.json`."""
         path, kind = str(self.source.path), self.source.kind
-        return {"path": path, "kind": kind, "images": self.count, "size": list(self.size), "sha256": self.content}
+        content = {"path": path, "kind": kind, "images": self.count, "size": list(self.size), "sha256": self.content}
+        return content | ({"classes": class_summary(self.source.classes)} if self.source.classes else {})
 
 
 def open_source(path: str | Path, resize_to: int | None = None) -> Source:
@@ -115,7 +126,7 @@ def open_source(path: str | Path, resize_to: int | None = None) -> Source:
     path = Path(path)
     if path.is_dir():
         return _open_folder(path, resize_to)
-    if not path.exists():
+    if not path.is_file():
         raise UserError(f"there is no folder or file {path}; fix the path")
     if path.suffix.lower() != ".npz":
         raise UserError(f"{path} is neither a folder nor an .npz; pass a folder of images or an .npz")
@@ -123,18 +134,19 @@ def open_source(path: str | Path, resize_to: int | None = None) -> Source:
 
 
 def _open_folder(path: Path, resize_to: int | None) -> Source:
-    files = list_images(path)
+    files, skipped = scan_images(path)
     if not files:
-        raise UserError(f"{path} and its sub-folders contain no images; pass a folder of PNG, JPEG, WebP or BMP files")
+        found = f" (only {skipped})" if skipped else ""
+        raise UserError(f"{path} and its sub-folders contain no images{found}; pass a folder of PNG or JPEG files")
     names = tuple(file.relative_to(path).with_suffix("").as_posix() for file in files)
-    duplicates = [name for name, count in Counter(names).items() if count > 1]
-    if duplicates:
-        raise UserError(
-            f"{path} contains two images named {duplicates[0]} with different extensions; remove one of them"
-        )
     manifest = _read_manifest(path / "manifest.json")
-    labels = _labels(manifest, names) or _folder_labels(names)
-    return Source(path, names, tuple(files), labels=labels, manifest=manifest, resize_to=resize_to)
+    classes, numbers = class_numbers([Path(name).parent.as_posix() for name in names])
+    labels = _labels(manifest, names)
+    if labels is None and len(classes) > 1:
+        labels = tuple(numbers)
+    else:
+        classes = ()
+    return Source(path, names, tuple(files), None, labels, classes, skipped, manifest=manifest, resize_to=resize_to)
 
 
 def _open_npz(path: Path, resize_to: int | None) -> Source:
@@ -147,7 +159,8 @@ def _open_npz(path: Path, resize_to: int | None) -> Source:
     names = tuple(str(i) for i in range(0 if array is None else len(array)))
     manifest = _read_manifest(path.with_suffix(".json"))
     rows = _check_rows(path, map_npz(path, "features"), gaussians) if "features" in keys else None
-    return Source(path, names, (), array, _labels(manifest, names), gaussians, rows, extractor, manifest, resize_to)
+    labels = _labels(manifest, names)
+    return Source(path, names, (), array, labels, (), "", gaussians, rows, extractor, manifest, resize_to)
 
 
 def _check_array(path: Path, array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
@@ -181,27 +194,26 @@ def _labels(manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[int, ...]
     return tuple(labels) if len(labels) == len(names) else None
 
 
-def _folder_labels(names: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The class of each image: its sub-folder, numbered in natural order; None for a flat folder."""
-    classes = sorted({Path(name).parent for name in names}, key=natural_key)
-    numbers = {folder: i for i, folder in enumerate(classes)}
-    return tuple(numbers[Path(name).parent] for name in names) if len(classes) > 1 else None
-
-
-def _check_files(files: Iterable[Path], resize_to: int | None) -> tuple[tuple[int, int], list[str]]:
+def _check_files(files: Iterable[Path], resize_to: int | None) -> tuple[tuple[int, int], bool, list[str]]:
     first: dict[tuple[int, int], Path] = {}
     modes: Counter[str] = Counter()
+    lossy, animated = False, 0
     for file in files:
-        size, mode = image_header(file)
-        first.setdefault(size, file)
-        modes[mode] += 1
+        header = image_header(file)
+        first.setdefault(header.size, file)
+        modes[header.mode] += 1
+        lossy |= header.lossy
+        animated += header.more_frames
     if len(first) > 1 and resize_to is None:
         (a, file_a), (b, file_b) = list(first.items())[:2]
         sizes = f"{file_a} is {a[1]}×{a[0]} and {file_b} is {b[1]}×{b[0]} (width×height)"
         raise UserError(f"all images must have one size, but {sizes}; pass --resize-to N to crop and resize them")
     other = {mode: n for mode, n in modes.items() if mode != "RGB"}
     counts = ", ".join(f"{n} of mode {mode}" for mode, n in sorted(other.items()))
-    return next(iter(first)), [f"{sum(other.values())} images were converted to RGB ({counts})"] if other else []
+    warnings = [f"{sum(other.values())} images were converted to RGB ({counts})"] if other else []
+    if animated:
+        warnings.append(f"{animated} images have more than one frame, of which the first is used")
+    return next(iter(first)), lossy, warnings
 
 
 def choose(source: Source, count: int | None, seed: int = 0, allow_fewer: bool = False) -> Indices:

@@ -133,7 +133,7 @@ def _open(folder: Path, manifest: dict[str, Any], locks: ExitStack) -> list[int]
         raise UserError(f"{folder} contains {len(present)} images but no manifest.json; choose an empty folder")
     if strays := sorted(present - set(manifest["files"])):
         raise UserError(f"{folder} contains {strays[0]}, which is not an image of this set; move it out of the folder")
-    for path in (npz, *(folder / name for name in present)):
+    for path in (npz, *(folder / name for name in manifest["files"] if name not in present)):
         if path.is_dir():
             raise UserError(f"{path} is a folder where a file belongs; remove or rename it")
     present -= _damaged(folder, present, manifest["image_size"])

@@ -5,7 +5,6 @@ Example n of a run, n = 0, 1, 2 …, is image `order(n // size)[n % size]`: ever
 sees the same examples for any world size. Pixels are float32 (C, H, W) in [−1, 1].
 """
 
-import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,7 +21,7 @@ from svdit import distributed
 from svdit.diffusion.noise import stream
 from svdit.errors import UserError
 from svdit.extras import require
-from svdit.images import Pixels, center_crop, list_images, read_image, to_float
+from svdit.images import Pixels, center_crop, decode_image, list_images, read_image, to_float
 
 ORDER, AUGMENT = 2, 3  # purposes of random streams; 0 and 1 are sampling's
 HELD_OUT = 0.2  # share of the digits
@@ -113,11 +111,7 @@ def _read_array(pixels: Any, size: int, i: int) -> Tensor:
 
 
 def _read_jpeg(files: Any, offsets: Any, path: Path, size: int, i: int) -> Tensor:
-    try:
-        with Image.open(io.BytesIO(files[offsets[i] : offsets[i + 1]].tobytes())) as image:
-            return _cropped(np.asarray(image.convert("RGB")), size)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"image {i} of {path} cannot be read ({error}); write the file again without it") from None
+    return _cropped(decode_image(files[offsets[i] : offsets[i + 1]].tobytes(), f"image {i} of {path}"), size)
 
 
 def _cropped(pixels: Pixels, size: int) -> Tensor:

@@ -40,7 +40,7 @@ def folder(path: Path, n: int, seed: int, **manifest: object) -> str:
     path.mkdir()
     for i, image in enumerate(np.random.RandomState(seed).randint(0, 256, (n, 12, 12, 3)).astype(np.uint8)):
         Image.fromarray(image).save(path / f"{i:03d}.png")
-    (path / "manifest.json").write_text(json.dumps({"seed": 0, "steps": 20} | manifest))
+    (path / "manifest.json").write_text(json.dumps({"tool": "svdit", "seed": 0, "steps": 20} | manifest))
     return str(path)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from PIL import Image
 from svdit.errors import UserError
 from svdit.evaluation.inputs import open_inputs, open_set
 from svdit.evaluation.options import Options
+from svdit.evaluation.protocol import input_warnings
+from svdit.evaluation.report import Report
 from svdit.evaluation.sources import Source, choose, open_source
 
 from .conftest import make_images, write_folder
@@ -27,7 +30,7 @@ def test_folder_is_read_deep_in_natural_order(tmp_path: Path):
     source = open_source(write_folder(tmp_path, make_images(5), names))
     assert source.names == ("a/1", "a/3", "a/12", "b/2", "b/10")
     assert source.labels == (0, 0, 0, 1, 1)
-    assert (source.kind, source.lossy) == ("folder", True)
+    assert (source.kind, source.classes) == ("folder", ("a", "b"))
     np.testing.assert_array_equal(source.read(4), make_images(5)[0])
 
 
@@ -59,7 +62,7 @@ def test_npz_equals_its_images_however_it_is_stored(tmp_path: Path, save: Callab
     (tmp_path / "x.json").write_text(json.dumps({"tool": "svdit", "seed": 3}))
     source = open_source(tmp_path / "x.npz")
     assert isinstance(source.array, np.memmap)
-    assert (source.kind, len(source), source.lossy, source.manifest) == ("npz", 4, False, {"tool": "svdit", "seed": 3})
+    assert (source.kind, len(source), source.manifest) == ("npz", 4, {"tool": "svdit", "seed": 3})
     for i in range(4):
         np.testing.assert_array_equal(source.read(i), images[i])
 
@@ -84,6 +87,83 @@ def test_conversions_are_counted(tmp_path: Path):
     Image.fromarray(make_images(1)[0]).convert("RGBA").save(tmp_path / "000002.png")
     image_set = open_set(tmp_path, Options())
     assert image_set.warnings == (f"{tmp_path}: 2 images were converted to RGB (1 of mode L, 1 of mode RGBA)",)
+
+
+def test_grey_of_16_bits_is_measured_as_its_8_bits(tmp_path: Path):
+    deep = np.random.RandomState(0).randint(0, 65536, (3, 12, 12)).astype(np.uint16)
+    write_folder(tmp_path / "deep", deep)
+    write_folder(tmp_path / "plain", (deep >> 8).astype(np.uint8))
+    for i in range(3):
+        read = (open_set(tmp_path / name, Options()).read(i) for name in ("deep", "plain"))
+        np.testing.assert_array_equal(*read)
+
+
+def test_modes_without_a_range_are_refused_before_anything_is_computed(tmp_path: Path):
+    write_folder(tmp_path, make_images(2))
+    Image.fromarray(np.linspace(0, 1, 144, dtype=np.float32).reshape(12, 12)).save(tmp_path / "000002.tif")
+    with pytest.raises(UserError, match=r"000002\.tif has mode F with values from 0\.0 to 1\.0"):
+        open_set(tmp_path, Options())
+
+
+@pytest.mark.parametrize(
+    ("extension", "stored_as", "lossy"),
+    [("png", "JPEG", True), ("jpg", "PNG", False), ("tif", "TIFF", False), ("tif", "jpeg in TIFF", True),
+     ("png", "WEBP", True), ("jpg", "BMP", False)],
+)  # fmt: skip
+def test_lossy_is_what_is_stored_not_the_extension(tmp_path: Path, extension: str, stored_as: str, lossy: bool):
+    for i, image in enumerate(make_images(2)):
+        options = {"compression": "jpeg"} if stored_as.startswith("jpeg") else {}
+        Image.fromarray(image).save(tmp_path / f"{i}.{extension}", format=stored_as.split()[-1], **options)
+    assert open_set(tmp_path, Options()).lossy == lossy
+
+
+def test_skipped_files_and_further_frames_are_counted(tmp_path: Path):
+    images = [Image.fromarray(image) for image in make_images(3)]
+    images[0].save(tmp_path / "0.png", save_all=True, append_images=images[1:])
+    images[1].save(tmp_path / "1.tif", save_all=True, append_images=images[1:])
+    images[2].save(tmp_path / "2.png")
+    (tmp_path / "3.gif").touch()
+    assert open_set(tmp_path, Options()).warnings == (
+        f"{tmp_path}: 2 images have more than one frame, of which the first is used",
+        f"{tmp_path}: skipped 1 .gif file",
+    )
+
+
+def test_copies_are_counted(tmp_path: Path):
+    images = make_images(3)[[0, 1, 2, 1, 1]]
+    np.savez(tmp_path / "x.npz", images)
+    assert open_set(write_folder(tmp_path / "x", images), Options()).copies == 2
+    assert open_set(tmp_path / "x.npz", Options()).copies == 2
+    inputs = open_inputs(None, tmp_path / "x", Options(("paired",), paired=tmp_path / "x.npz"))
+    assert input_warnings(inputs, None, ()) == [f"2 of 5 images of {tmp_path / 'x'} are exact copies of others"]
+
+
+def test_names_that_are_not_utf_8_can_be_measured_and_printed(tmp_path: Path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    write_folder(folder, make_images(3))
+    os.rename(folder / "000001.png", os.fsencode(folder) + b"/\xe9.png")  # noqa: PTH104
+    image_set = open_set(folder, Options())
+    assert image_set.source.names[-1] == "\udce9"
+    report = Report(
+        {}, {"comparable": True, "n_fake": 3}, {"fake": image_set.describe()}, {}, (image_set.source.names[-1],)
+    )
+    report.save(tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_bytes())["inputs"]["fake"]["path"] == str(folder)
+    assert "\\udce9" in report.text()
+
+
+def test_images_with_one_stem_are_two_images(tmp_path: Path):
+    write_folder(tmp_path, make_images(3), ["1.png", "1.bmp", "1.tif"])
+    assert open_set(tmp_path, Options()).count == 3
+
+
+def test_a_set_from_class_folders_names_them(tmp_path: Path):
+    write_folder(tmp_path, make_images(3), ["2/a.png", "10/a.png", "cat/a.png"])
+    image_set = open_set(tmp_path, Options())
+    assert image_set.source.labels == (0, 1, 2)
+    assert image_set.describe()["classes"] == "3 classes: 2 … cat"
+    report = Report({}, {"comparable": True, "n_fake": 3}, {"fake": image_set.describe()}, {})
+    assert f"3 generated images of {tmp_path} in 3 classes: 2 … cat" in report.text()
 
 
 def test_resizing_makes_one_size(tmp_path: Path):
@@ -119,10 +199,6 @@ def two_sizes(folder: Path) -> Path:
     write_folder(folder, make_images(3))
     Image.fromarray(make_images(1, 16)[0]).save(folder / "000002.png")
     return folder
-
-
-def one_name_twice(folder: Path) -> Path:
-    return write_folder(folder, make_images(2), ["1.png", "1.jpg"])
 
 
 def npz(**arrays: np.ndarray) -> Callable[[Path], Path]:
@@ -182,7 +258,6 @@ MALFORMED = {
     "text called PNG": (text_as_png, r"000002\.png cannot be read as an image"),
     "an empty file": (empty_png, r"000000\.png cannot be read as an image"),
     "two sizes": (two_sizes, r"000000\.png is 12×12 and .*000002\.png is 16×16.*--resize-to"),
-    "one name twice": (one_name_twice, r"two images named 1 with different extensions"),
     "an .npz of nothing": (npz(), r"contains nothing; expected images under arr_0"),
     "an .npz of other things": (npz(images=make_images(3)), r"contains images; expected images under arr_0"),
     "float images": (npz(arr_0=make_images(3) / 255), r"arr_0 in .* is float64; expected uint8 in 0 … 255"),
@@ -273,7 +348,7 @@ def test_content_changes_with_a_byte_a_name_and_the_choice(tmp_path: Path):
     contents.append(open_source(tmp_path).content(everything))
     (tmp_path / "000000.png").rename(tmp_path / "0.png")
     contents += [open_source(tmp_path).content(everything), open_source(tmp_path, 8).content(everything)]
-    assert len(set(contents)) == 5
+    assert len({digest for digest, _ in contents}) == 5
     assert open_source(tmp_path).content(everything) == contents[3]
 
 
@@ -301,6 +376,55 @@ def test_missing_counterparts_are_counted_and_the_first_is_named(tmp_path: Path)
     fake, full = write_folder(tmp_path / "fake", make_images(5)), write_folder(tmp_path / "full", make_images(3))
     with pytest.raises(UserError, match=r"2 of 5 images of .*fake have no counterpart in .*full \(first: 000003\)"):
         open_inputs(None, fake, Options(("paired",), paired=full))
+
+
+@pytest.mark.parametrize("kind", ["fake in real", "real in fake", "by a link"])
+def test_a_set_inside_the_other_is_refused(tmp_path: Path, kind: str):
+    real, fake = (tmp_path / "a", tmp_path / "b") if kind == "by a link" else (tmp_path, tmp_path / "b")
+    real, fake = (fake, real) if kind == "real in fake" else (real, fake)
+    write_folder(real, make_images(3)), write_folder(fake, make_images(3, seed=1))
+    if kind == "by a link":
+        (real / "link").symlink_to(fake)
+    with pytest.raises(UserError, match=f"share the images in {tmp_path / 'b'}; move one set out of the other"):
+        open_inputs(real, fake, Options(("fid",)))
+    if kind == "fake in real":
+        with pytest.raises(UserError, match="share the images"):
+            open_inputs(None, fake, Options(("paired",), paired=real))
+
+
+def test_a_set_can_be_compared_with_itself(tmp_path: Path):
+    write_folder(tmp_path / "a", make_images(3))
+    (tmp_path / "b").symlink_to("a")
+    inputs = open_inputs(tmp_path / "a", tmp_path / "b", Options(("fid",)))
+    assert input_warnings(inputs, None, ()) == [f"{tmp_path / 'a'} and {tmp_path / 'b'} contain the same images"]
+
+
+def paired_names(folder: Path, ours: list[str], theirs: list[str]) -> dict[str, str]:
+    """The names of each image and its counterpart."""
+    sets = [write_folder(folder / name, make_images(len(names)), names) for name, names in (("a", ours), ("b", theirs))]
+    inputs = open_inputs(None, sets[0], Options(("paired",), paired=sets[1]))
+    assert inputs.counterparts is not None
+    pairs = zip(inputs.fake.indices, inputs.counterparts.indices, strict=True)
+    return {inputs.fake.source.names[i]: inputs.counterparts.source.names[j] for i, j in pairs}
+
+
+def test_names_come_before_numbers(tmp_path: Path):
+    """1.png and 01.png are two images; a number decides only where each set has it once."""
+    equal = ["1.png", "01.png", "2.png", "02.png", "a/3.png"]
+    assert paired_names(tmp_path / "equal", equal, equal) == {name[:-4]: name[:-4] for name in equal}
+    assert paired_names(tmp_path / "more", ["1.png", "7.png"], ["01.png", "1.jpg", "007.png"]) == {"1": "1", "7": "007"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [(["1.png", "01.png"], ["1.png", "2.png"], r"1 of 2 images .* have no counterpart in .* \(first: 01\)"),
+     (["001.png", "2.png"], ["1.png", "01.png", "2.png"], r"1 of 2 images .* \(first: 001\)"),
+     (["1.png", "1.jpg"], ["1.png"], r"a contains two images named 1 with different extensions"),
+     (["1.png", "2.png"], ["1.png", "2.png", "2.bmp"], r"b contains two images named 2 with different extensions")],
+)  # fmt: skip
+def test_ambiguous_names_are_not_paired(tmp_path: Path, ours: list[str], theirs: list[str], message: str):
+    with pytest.raises(UserError, match=message):
+        paired_names(tmp_path, ours, theirs)
 
 
 def test_counterparts_of_another_size_are_refused(tmp_path: Path):
