@@ -19,6 +19,7 @@ from torch import Tensor
 
 from svdit.errors import UserError, sentence
 from svdit.files import exclusive
+from svdit.peers import Watch, first_to_fail
 
 T = TypeVar("T")
 
@@ -36,10 +37,17 @@ def session(device: torch.device | None = None) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    watch = Watch()
+    watch.start()
     dist.init_process_group(backend, timeout=timedelta(days=1))  # the first to finish waits for the slowest
     try:
         yield
+        barrier()  # a process that has ended would look like one that failed
+    except Exception:
+        first_to_fail()  # before the others see the closed connection
+        raise
     finally:
+        watch.done.set()
         gc.collect()  # frees users of the group first, including reference cycles of DistributedDataParallel
         dist.destroy_process_group()
 

@@ -201,3 +201,9 @@ def writable_folder(path: str | Path) -> Path:
             return Path(path)
     except OSError as error:
         raise UserError(failed("write into the folder", path, error)) from None
+
+
+def creatable_folder(path: str | Path) -> None:
+    """Raises UserError unless the folder is writable or can be created; creates nothing."""
+    path = Path(path)
+    writable_folder(next(place for place in (path, *path.absolute().parents) if place.exists()))

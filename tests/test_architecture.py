@@ -10,8 +10,8 @@ from benchmarks import structure
 
 ROOT = Path(__file__).parents[1]
 GROUND = {
-    *("errors", "files", "images", "npz", "manifest", "distributed", "download", "printing", "progress"),
-    *("extras", "shims", "checksum", "filetype", "pickles"),
+    *("errors", "files", "images", "npz", "manifest", "distributed", "download", "peers"),
+    *("extras", "printing", "progress", "shims", "checksum", "filetype", "pickles"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pickles": {"errors", "filetype"},
     "images": {"errors", "files"},
     "npz": {"errors", "files"},
-    "distributed": {"errors", "files"},
+    "peers": {"files", "printing"},
+    "distributed": {"errors", "files", "peers"},
     "manifest": {"errors", "files"},
     "kernels": GROUND,
     "model": GROUND,

@@ -8,9 +8,10 @@ import sys
 from importlib import import_module
 
 from svdit import __version__
-from svdit.cli.arguments import Parser
+from svdit.cli.arguments import Parser, fail
+from svdit.cli.signals import ending
 from svdit.errors import sentence
-from svdit.printing import standard_streams, write_error
+from svdit.printing import standard_streams
 
 COMMANDS = {
     "sample": "sample a grid of images",
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 def command(name: str, argv: list[str] | None = None) -> None:
     """Run one command; an error that the user can fix ends it with one line and exit code 2."""
     module = import_module(f"svdit.cli.{MODULES.get(name, name)}")
-    with standard_streams():
+    with standard_streams(), ending():
         args = module.parser().parse_args(argv)
         try:
             module.run(args)
@@ -63,7 +64,4 @@ def command(name: str, argv: list[str] | None = None) -> None:
             message = sentence(error, *LESS_MEMORY.get(name, ()))
             if message is None:
                 raise
-            write_error(f"svdit {name}: {message}")
-            sys.exit(2)
-        except KeyboardInterrupt:
-            sys.exit(130)
+            fail(f"svdit {name}: {message}")

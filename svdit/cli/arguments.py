@@ -3,11 +3,13 @@
 import argparse
 import ast
 import math
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from svdit.printing import printable
+from svdit.printing import write_error
 
 PACKAGE = Path(__file__).parents[1]
 LARGEST = 2**63 - 1
@@ -18,7 +20,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and exit."""
-        self.exit(2, printable(f"{self.prog}: {message}; see `{self.prog} --help`") + "\n")
+        fail(f"{self.prog}: {message}; see `{self.prog} --help`")
+
+
+def fail(line: str) -> NoReturn:
+    """Print the line and exit with code 2; of several processes under torchrun, one prints it and all exit."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "MASTER_ADDR" not in os.environ:
+        write_error(line)
+        sys.exit(2)
+    from svdit import peers
+
+    peers.fail(line)
 
 
 def integer(least: int, most: int = LARGEST) -> Callable[[str], int]:

@@ -64,10 +64,12 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> None:
     """Load the model and generate this process's share; rank 0 writes the .npz and prints the paths."""
     from svdit.distributed import rank, session
+    from svdit.files import creatable_folder
     from svdit.progress import progress
     from svdit.sampling.dataset import generate_dataset
 
     config = setup.sampling_config(args)
+    creatable_folder(args.sample_dir)
     device = setup.device(args.device)
     with session(device):
         tf32 = args.tf32 and device.type == "cuda"

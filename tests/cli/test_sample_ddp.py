@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from svdit.kernels import ops
 from svdit.kernels.formats import Format
 from svdit.quant.linear import LinearSpec, rebuild_
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
 
 
@@ -35,9 +37,8 @@ def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     command("generate", [*argv, "--sample-dir", str(alone), "--per-proc-batch-size", "3"])
     assert capfd.readouterr().out == f"5 images in {alone} and {alone}.npz\n"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [*torchrun, str(ROOT / "sample_ddp.py"), *argv, "--sample-dir", str(shared)],
+        [*TORCHRUN, str(ROOT / "sample_ddp.py"), *argv, "--sample-dir", str(shared)],
         check=True,
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -78,6 +79,32 @@ def test_errors_are_one_line(
     assert sentence.format(ckpt=path) in message
     assert all(line.startswith("note: ") for line in notes)
     assert not folder.exists()
+
+
+def test_under_torchrun_a_mistake_is_printed_once_and_every_process_exits_with_code_2(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*TORCHRUN, str(ROOT / "sample_ddp.py"), "--ckpt", "missing.pt", *FAST],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1  # torchrun's own
+    assert done.stderr.count("missing.pt") == 1
+    assert done.stderr.count("svdit generate: ") == 1
+    assert re.findall(r"exitcode +: (-?\d+)", done.stderr) == ["2", "2"]
+    assert done.stderr.count("Traceback") == 1  # torchrun's own
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_checked_before_the_checkpoint_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        command("generate", ["--ckpt", "missing.pt", "--sample-dir", str(tmp_path / "file" / "set"), *FAST])
+    assert f"cannot write into the folder {tmp_path}/file (File exists); " in capsys.readouterr().err
 
 
 def test_a_rank_ratio_needs_a_quantized_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,6 +42,7 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: current.append(backend))
+    monkeypatch.setattr(distributed.Watch, "start", lambda watch: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     return current
 

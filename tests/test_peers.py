@@ -1,0 +1,157 @@
+"""Two processes of one run: one error, printed once; nobody waits for a process that is dead, frozen or failed.
+
+They are forked here, with the store that torchrun's agent has; tests/cli/test_sample_ddp.py uses torchrun itself.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from pixels import saved
+from torch.distributed import TCPStore
+
+from svdit import peers
+from svdit.cli import command
+from svdit.distributed import barrier, rank, session
+from svdit.errors import UserError, sentence
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seconds of silence are a frozen process."""
+    monkeypatch.setattr(peers, "INTERVAL", 0.1)
+    monkeypatch.setattr(peers, "FROZEN", 20)
+    monkeypatch.setattr(peers, "PATIENCE", 1.0)
+    monkeypatch.setattr(peers, "TOGETHER", 2.0)
+
+
+class Run:
+    """Two processes that call `function`; `end` returns their exit codes and what they wrote to stderr."""
+
+    def __init__(self, function: Callable[[], object], folder: Path) -> None:
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        self.errors = folder / "stderr"
+        context = multiprocessing.get_context("fork")
+        self.members = [context.Process(target=self.member, args=(function, place)) for place in range(2)]
+        for member in self.members:
+            member.start()
+
+    def member(self, function: Callable[[], object], place: int) -> None:
+        names = {"RANK": place, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port}
+        os.environ.update({name: str(value) for name, value in names.items()}, TORCHELASTIC_USE_AGENT_STORE="True")
+        os.dup2(os.open(self.errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stderr = os.fdopen(2, "w")
+        torch.set_num_threads(1)
+        function()
+
+    def kill(self, place: int, number: int) -> None:
+        os.kill(self.members[place].pid or 0, number)
+
+    def end(self) -> tuple[list[int | None], list[str]]:
+        for member in self.members:
+            member.join(60)
+        codes = [member.exitcode for member in self.members]
+        for member in self.members:
+            member.kill()
+        return codes, self.errors.read_text().splitlines()
+
+
+def ours(lines: list[str]) -> list[str]:
+    """Without those of torch."""
+    return [line for line in lines if line.startswith("svdit")]
+
+
+MISTAKES = {
+    "a usage error": "--num-fid-samples none",
+    "an error before the processes join": "--num-sampling-steps ddim300",
+    "a missing checkpoint": "--ckpt missing.safetensors",
+    "a folder that cannot be written": "--sample-dir tiny.safetensors",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_printed_once_and_all_exit_with_code_2(
+    mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "tiny.safetensors")
+    argv = ["--ckpt", "tiny.safetensors", "--num-fid-samples", "2", "--num-sampling-steps", "2", "--device", "cpu"]
+    codes, lines = Run(lambda: command("generate", [*argv, *MISTAKES[mistake].split()]), tmp_path).end()
+    assert codes == [2, 2]
+    assert len(lines) == 1
+    assert lines[0].startswith("svdit generate: ")
+
+
+def in_session(work: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        try:
+            with session(torch.device("cpu")):
+                barrier()
+                work()
+                barrier()
+        except Exception as error:
+            peers.fail(f"svdit: {sentence(error)}")
+
+    return run
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_process_ends_the_others(failing: int, tmp_path: Path) -> None:
+    def work() -> None:
+        if rank() == failing:
+            raise UserError(f"process {failing} cannot write")
+
+    codes, lines = Run(in_session(work), tmp_path).end()
+    assert codes == [2, 2]
+    assert ours(lines) == [f"svdit: process {failing} cannot write"]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_nobody_waits_for_a_process_that_is_dead_or_frozen(lost: int, number: signal.Signals, tmp_path: Path) -> None:
+    def work() -> None:
+        if rank() == lost:
+            (tmp_path / "working").touch()
+            time.sleep(30)
+
+    run = Run(in_session(work), tmp_path)
+    while not (tmp_path / "working").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run.kill(lost, number)
+    run.members[1 - lost].join(30)
+    run.kill(lost, signal.SIGKILL)
+    codes, lines = run.end()
+    assert codes[1 - lost] == 2
+    assert codes[lost] == -signal.SIGKILL
+    problem = "connection to another process of this run failed" if number == signal.SIGKILL else f"process {lost} of 2"
+    assert len(ours(lines)) == 1 and problem in ours(lines)[0]
+
+
+def test_slow_work_and_a_suspended_run_are_neither(tmp_path: Path) -> None:
+    """One process works longer than a frozen one may be silent; then both are stopped for as long, and continue."""
+
+    def work() -> None:
+        if rank() == 0:
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                sum(range(1000))
+            (tmp_path / "worked").touch()
+            time.sleep(1)
+
+    run = Run(in_session(work), tmp_path)
+    while not (tmp_path / "worked").exists():
+        time.sleep(0.05)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        run.kill(0, number)
+        run.kill(1, number)
+        time.sleep(2.5)
+    codes, lines = run.end()
+    assert (codes, ours(lines)) == ([0, 0], [])
