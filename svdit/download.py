@@ -124,6 +124,13 @@ def receive(response: HTTPResponse) -> bytes:
         raise DroppedError(f"the connection failed: {error}") from None
 
 
+def redacted(text: object) -> str:
+    """The first line of a text without passwords and tokens in URLs."""
+    line = str(text).partition("\n")[0]
+    line = re.sub(r"(://)[^/\s]*@", r"\1***@", line)
+    return re.sub(r"([?&][^=&\s]*=)[^&\s'\")]+", r"\1***", line)
+
+
 def size(part: Path) -> int:
     """The size of `part` in bytes; 0 if it does not exist."""
     return part.stat().st_size if part.exists() else 0

@@ -14,8 +14,12 @@ from svdit.model.dit import DiTConfig
 from svdit.model.zoo import CONFIGS
 
 
-def config_from_shapes(tensors: Mapping[str, Tensor], path: Path, num_heads: int | None = None) -> DiTConfig:
+def config_from_shapes(
+    tensors: Mapping[str, Tensor], path: Path, num_heads: int | None = None, num_classes: int | None = None
+) -> DiTConfig:
     """The configuration of tensors (…) with the published names; `path` is for messages.
+
+    The last row of the label table is the null class, unless there are only `num_classes` rows.
 
     Raises UserError for names or shapes that are not a DiT's, and for an unknown number of heads.
     """
@@ -46,8 +50,9 @@ def config_from_shapes(tensors: Mapping[str, Tensor], path: Path, num_heads: int
         depth=depth,
         num_heads=num_heads or named_heads(depth, hidden_size, path),
         mlp_ratio=mlp_ratio,
-        num_classes=labels - 1,
+        num_classes=labels - (labels != num_classes),
         learn_sigma=learn_sigma,
+        has_null_class=labels != num_classes,
     )
 
 

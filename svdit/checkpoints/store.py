@@ -42,7 +42,8 @@ def load_model(
 
     Supports svdit's own files, published state dicts, checkpoints of the published training script (the EMA weights)
     and diffusers' DiT folders. `name` (of `svdit.model.zoo`) and `overrides` (fields of DiTConfig) are checked against
-    the file and change nothing; only `num_heads`, which no shape shows, can be required.
+    the file and change nothing, except that no shape shows `num_heads`, and whether the last of the labels is the null
+    class: with `num_classes` equal to their number it is not.
     Raises UserError where they differ from the file, and for files that are damaged or do not fit their model.
     """
     path = locate(path)
@@ -105,7 +106,7 @@ def published(tensors: Mapping[str, Tensor], claims: dict[str, Any], path: Path)
                 "pass input_size"
             )
         tensors = from_diffusers(tensors, claims["input_size"])
-    return tensors, config_from_shapes(tensors, path, claims.get("num_heads"))
+    return tensors, config_from_shapes(tensors, path, claims.get("num_heads"), claims.get("num_classes"))
 
 
 def diffusers_claims(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from svdit.cli.arguments import Parser
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from svdit.model.dit import DiTConfig
     from svdit.quant.linear import LinearSpec
 
 LARGE = 20  # entries, from which on a dict in the header is not printed
@@ -20,6 +21,7 @@ def parser() -> Parser:
     parser = Parser("svdit inspect", description="Show what a checkpoint contains, layer by layer.")
     parser.add_argument("file", metavar="FILE", help="checkpoint of any supported format, or 'digits'")
     parser.add_argument("--model", metavar="NAME", help="DiT-XL/2, ...; for files whose shapes leave a choice")
+    setup.add_shape(parser)
     return parser
 
 
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     mapped, header = io.contents(path)
     store.check_finite(mapped, path)
     tensors = {name: tensor.to("meta") for name, tensor in mapped.items()}
-    claims = CONFIGS.get(args.model or "", {})
+    claims = {**CONFIGS.get(args.model or "", {}), **setup.claims(args)}
     if header is None:
         _, config = store.published(tensors, claims, path)
     else:
@@ -49,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     lines = [
         f"file: {path.name}, {sum(part.stat().st_size for part in io.parts(path)) / 1e6:.2f} MB",
         f"model: {header.get('name') or 'a DiT'}, {config}",
+        f"classes: {classes(config, guessed=not header)}",
         f"layers: {len(specs)} quantized" if specs else "layers: none quantized",
     ]
     if layers:
@@ -59,6 +62,15 @@ def run(args: argparse.Namespace) -> None:
         lines += filter(None, [setup.unsupported(shapes, backend, device)])
     lines += [f"{key}: {value}" for key, value in flat(header.get("provenance", {}))]
     out.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+
+
+def classes(config: "DiTConfig", guessed: bool) -> str:
+    """The number of classes, and what the last row of the label table is; `guessed`: no header says so."""
+    if not config.has_null_class:
+        return f"{config.num_classes}, no null class, so no guidance"
+    rows = config.num_classes + 1
+    doubt = f"; if all {rows} rows of the label table are classes, pass --num-classes {rows}" if guessed else ""
+    return f"{config.num_classes} and the null class of guidance{doubt}"
 
 
 def size(name: str, spec: "LinearSpec", tensors: Mapping[str, "Tensor"]) -> tuple[int, int, int]:

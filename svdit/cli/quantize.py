@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
     from svdit.checkpoints.store import save_model
     from svdit.kernels import ops
     from svdit.quant.select import select
+    from svdit.sampling.batch import check_guidance
 
     settings = QuantizeSettings.of(args)
     setup.output_file(args.output, ".safetensors", ".pt")
@@ -104,6 +105,8 @@ def run(args: argparse.Namespace) -> None:
         source = setup.load_checkpoint(args, device)
         if args.output.resolve() == source.path.resolve():
             raise UserError(f"--output is {args.output}, which is also the source; choose another name")
+        if settings.calibrates or settings.figures:
+            check_guidance(source.model, settings.cfg_scale)
         select(source.model, settings.config)  # before calibration, errors in patterns and shapes
         record, digest = settings.record(), fingerprint(source.path)
         work = args.output.with_name(f"{args.output.name}.partial")

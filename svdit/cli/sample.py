@@ -52,9 +52,10 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> None:
     from svdit.sampling.batch import generate_images
 
     device = setup.device(args.device)
-    model = setup.accelerated(setup.load_checkpoint(args, device).model, args)
+    checkpoint = setup.load_checkpoint(args, device)
+    model = setup.accelerated(checkpoint.model, args)
     labels = args.classes or default_classes(model.config.num_classes)
-    autoencoder = setup.load_vae(args.vae, model, device, VAE)
+    autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
     noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, doubled=True)
     steps = len(make_schedule(config.steps))
     with progress("sampling") as tick:

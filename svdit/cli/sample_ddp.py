@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         check_rank_ratio(args)
         checkpoint = setup.load_checkpoint(args, device)
         model = setup.accelerated(checkpoint.model, args)
-        autoencoder = setup.load_vae(args.vae, model, device, VAE)
+        autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
         first = rank() == 0
         with progress("generating", shown=first) as tick:
             npz = generate_dataset(

@@ -40,14 +40,32 @@ class Checkpoint(NamedTuple):
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--ckpt, --model, --image-size, --num-classes, --device"""
+    """--ckpt, --model, --image-size, --num-classes, --num-heads, --device"""
     group = parser.add_argument_group("model")
     add = group.add_argument
     add("--ckpt", metavar="PATH", help="checkpoint file, or 'digits'; default: download the published DiT-XL/2")
     add("--model", metavar="NAME", help="DiT-XL/2, DiT-B/4, ...; must match the checkpoint")
     add("--image-size", type=positive, metavar="PIXELS", help="must match the checkpoint")
-    add("--num-classes", type=positive, metavar="K", help="must match the checkpoint")
+    add_shape(group)
     add_device(group)
+
+
+def add_shape(group: argparse._ActionsContainer) -> None:
+    """--num-classes, --num-heads"""
+    add = group.add_argument
+    add(
+        "--num-classes",
+        type=positive,
+        metavar="K",
+        help="must match the checkpoint; as many as its label table has rows: no null class, so no guidance",
+    )
+    add("--num-heads", type=positive, metavar="H", help="for checkpoints that do not record it and of no named size")
+
+
+def claims(args: argparse.Namespace) -> dict[str, int]:
+    """The options of `add_shape` that were passed."""
+    values = {"num_classes": args.num_classes, "num_heads": args.num_heads}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def add_device(group: argparse._ArgumentGroup) -> None:
@@ -143,8 +161,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoin
     from svdit.checkpoints.store import load_model, read_header
 
     path = checkpoint_path(args)
-    claims = {} if args.num_classes is None else {"num_classes": args.num_classes}
-    model = load_model(path, name=args.model, device=device, **claims)
+    model = load_model(path, name=args.model, device=device, **claims(args))
     size = image_size(model)
     if args.image_size not in (None, size):
         raise UserError(f"--image-size is {args.image_size}, but {path} generates {size}×{size} images; omit it")
@@ -190,11 +207,12 @@ def image_size(model: DiT) -> int:
     return model.config.input_size * (LATENT_FACTOR if model.config.in_channels == LATENT_CHANNELS else 1)
 
 
-def load_vae(name: str, model: DiT, device: torch.device, default: str) -> Autoencoder:
-    """The autoencoder for `model`: for "auto" `default`, or none in pixel space (1 or 3 channels).
+def load_vae(name: str, model: DiT, device: torch.device, default: str, checkpoint: Path | None = None) -> Autoencoder:
+    """The autoencoder for `model`: for "auto" that of the pipeline of `checkpoint`, if it has one, or `default`.
 
-    Raises UserError for one that does not match the model's channels.
+    None in pixel space (1 or 3 channels). Raises UserError for one that does not match the model's channels.
     """
+    from svdit.checkpoints.folders import vae_beside
     from svdit.model.autoencoder import load_autoencoder
 
     channels = model.config.in_channels
@@ -202,7 +220,8 @@ def load_vae(name: str, model: DiT, device: torch.device, default: str) -> Autoe
         raise UserError(f"the model has {channels} channels; supported are 1 or 3 (pixels) and 4 (latents)")
     pixels = channels != LATENT_CHANNELS
     if name == "auto":
-        name = "none" if pixels else default
+        own = vae_beside(checkpoint) if checkpoint else None
+        name = "none" if pixels else str(own or default)
     if pixels != (name == "none"):
         space, fit = ("pixels", "none") if pixels else ("latents", "ema or mse")
         raise UserError(f"--vae is {name}, but the model has {channels} channels ({space}); choose {fit}")

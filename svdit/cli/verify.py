@@ -37,7 +37,9 @@ def run(args: argparse.Namespace) -> None:
     digest, expected = fingerprint(source), provenance["source"]["sha256"]
     if digest != expected:
         raise UserError(f"{source} is not the source of {path}: its sha256 is {digest[:16]}…, not {expected[:16]}…")
-    errors = weight_errors(load_model(path), load_model(source))
+    model = load_model(path)
+    heads, classes = model.config.num_heads, model.config.num_classes  # which files of other tools do not record
+    errors = weight_errors(model, load_model(source, num_heads=heads, num_classes=classes))
     for name in sorted(set(errors) | set(recorded)):
         error, record = errors.get(name), recorded.get(name)
         if error is None or record is None or not abs(error - record) <= TOLERANCE * record:

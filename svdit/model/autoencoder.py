@@ -4,17 +4,22 @@ latents = 0.18215 · (mean + std·ε) of the encoder's Gaussian, as for the publ
 bound memory.
 """
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor
 
+from svdit.download import redacted
 from svdit.errors import UserError
 from svdit.extras import require
 
 REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+TIMEOUT = 5.0  # seconds for an answer of Hugging Face
 MAX_PIXELS = 8 * 256 * 256  # per call of the VAE
 
 
@@ -73,6 +78,8 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
     if name not in REPOSITORIES and not Path(name).is_dir():
         raise UserError(f"there is no autoencoder {name}; choose ema, mse, none or a folder saved by diffusers")
     source = REPOSITORIES.get(name, name)
+    if (Path(source) / "model_index.json").is_file():  # a pipeline
+        source = str(Path(source) / "vae")
     try:
         vae, missing = from_diffusers(source, download=name in REPOSITORIES)
     except (OSError, ValueError) as error:
@@ -95,5 +102,23 @@ def from_diffusers(source: str, download: bool) -> tuple[Any, list[str]]:
     except OSError:
         if not download:
             raise
+        check_reachable()
         vae, info = load(source, **options)
     return vae, info["missing_keys"]
+
+
+def check_reachable() -> None:
+    """Raises OSError at once if Hugging Face cannot be reached; its own client retries for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:  # the client refuses at once
+        return
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=TIMEOUT).close()
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(error, HTTPError) or isinstance(reason, ssl.SSLError):  # it answers
+            return
+        raise OSError(
+            f"it is not in {constants.HF_HUB_CACHE}, and {redacted(constants.ENDPOINT)} is unreachable: {reason}"
+        ) from None

@@ -31,6 +31,7 @@ class DiTConfig:
     num_classes: int = 1000
     learn_sigma: bool = True
     prediction: str = "epsilon"
+    has_null_class: bool = True  # false after training without label dropout: such a model cannot be guided
 
     def __post_init__(self) -> None:
         """Raises UserError for sizes that do not divide and for an unknown prediction."""
@@ -54,7 +55,7 @@ class DiT(nn.Module):
         side = config.input_size // config.patch_size
         self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.has_null_class)
         self.pos_embed = nn.Parameter(position_embedding(config.hidden_size, side), requires_grad=False)
         self.blocks = nn.ModuleList(
             Block(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
@@ -69,7 +70,7 @@ class DiT(nn.Module):
 
     @property
     def null_class(self) -> int:
-        """The label of unconditional generation."""
+        """The label of unconditional generation; no row of the table without `config.has_null_class`."""
         return self.config.num_classes
 
     @property

@@ -36,11 +36,11 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """(N,) class labels to (N, D); row `num_classes` is the null class of classifier-free guidance."""
+    """(N,) class labels to (N, D); row `num_classes`, if any, is the null class of classifier-free guidance."""
 
-    def __init__(self, num_classes: int, hidden_size: int) -> None:
+    def __init__(self, num_classes: int, hidden_size: int, has_null_class: bool = True) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+        self.embedding_table = nn.Embedding(num_classes + has_null_class, hidden_size)
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)

@@ -65,7 +65,7 @@ def generate(
 
     The noise of image i depends on (seed, i) alone; `noise` replaces it by another source: its first call returns the
     starting noise, later calls the sampler's. `callback(done, x)` is called after each sampling step.
-    Raises UserError for a label the model does not have.
+    Raises UserError for a label the model does not have, for guidance without a null class, and for NaN and Inf.
     """
     config = config or SamplingConfig()
     labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
@@ -73,9 +73,12 @@ def generate(
     device = model.pos_embed.device
     y = torch.tensor(labels, dtype=torch.int64, device=device)
     noise = noise or image_noise(seed, range(len(labels)), model.input_shape, device)
+    check_guidance(model, config.cfg_scale)
     denoise = guided(model, y, model.null_class, config.cfg_scale, config.cfg_channels, config.cfg_interval)
     sampler, schedule = SAMPLERS[config.sampler], make_schedule(config.steps)
-    return sampler(denoise, noise(), schedule, noise=noise, prediction=model.config.prediction, callback=callback)
+    x = sampler(denoise, noise(), schedule, noise=noise, prediction=model.config.prediction, callback=callback)
+    _check_finite(x, labels, config)
+    return x
 
 
 def generate_images(
@@ -90,7 +93,18 @@ def generate_images(
 ) -> Pixels:
     """As `generate`, decoded to uint8 (N, H, W, 3). Raises UserError also for a latent model without autoencoder."""
     check_autoencoder(model, autoencoder)
-    return to_uint8(autoencoder.decode(generate(model, labels, config, seed=seed, noise=noise, callback=callback)))
+    decoded = autoencoder.decode(generate(model, labels, config, seed=seed, noise=noise, callback=callback))
+    _check_finite(decoded, labels, config)
+    return to_uint8(decoded)
+
+
+def check_guidance(model: DiT, scale: float) -> None:
+    """Raises UserError for guidance of a model that was trained without a null class."""
+    if scale != 1 and not model.config.has_null_class:
+        raise UserError(
+            f"the model has no null class, so it cannot be guided, and the guidance scale is {scale:g}; choose 1, with "
+            "--cfg-scale 1 for example"
+        )
 
 
 def check_autoencoder(model: DiT, autoencoder: Autoencoder) -> None:
@@ -103,6 +117,17 @@ def check_autoencoder(model: DiT, autoencoder: Autoencoder) -> None:
             f"the model has {channels} channels, the autoencoder {autoencoder.name} {autoencoder.channels}; "
             "pass the one it was trained with"
         )
+
+
+def _check_finite(x: Tensor, labels: Sequence[int] | Tensor, config: SamplingConfig | None) -> None:
+    """Raises UserError for NaN and Inf in images or latents (N, C, H, W), which would become black."""
+    for i, finite in enumerate(x.flatten(1).isfinite().all(1).tolist()):
+        if not finite:
+            scale = (config or SamplingConfig()).cfg_scale
+            raise UserError(
+                f"image {i} of the batch (class {int(labels[i])}) has NaN or Inf; choose a smaller guidance scale than "
+                f"{scale:g}, or another checkpoint"
+            )
 
 
 def _check_labels(labels: Sequence[int], num_classes: int) -> None:

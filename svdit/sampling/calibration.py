@@ -70,11 +70,12 @@ def calibration_loop(
 
 
 def show_conditions(model: DiT, seed: int) -> None:
-    """Call every adaLN layer with the conditioning of random timesteps and labels, half of them the null class."""
+    """Call every adaLN layer with random timesteps and labels, half of them the null class if there is one."""
     generator = torch.Generator().manual_seed(seed)
     t = torch.randint(TIMESTEPS, (CONDITIONS,), generator=generator)
     y = torch.randint(model.config.num_classes, (CONDITIONS,), generator=generator)
-    y[::2] = model.null_class
+    if model.config.has_null_class:
+        y[::2] = model.null_class
     device, dtype = model.pos_embed.device, model.pos_embed.dtype
     c = model.t_embedder(sinusoids(t.to(device)).to(dtype)) + model.y_embedder(y.to(device))
     for block in [*model.blocks, model.final_layer]:

@@ -25,7 +25,7 @@ from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
 from svdit.npz import map_npz, write_npz
 from svdit.printing import warn
-from svdit.sampling.batch import SamplingConfig, check_autoencoder, generate_images
+from svdit.sampling.batch import SamplingConfig, check_autoencoder, check_guidance, generate_images
 
 Progress = Callable[[float, int], None]
 
@@ -65,6 +65,7 @@ def generate_dataset(
     config = config or SamplingConfig()
     _check(count, seed, batch_size, label_policy)
     check_autoencoder(model, autoencoder)
+    check_guidance(model, config.cfg_scale)
     folder = Path(folder).resolve()
     manifest = describe(model, autoencoder, config, count, seed, label_policy) | (origin or {})
     with ExitStack() as locks:

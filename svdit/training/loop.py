@@ -85,6 +85,8 @@ def train(
     error on `held_out`, writes `loss.png` and a grid of samples, calls `export` and writes `last.pt`.
     Raises UserError if the loss is not finite or the options differ from those of `last.pt`.
     """
+    if not model.config.has_null_class:
+        raise UserError("the model has no null class for label dropout; train one with has_null_class=True")
     require("matplotlib")  # for loss.png: fail now, not at the first checkpoint
     state = fresh(model, options.lr)
     binding = {**asdict(model.config), **options.binding(), "images": len(images)}

@@ -26,3 +26,13 @@ def test_shapes_of_no_dit_are_an_error(shape: tuple[int, ...]) -> None:
         state = {**DiT(config_for("DiT-S/2")).state_dict(), "x_embedder.proj.weight": torch.empty(shape)}
     with pytest.raises(UserError, match="file is not a checkpoint of a DiT: its tensors have other shapes"):
         config_from_shapes(state, Path("file"))
+
+
+def test_as_many_classes_as_rows_leave_no_null_class() -> None:
+    with torch.device("meta"):
+        state = DiT(config_for("DiT-S/2", num_classes=9)).state_dict()  # 10 rows
+    guessed = config_from_shapes(state, Path("file"))
+    assert (guessed.num_classes, guessed.has_null_class) == (9, True)
+    claimed = config_from_shapes(state, Path("file"), num_classes=10)
+    assert (claimed.num_classes, claimed.has_null_class) == (10, False)
+    assert DiT(claimed).y_embedder.embedding_table.weight.shape[0] == 10

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pixels import saved
+from pixels import pixel_model, saved
 
 from svdit.checkpoints import hub
-from svdit.cli import sample, setup
+from svdit.cli import command, sample, setup
 from svdit.errors import UserError
 from svdit.kernels import ops
 from svdit.model import autoencoder
@@ -140,3 +140,86 @@ def test_quantized_models_are_accelerated_or_a_note_says_why_not(
 def quantized(model: DiT, config: QuantConfig) -> DiT:
     quantize_(model, config)
     return model
+
+
+@pytest.fixture
+def no_null_class(tmp_path: Path) -> str:
+    """A state dict of 5 classes, trained without label dropout, of a width that no named model has."""
+    torch.save(pixel_model(has_null_class=False).state_dict(), tmp_path / "bare.pt")
+    return str(tmp_path / "bare.pt")
+
+
+SHAPE = ["--num-classes", "5", "--num-heads", "2"]
+FAST = ["--num-sampling-steps", "2", "--device", "cpu"]
+
+
+def test_every_row_of_the_label_table_can_be_a_class(no_null_class: str, tmp_path: Path) -> None:
+    output, quantized = str(tmp_path / "a.png"), str(tmp_path / "q.safetensors")
+    sampling = [*FAST, "--cfg-scale", "1", "--classes", "4", "--output", output]
+    command("sample", ["--ckpt", no_null_class, *SHAPE, *sampling])
+    first = Path(output).read_bytes()
+    method = "--cfg-scale 1 --calib-images 1 --calib-steps 1 --rank 4 --no-figures --device cpu --output"
+    command("quantize", ["--ckpt", no_null_class, *SHAPE, *method.split(), quantized])
+    command("sample", ["--ckpt", quantized, *sampling])
+    assert Path(output).read_bytes() != first  # quantized, and self-describing
+    command("verify", [quantized, "--against", no_null_class])
+
+
+@pytest.mark.parametrize(
+    ("name", "argv"),
+    [
+        ("sample", [*FAST]),
+        ("generate", [*FAST, "--num-fid-samples", "2", "--sample-dir", "out"]),
+        ("quantize", ["--rank-ratio", "0.5", "--output", "out.pt"]),
+    ],
+)
+def test_without_a_null_class_there_is_no_guidance(
+    name: str, argv: list[str], no_null_class: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        command(name, ["--ckpt", no_null_class, *SHAPE, *argv])
+    assert "the model has no null class, so it cannot be guided" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} <= {"bare.pt"}
+
+
+def test_inspect_shows_what_it_assumes_of_the_last_row(no_null_class: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command("inspect", [no_null_class, "--num-heads", "2"])
+    out = capsys.readouterr().out
+    assert "classes: 4 and the null class of guidance; if all 5 rows of the label table are classes, pass --num" in out
+    command("inspect", [no_null_class, *SHAPE])
+    assert "classes: 5, no null class, so no guidance" in capsys.readouterr().out
+
+
+def test_the_number_of_heads_can_be_passed(
+    no_null_class: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command("sample", ["--ckpt", no_null_class, *FAST, "--output", str(tmp_path / "a.png")])
+    assert "pass num_heads in Python, or --num-heads" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sample", "generate", "quantize", "inspect"])
+def test_every_command_refuses_weights_that_are_not_finite(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = pixel_model()
+    model.blocks[0].mlp.fc1.weight.data[3, 1] = float("nan")
+    torch.save(model.state_dict(), "nan.pt")
+    with pytest.raises(SystemExit, match="2"):
+        command(name, [*(["nan.pt"] if name == "inspect" else ["--ckpt", "nan.pt"]), "--num-heads", "2"])
+    assert "has 1 NaN or Inf among the 16384 values of blocks.0.mlp.fc1.weight" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["nan.pt"]
+
+
+def test_a_pipeline_decodes_with_its_own_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "load_autoencoder", lambda name, device: name)
+    model = SimpleNamespace(config=SimpleNamespace(in_channels=4))
+    (tmp_path / "vae").mkdir()
+    file = tmp_path / "transformer" / "x.safetensors"
+    assert setup.load_vae("auto", model, CPU, "mse", file) == "mse"  # type: ignore[arg-type, comparison-overlap]
+    (tmp_path / "vae" / "config.json").touch()
+    assert setup.load_vae("auto", model, CPU, "mse", file) == str(tmp_path / "vae")  # type: ignore[arg-type, comparison-overlap]
+    assert setup.load_vae("ema", model, CPU, "mse", file) == "ema"  # type: ignore[arg-type, comparison-overlap]

@@ -95,3 +95,28 @@ def test_the_old_names_of_stable_diffusions_vae_are_read(folder: Path) -> None:
     save_file(state, weights, metadata={"format": "pt"})
     after = load_autoencoder(str(folder)).vae.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_pipelines_folder_means_its_vae(folder: Path) -> None:
+    (folder.parent / "model_index.json").touch()
+    assert load_autoencoder(str(folder.parent)).factor == 8
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://user:secret@127.0.0.1:9/x"])
+def test_an_unreachable_hub_is_asked_once(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    attempts: list[bool] = []
+
+    def load(source: str, local_files_only: bool = False, **options: object) -> None:
+        attempts.append(local_files_only)
+        raise OSError("not cached")
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", load)
+    message = rf"not in {tmp_path}, and http://.*127.0.0.1:9.* is unreachable: .*--vae \./vae"
+    with pytest.raises(UserError, match=message) as error:
+        load_autoencoder("mse")
+    assert attempts == [True]  # the hub's client, which retries, was not called
+    assert "secret" not in str(error.value)

@@ -122,3 +122,28 @@ def test_a_latent_model_needs_its_autoencoder(tiny: DiT) -> None:
 def test_invalid_settings(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         SamplingConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_images_that_are_not_finite_are_an_error(value: float) -> None:
+    model = pixel_model()
+    config = SamplingConfig("ddim", "2")
+    with torch.no_grad():
+        model.y_embedder.embedding_table.weight[3] = value
+    assert generate(model, [0, 1], config).isfinite().all()
+    with pytest.raises(UserError, match=r"image 1 of the batch \(class 3\) has NaN or Inf; choose a smaller guidance"):
+        generate(model, [0, 3], config)
+
+
+def test_a_decoder_that_returns_nan_is_an_error() -> None:
+    decoder = Squash()
+    decoder.decode = lambda x: x / 0 * 0  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"image 0 .* has NaN or Inf"):
+        generate_images(pixel_model(), [0], SamplingConfig("ddim", "2"), autoencoder=decoder)  # type: ignore[arg-type]
+
+
+def test_guidance_needs_a_null_class() -> None:
+    model = pixel_model(has_null_class=False)
+    assert generate(model, [4], SamplingConfig("ddim", "2", cfg_scale=1)).isfinite().all()
+    with pytest.raises(UserError, match="no null class, so it cannot be guided, and the guidance scale is 4; choose 1"):
+        generate(model, [4], SamplingConfig("ddim", "2", cfg_scale=4))
