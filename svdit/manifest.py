@@ -1,14 +1,15 @@
 """`manifest.json` of a folder of generated images: the settings that produced them, with a checksum."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.files import atomic_path
 
 CHECKSUM = "manifest_sha256"
+MARKS = (b'"tool": "svdit"', CHECKSUM.encode())  # a damaged file has one of them
 TYPES: dict[str, type | list[type]] = {
     "num_images": int,
     "seed": int,
@@ -21,7 +22,9 @@ TYPES: dict[str, type | list[type]] = {
 
 def write_manifest(path: Path, fields: dict[str, Any]) -> None:
     """Write one field per line, and the checksum."""
-    lines = (f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in {**fields, CHECKSUM: _sum(fields)}.items())
+    lines = (
+        f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in {**fields, CHECKSUM: digest(fields, {})}.items()
+    )
     with atomic_path(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
@@ -32,21 +35,20 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     Those of earlier versions have no checksum.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = path.read_bytes()
+        if not any(mark in content for mark in MARKS):
+            return None
+        fields = json.loads(content)
+    except OSError:
         return None
-    if not isinstance(fields, dict) or fields.get("tool") != "svdit":
-        return None
-    if fields.pop(CHECKSUM, None) not in (None, _sum(fields)):
+    except (ValueError, RecursionError):
+        fields = None
+    if not isinstance(fields, dict) or fields.pop(CHECKSUM, None) not in (None, digest(fields, {})):
         raise UserError(f"{path} does not match its checksum; restore it, or generate the images again")
     for key, kind in TYPES.items():
         if fields.get(key) is not None and not _has_type(fields[key], kind):
             raise UserError(f"{key} in {path} is not {_name(kind)}; restore it, or generate the images again")
     return fields
-
-
-def _sum(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _has_type(value: object, kind: type | list[type]) -> bool:

@@ -52,6 +52,8 @@ def write_npz(path: str | Path, images: Iterable[Pixels], count: int) -> None:
 def npz_keys(path: str | Path) -> set[str]:
     """The names of the arrays. Raises UserError for files that are no .npz."""
     with _opened(path) as archive:
+        for info in archive.filelist:
+            archive.open(info).close()  # compares the name with the one beside the content
         return {name.removesuffix(".npy") for name in archive.namelist()}
 
 

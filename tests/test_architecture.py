@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "npz": {"errors", "files"},
     "peers": {"files", "printing"},
     "distributed": {"errors", "files", "peers"},
-    "manifest": {"errors", "files"},
+    "manifest": {"checksum", "errors", "files"},
     "kernels": GROUND,
     "model": GROUND,
     "diffusion": GROUND,

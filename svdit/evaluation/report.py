@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.evaluation.jackknife import Estimate, Estimates
 from svdit.evaluation.metrics import METRICS, RANDOM
@@ -105,7 +106,8 @@ class Report:
 
     def save(self, folder: Path) -> None:
         """Write `metrics.json`, `metrics.md` and the images."""
-        plain = json.dumps(self.to_json(), indent=1, ensure_ascii=False)
+        content = self.to_json()
+        plain = json.dumps({**content, "sha256": digest(content, {})}, indent=1, ensure_ascii=False)
         flat_lists = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), plain)
         texts = {"metrics.json": flat_lists + "\n", "metrics.md": self.markdown()}
         for name, text in texts.items():
@@ -169,4 +171,6 @@ def read_report(path: str | Path) -> dict[str, Any]:
     valid = isinstance(report, dict) and report.get("schema") == SCHEMA
     if not valid or not all(isinstance(report.get(key), dict) for key in ("metrics", "protocol")):
         raise UserError(f"{path} is not a metrics.json of schema {SCHEMA}; run svdit evaluate --output again")
+    if report.get("sha256") not in (None, digest(report, {})):
+        raise UserError(f"{path} does not match its checksum; restore it, or run svdit evaluate --output again")
     return report

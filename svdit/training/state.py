@@ -5,7 +5,7 @@ the number of the example.
 """
 
 import copy
-import pickle
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from svdit import pickles
 from svdit.errors import UserError
 from svdit.files import atomic_path, check_zip
 from svdit.model.dit import DiT
@@ -60,24 +61,22 @@ def restore_(state: State, path: Path, binding: dict[str, Any]) -> None:
     try:
         state.model.load_state_dict(content["model"])
         state.ema.load_state_dict(content["ema"])
-        state.optimizer.load_state_dict(content["opt"])
+        state.optimizer.load_state_dict(copy.deepcopy(content["opt"]))  # it would keep tensors that map the file
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} does not fit the model ({_line(error)}); choose another folder") from None
+        raise UserError(
+            f"{path} does not fit the model ({str(error).splitlines()[0]}); choose another folder"
+        ) from None
     state.step, state.seconds = content["step"], content["seconds"]
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The content, whose checksums match. Raises UserError for other files."""
     try:
-        check_zip(path)  # torch does not
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file from elsewhere can raise anything
-        reason = "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else _line(error)
-        raise UserError(f"{path} cannot be read ({reason}); move it away to start again") from None
+        content = pickles.load(path)
+        check_zip(path)  # torch does not compare them
+    except (UserError, zipfile.BadZipFile) as error:
+        reason = str(error).rpartition("; ")[0] or f"{path} is damaged: {error}"
+        raise UserError(f"{reason}; move it away to start again, or choose another folder") from None
     if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in CONTENT.items()):
         raise UserError(f"{path} was not written by `svdit train`; choose another folder")
     return content
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,6 +1,7 @@
 """A run's file: all of it comes back, or one sentence says why not."""
 
 from collections import OrderedDict
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -42,13 +43,13 @@ def test_other_options_and_broken_files_are_refused(tiny: DiT, tmp_path: Path) -
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot be read .*does not match its checksum.*; move it away"):
+    with pytest.raises(UserError, match="does not match its checksum; move it away"):
         restore_(state, path, {"lr": 0.1, "seed": 3})
     path.write_bytes(content[:1000])
-    with pytest.raises(UserError, match=r"cannot be read .*; move it away to start again"):
+    with pytest.raises(UserError, match="move it away to start again"):
         restore_(state, path, {"lr": 0.1, "seed": 3})
-    torch.save({"model": Path("code")}, path)
-    with pytest.raises(UserError, match=r"cannot be read \(it holds more than tensors\)"):
+    torch.save({"model": Fraction(1)}, path)
+    with pytest.raises(UserError, match=r"contains pickled objects other than tensors .*fractions.* not loaded; move"):
         restore_(state, path, {"lr": 0.1, "seed": 3})
 
 
