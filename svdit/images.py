@@ -103,6 +103,11 @@ def scan_images(folder: str | Path) -> tuple[list[Path], str]:
     return files, ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in sorted(skipped.items()))
 
 
+def visible_folders(folder: Path) -> list[str]:
+    """The names of the folders in `folder`, and of links to folders, except for hidden and system ones."""
+    return [path.name for path, kind in _entries(folder) if kind.is_dir()]
+
+
 def _entries(folder: Path) -> Iterator[tuple[Path, "Path | os.DirEntry[str]"]]:
     """The entries of a folder, and what knows their kind: the path itself for links, else what the folder lists."""
     with os.scandir(folder) as entries:

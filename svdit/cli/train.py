@@ -99,7 +99,11 @@ def run(args: argparse.Namespace) -> None:
     image_size, pixel_space = image_space(args)
     writable_folder(args.results_dir)
     with session(device), reserved(args.results_dir):
-        images = data.load(args.data, image_size)
+        images = data.load(args.data, image_size, args.num_classes)
+        if rank() == 0:
+            progress(images.summary())
+            for remark in images.notes:
+                setup.note(remark)
         autoencoder = load_autoencoder("none" if pixel_space else VAE if args.vae == "auto" else args.vae, device)
         if image_size % autoencoder.factor:
             raise UserError(f"--image-size is {image_size}; with a VAE, choose a multiple of {autoencoder.factor}")
@@ -154,13 +158,13 @@ def model_config(
 ) -> "DiTConfig":
     """The named configuration for these images and this number of channels; None: theirs.
 
-    Raises UserError for fewer classes than the data has.
+    Raises UserError for another number of classes than the data has.
     """
     from svdit.model.zoo import config_for
 
     num_classes = args.num_classes or images.num_classes
-    if num_classes < images.num_classes:
-        raise UserError(f"--num-classes is {num_classes}, but {args.data} has {images.num_classes}; omit it")
+    if num_classes != images.num_classes:
+        raise UserError(f"--num-classes is {num_classes}, but {args.data} has {images.class_summary()}; omit it")
     sizes: dict[str, Any] = {"input_size": input_size, "in_channels": channels or images.channels}
     return config_for(args.model, **sizes, num_classes=num_classes)
 

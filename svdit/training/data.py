@@ -5,8 +5,10 @@ Example n of a run, n = 0, 1, 2 …, is image `order(n // size)[n % size]`: ever
 sees the same examples for any world size. Pixels are float32 (C, H, W) in [−1, 1].
 """
 
-import zipfile
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,37 +23,65 @@ from svdit import distributed
 from svdit.diffusion.noise import stream
 from svdit.errors import UserError
 from svdit.extras import require
-from svdit.images import Pixels, center_crop, decode_image, list_images, read_image, to_float
+from svdit.images import (
+    Pixels,
+    center_crop,
+    class_numbers,
+    class_summary,
+    decode_image,
+    natural_key,
+    read_image,
+    scan_images,
+    to_float,
+    visible_folders,
+)
+from svdit.npz import map_npz, npz_digest, npz_keys
 
 ORDER, AUGMENT = 2, 3  # purposes of random streams; 0 and 1 are sampling's
 HELD_OUT = 0.2  # share of the digits
+LARGEST = 1000  # classes that more labels than images may name; more need num_classes
+Labels = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """`read(i)` returns image i, (C, H, W); `labels` is (size,) int64."""
+    """`read(i)` returns image i, (C, H, W); `labels` is (size,) int64.
+
+    `classes` are the names of the classes, `fingerprint` changes with the data, `notes` say what looks unusual.
+    """
 
     read: Callable[[int], Tensor]
-    labels: np.ndarray[Any, np.dtype[np.int64]]
+    labels: Labels
     num_classes: int
     channels: int
+    classes: tuple[str, ...] = ()
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def class_summary(self) -> str:
+        """ "2 classes: cat … dog" """
+        return class_summary(self.classes or [*map(str, range(self.num_classes))])
 
-def load(source: str, image_size: int) -> LabelledImages:
-    """`digits`, an .npz (ADM's `arr_0` with `labels`, or `jpeg`, `offsets`, `labels`), or a folder of class folders.
+    def summary(self) -> str:
+        """ "8 images in 2 classes: cat … dog" """
+        return f"{len(self)} images in {self.class_summary()}"
 
-    Raises UserError for anything else.
+
+def load(source: str, image_size: int, num_classes: int | None = None) -> LabelledImages:
+    """`digits`, an .npz (`arr_0`, or `jpeg` and `offsets`, with `labels` or ADM's `arr_1`), or a folder of classes.
+
+    `num_classes` bounds the labels of an .npz. Raises UserError for anything else.
     """
     if source == "digits":
         return digits()[0]
     path = Path(source)
     if path.is_dir():
         return folder(path, image_size)
-    if path.suffix == ".npz" and path.is_file():
-        return archive(path, image_size)
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return archive(path, image_size, num_classes)
     raise UserError(f"cannot train on {source}; pass a folder of class folders, an .npz file, or digits")
 
 
@@ -62,44 +92,120 @@ def digits() -> tuple[LabelledImages, LabelledImages]:
     labels = data.target.astype(np.int64)
     # RandomState never changes its streams, so the split is the same in every version of NumPy.
     held_out, training = np.split(np.random.RandomState(0).permutation(len(labels)), [int(HELD_OUT * len(labels))])
+    names = tuple("0123456789")
     return (
-        LabelledImages(pixels[training].__getitem__, labels[training], 10, 1),
-        LabelledImages(pixels[held_out].__getitem__, labels[held_out], 10, 1),
+        LabelledImages(pixels[training].__getitem__, labels[training], 10, 1, names, "digits"),
+        LabelledImages(pixels[held_out].__getitem__, labels[held_out], 10, 1, names),
     )
 
 
 def folder(path: Path, image_size: int) -> LabelledImages:
-    """One sub-folder per class, in the order of their names. Raises UserError if there are no images."""
-    classes = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [(file, label) for label, name in enumerate(classes) for file in list_images(name)]
-    if not files:
+    """One sub-folder with images per class, in natural order.
+
+    Raises UserError if there are none, or if a sub-folder holds images in several folders only, as train/ and val/ do.
+    """
+    files, skipped = scan_images(path)
+    parts = [file.relative_to(path).parts for file in files]
+    inside = [n for n, names in enumerate(parts) if len(names) > 1]
+    if not inside:
         raise UserError(f"{path} has no class folders with images; pass a folder with one sub-folder per class")
-    paths, labels = zip(*files, strict=True)
-    return LabelledImages(partial(_read_file, paths, image_size), np.array(labels), len(classes), 3)
+    classes, numbers = class_numbers([parts[n][0] for n in inside])
+    _refuse_folders_of_folders(path, [parts[n] for n in inside])
+    rows = sorted(zip(numbers, inside, strict=True), key=lambda row: (row[0], natural_key(Path(*parts[row[1]][1:]))))
+    paths = tuple(files[n] for _, n in rows)
+    return LabelledImages(
+        partial(_read_file, paths, image_size),
+        np.array([label for label, _ in rows]),
+        len(classes),
+        3,
+        classes,
+        _names_and_sizes(path, paths),
+        tuple(_folder_notes(path, classes, len(files) - len(inside), skipped)),
+    )
 
 
-def archive(path: Path, image_size: int) -> LabelledImages:
-    """Images and labels of an .npz; JPEG files stay compressed in memory. Raises UserError for other content."""
-    try:
-        with np.load(path) as data:
-            arrays = {key: data[key] for key in ("arr_0", "jpeg", "offsets", "labels") if key in data}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as an .npz ({error}); write it again with numpy.savez") from None
-    if "labels" not in arrays or not ("arr_0" in arrays or {"jpeg", "offsets"} <= set(arrays)):
-        known = ", ".join(arrays) or "none of its arrays"
-        raise UserError(f"{path} holds {known}; it needs labels, and arr_0 or jpeg, offsets")
-    labels = arrays["labels"].astype(np.int64)
-    if "arr_0" in arrays:
-        pixels = arrays["arr_0"]
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
+def _refuse_folders_of_folders(path: Path, parts: list[tuple[str, ...]]) -> None:
+    inner: dict[str, set[str]] = {}
+    for name, *rest in parts:
+        inner.setdefault(name, set()).add(rest[0] if len(rest) > 1 else "")
+    for name, folders in inner.items():
+        if "" not in folders and len(folders) > 1:
+            found = f"no images of its own but {len(folders)} folders of images ({min(folders)}, …)"
+            raise UserError(f"{path / name} has {found}, so it is not one class; pass the folder of the class folders")
+
+
+def _folder_notes(path: Path, classes: tuple[str, ...], outside: int, skipped: str) -> Iterator[str]:
+    empty = sorted(set(visible_folders(path)) - set(classes))
+    if empty:
+        yield f"folders without images are no classes: {_first(empty)}"
+    if outside:
+        yield f"{outside} images beside the class folders are not used"
+    if skipped:
+        yield f"skipped {skipped}"
+
+
+def _names_and_sizes(folder: Path, paths: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        for path, status in zip(paths, pool.map(Path.stat, paths), strict=True):
+            digest.update(os.fsencode(f"{path.relative_to(folder)}\0{status.st_size}\0"))
+    return digest.hexdigest()
+
+
+def archive(path: Path, image_size: int, num_classes: int | None = None) -> LabelledImages:
+    """Images and labels of an .npz, mapped; JPEG files are decoded when read. Raises UserError for other content."""
+    keys = npz_keys(path)
+    key = "labels" if "labels" in keys else "arr_1"
+    if key not in keys or not ("arr_0" in keys or {"jpeg", "offsets"} <= keys):
+        known = ", ".join(sorted(keys)) or "nothing"
+        raise UserError(f"{path} holds {known}; it needs labels (or arr_1), and arr_0 or jpeg, offsets")
+    read: Callable[[int], Tensor]
+    if "arr_0" in keys:
+        pixels = map_npz(path)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
             raise UserError(f"arr_0 of {path} is {pixels.dtype} {pixels.shape}; it must be uint8 (N, H, W, 3)")
         read, count = partial(_read_array, pixels, image_size), len(pixels)
     else:
-        jpeg, offsets = arrays["jpeg"], arrays["offsets"]
+        jpeg, offsets = map_npz(path, "jpeg"), _offsets(path)
+        if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets[-1] > len(jpeg):
+            raise UserError(f"jpeg of {path} is {jpeg.dtype} {jpeg.shape}; it must be uint8 ({offsets[-1]},)")
         read, count = partial(_read_jpeg, jpeg, offsets, path, image_size), len(offsets) - 1
+    labels = _labels(path, key, count, num_classes)
+    K = num_classes or int(labels.max()) + 1
+    empty = np.flatnonzero(np.bincount(labels, minlength=K) == 0)
+    more = ", …" if len(empty) > 5 else ""
+    notes = (
+        (f"{len(empty)} of {K} classes have no images: {', '.join(map(str, empty[:5]))}{more}",) if len(empty) else ()
+    )
+    return LabelledImages(read, labels, K, 3, (), npz_digest(path), notes)
+
+
+def _first(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")
+
+
+def _offsets(path: Path) -> Labels:
+    offsets = np.asarray(map_npz(path, "offsets"))
+    valid = offsets.ndim == 1 and offsets.dtype.kind in "iu" and len(offsets) > 1 and offsets[0] >= 0
+    if not valid or (np.diff(offsets.astype(np.int64)) <= 0).any():
+        kind = f"{offsets.dtype} {offsets.shape}"
+        raise UserError(f"offsets of {path} is {kind}; it must be N + 1 ascending positions in jpeg")
+    return offsets.astype(np.int64)
+
+
+def _labels(path: Path, key: str, count: int, num_classes: int | None) -> Labels:
+    labels = np.asarray(map_npz(path, key))
+    if labels.ndim != 1 or labels.dtype.kind not in "iuf":
+        raise UserError(f"{key} of {path} is {labels.dtype} {labels.shape}; it must be integers (N,), one per image")
     if count != len(labels):
         raise UserError(f"{path} holds {count} images and {len(labels)} labels; each image needs one")
-    return LabelledImages(read, labels, int(labels.max()) + 1, 3)
+    limit = num_classes or max(count, LARGEST)
+    wrong = np.flatnonzero(~((labels >= 0) & (labels < limit) & (labels == np.floor(labels))))
+    if len(wrong):
+        given = "" if num_classes else ", or more with --num-classes"
+        values = f"{key}[{wrong[0]}] of {path} is {labels[wrong[0]]}"
+        raise UserError(f"{values}; labels must be integers from 0 to {limit - 1}{given}")
+    return labels.astype(np.int64)
 
 
 def _read_file(paths: tuple[Path, ...], size: int, i: int) -> Tensor:

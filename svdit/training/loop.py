@@ -90,6 +90,8 @@ def train(
     require("matplotlib")  # for loss.png: fail now, not at the first checkpoint
     state = fresh(model, options.lr)
     binding = {**asdict(model.config), **options.binding(), "images": len(images)}
+    if images.fingerprint:
+        binding["data"] = f"{images.summary()} ({images.fingerprint[:16]})"
     if (folder / "last.pt").exists():
         restore_(state, folder / "last.pt", binding)
     chief = distributed.rank() == 0

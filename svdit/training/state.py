@@ -56,7 +56,7 @@ def restore_(state: State, path: Path, binding: dict[str, Any]) -> None:
     """Load the file into `state`, in place. Raises UserError for a damaged or foreign file, or other options."""
     content = _read(path)
     for key, value in binding.items():
-        if (before := content["binding"].get(key)) != value:
+        if (before := content["binding"].get(key, value)) != value:  # earlier versions recorded less
             raise UserError(f"{path} was trained with {key} {before}, not {value}; use the same, or another folder")
     try:
         state.model.load_state_dict(content["model"])

@@ -1,6 +1,7 @@
 """`svdit train` from its flags to a model that loads; one process or two."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,41 @@ def test_a_folder_of_pictures(tmp_path: Path, latent: bool, size: int, expected:
     assert (read_header(tmp_path / "out" / "ema.safetensors") or {})["name"] == ""  # no longer the digits' shape
     assert read_curve(tmp_path / "out" / "loss.csv")[-1]["step"] == "2"
     assert Image.open(tmp_path / "out" / "samples" / "0000002.png").size == (2 * 66 + 2, 4 * 66 + 2)
+
+
+PIXELS = ["--model", "DiT-digits", "--vae", "none", "--image-size", "8", "--device", "cpu", "--global-batch-size", "4"]
+
+
+@pytest.mark.usefixtures("no_grids")
+def test_the_data_is_described_and_a_run_keeps_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = class_folders(tmp_path / "data")
+    (data / "empty").mkdir()
+    flags = [*PIXELS, "--data", str(data), "--num-workers", "0", "--results-dir", str(tmp_path / "out")]
+    command("train", [*flags, "--steps", "1"])
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[0] == "4 images in 2 classes: cat … dog"
+    assert shown.err == "note: folders without images are no classes: empty\n"
+    (data / "dog").rename(data / "wolf")
+    with pytest.raises(SystemExit):
+        command("train", [*flags, "--steps", "2"])
+    assert "trained with data 4 images in 2 classes: cat … dog (" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command("train", [*flags, "--num-classes", "1000"])
+    assert "--num-classes is 1000, but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_image_that_a_worker_cannot_read_is_named_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    data = class_folders(tmp_path / "data")
+    for file in data.rglob("*.jpg"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    flags = [*PIXELS, "--data", str(data), "--num-workers", workers, "--results-dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="2"):
+        command("train", flags)
+    message = capsys.readouterr().err
+    assert re.fullmatch(r"svdit train: .*\.jpg cannot be read as an image \(.*\); remove or replace it\n", message)
 
 
 @pytest.mark.parametrize(

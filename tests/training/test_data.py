@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,6 +102,131 @@ def test_folder_of_class_folders(tmp_path: Path) -> None:
         assert torch.equal(images.read(i), as_float(COLOURS[pixels]))
 
 
+def write(folder: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        write_png(folder / name, COLOURS[i % len(COLOURS)])
+    return folder
+
+
+def test_classes_are_in_natural_order(tmp_path: Path) -> None:
+    names = [f"{i}/x.png" for i in (10, 2, 0, 11, 1)]
+    images = load(str(write(tmp_path, *names)), 8)
+    assert images.classes == ("0", "1", "2", "10", "11")
+    assert torch.equal(images.read(2), as_float(COLOURS[1]))
+    assert images.summary() == "5 images in 5 classes: 0 … 11"
+
+
+def test_padded_and_alphabetic_classes_are_numbered_as_before(tmp_path: Path) -> None:
+    names = ["n01440764", "n01443537", "n02102040", "apple", "Bear", "cat_b", "cat-a", "007", "010"]
+    images = load(str(write(tmp_path, *(f"{name}/x.png" for name in names))), 8)
+    assert images.classes == tuple(path.name for path in sorted(tmp_path.iterdir()))
+
+
+def test_only_folders_with_images_are_classes(tmp_path: Path) -> None:
+    write(tmp_path, "cat/1.png", "dog/2.png", "cat/.ipynb_checkpoints/1.png", "__MACOSX/cat/1.png", "3.png", "4.png")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "all.json").touch()
+    (tmp_path / "dog" / "a.gif").touch()
+    images = load(str(tmp_path), 8)
+    assert images.labels.tolist() == [0, 1]
+    assert (images.num_classes, images.classes) == (2, ("cat", "dog"))
+    assert images.notes == (
+        "folders without images are no classes: annotations",
+        "2 images beside the class folders are not used",
+        "skipped 1 .gif file",
+    )
+
+
+def test_linked_classes_are_classes(tmp_path: Path) -> None:
+    write(tmp_path, "store/b/1.png", "data/a/2.png")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "store" / "b")
+    assert load(str(tmp_path / "data"), 8).classes == ("a", "b")
+
+
+def test_the_parent_of_train_and_val_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "val") for name in ("cat", "dog")))
+    message = (
+        r"train has no images of its own but 2 folders of images \(cat, …\), .*pass the folder of the class folders"
+    )
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path), 8)
+    with pytest.raises(UserError, match="train has no images of its own"):
+        load(str(write(tmp_path / "more", "x/1.png", "train/cat/1.png", "train/dog/1.png")), 8)
+    nested = write(tmp_path / "nested", "cat/images/1.png", "dog/images/2.png")  # as in Tiny ImageNet
+    assert load(str(nested), 8).classes == ("cat", "dog")
+
+
+def test_the_fingerprint_changes_with_names_and_sizes(tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        return load(str(tmp_path), 8).fingerprint
+
+    write(tmp_path, "a/1.png", "b/2.png")
+    seen = [fingerprint()]
+    (tmp_path / "a" / "1.png").rename(tmp_path / "a" / "3.png")
+    seen.append(fingerprint())
+    (tmp_path / "a").rename(tmp_path / "c")
+    seen.append(fingerprint())
+    write_png(tmp_path / "b" / "2.png", np.zeros((8, 8, 3), np.uint8))
+    seen.append(fingerprint())
+    assert len(set(seen)) == 4
+    assert fingerprint() == seen[-1]
+    for labels in (range(6), [0, 1, 2, 3, 5, 4]):
+        np.savez(tmp_path / "a.npz", arr_0=COLOURS, labels=labels)
+        seen.append(load(str(tmp_path / "a.npz"), 8).fingerprint)
+    assert len(set(seen)) == 6
+
+
+LABELS: dict[str, tuple[Any, str]] = {
+    "below 0": ([0, 1, 2, 3, -1, -2], r"labels\[4\] of .*a\.npz is -1; labels must be integers from 0 to 999"),
+    "huge": ([0, 1, 10**9, 3, 4, 5], r"labels\[2\] of .* is 1000000000; .* or more with --num-classes"),
+    "halves": (np.arange(6) + 0.5, r"labels\[0\] of .* is 0\.5"),
+    "NaN": ([0, 1, np.nan, 3, 4, 5], r"labels\[2\] of .* is nan"),
+    "one-hot": (np.eye(6), r"labels of .* is float64 \(6, 6\); it must be integers \(N,\)"),
+    "a column": (np.arange(6)[:, None], r"labels of .* is int64 \(6, 1\)"),
+    "words": (["cat", "dog"] * 3, r"labels of .* is <U3 \(6,\)"),
+    "one number": (3, r"labels of .* is int64 \(\)"),
+    "truth": ([True, False] * 3, r"labels of .* is bool"),
+    "too few": ([0, 1], "6 images and 2 labels"),
+    "objects": (np.array([{}] * 6, object), "Python objects"),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("key", ["labels", "arr_1"])
+def test_unusable_labels_are_found_at_once(tmp_path: Path, kind: str, key: str) -> None:
+    labels, message = LABELS[kind]
+    np.savez(tmp_path / "a.npz", arr_0=COLOURS, **{key: labels})
+    with pytest.raises(UserError, match=message.replace("labels", key, 1) if message.startswith("labels") else message):
+        load(str(tmp_path / "a.npz"), 8)
+
+
+def test_labels_are_integers_below_the_number_of_classes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=COLOURS, arr_1=np.array([1.0, 2, 3, 1, 2, 9]))  # whole floats, ADM's key
+    images = load(str(tmp_path / "a.npz"), 8)
+    assert (images.labels.tolist(), images.labels.dtype, images.num_classes) == ([1, 2, 3, 1, 2, 9], np.int64, 10)
+    assert images.notes == ("6 of 10 classes have no images: 0, 4, 5, 6, 7, …",)
+    assert load(str(tmp_path / "a.npz"), 8, num_classes=12).num_classes == 12
+    with pytest.raises(UserError, match=r"arr_1\[5\] of .* is 9\.0; labels must be integers from 0 to 8$"):
+        load(str(tmp_path / "a.npz"), 8, num_classes=9)
+
+
+def test_an_archive_without_images_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=COLOURS[:0], labels=np.arange(0))
+    with pytest.raises(UserError, match=r"arr_0 of .* is uint8 \(0, 8, 8, 3\)"):
+        load(str(tmp_path / "a.npz"), 8)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [([0, 64, 32], "ascending"), ([-1, 64], "ascending"), ([0], "ascending"), ([[0, 64]], "ascending"),
+     ([0.0, 64.0], "ascending"), ([0, 65], r"jpeg of .* is uint8 \(64,\); it must be uint8 \(65,\)")],
+)  # fmt: skip
+def test_offsets_outside_the_files_are_refused(tmp_path: Path, offsets: list[int], message: str) -> None:
+    np.savez(tmp_path / "a.npz", jpeg=np.zeros(64, np.uint8), offsets=offsets, labels=np.zeros(1))
+    with pytest.raises(UserError, match=message):
+        load(str(tmp_path / "a.npz"), 8)
+
+
 def as_float(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
@@ -149,7 +275,7 @@ def test_unusable_data(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no class folders with images"):
         load(str(tmp_path), 8)
     np.savez(tmp_path / "a.npz", arr_0=COLOURS)
-    with pytest.raises(UserError, match="holds arr_0; it needs labels"):
+    with pytest.raises(UserError, match=r"holds arr_0; it needs labels \(or arr_1\)"):
         load(str(tmp_path / "a.npz"), 8)
     np.savez(tmp_path / "a.npz", arr_0=COLOURS, labels=[1])
     with pytest.raises(UserError, match="6 images and 1 labels"):

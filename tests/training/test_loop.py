@@ -1,5 +1,6 @@
 """An interrupted run resumes bit for bit; every draw is its example's own; the loss falls."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,10 @@ def test_a_resumed_run_keeps_its_options(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trained with images 10, not 9"):
         run(tmp_path, images=LabelledImages(PIXELS.__getitem__, IMAGES.labels[:9], 3, 1))
     assert run(tmp_path, steps=2, log_every=1).step == 2
+    known = replace(IMAGES, classes=("cat", "cow", "dog"), fingerprint="0123")
+    run(tmp_path, steps=3, images=known)  # which earlier versions did not record
+    with pytest.raises(UserError, match=r"trained with data 10 images in 3 classes: cat … dog \(0123\), not 10 .*4567"):
+        run(tmp_path, images=replace(known, fingerprint="4567"))
 
 
 def test_a_run_interrupted_before_its_checkpoint_exports_again(tmp_path: Path) -> None:
