@@ -60,29 +60,36 @@ STAND_INS = {"collections.defaultdict": new_dict, "collections.deque": new_list}
 
 
 def load(path: Path) -> Any:
-    """The content of a file of torch.save, zip or legacy, on the CPU; a zip is mapped into memory, not read.
+    """The content of a file of torch.save, zip or legacy, on the CPU; a zip is not read, but mapped into memory.
 
     Raises UserError for other files, damaged ones, and those with objects that are neither tensors nor descriptive.
     """
-    filetype.check_regular(path)
-    names: set[str] = set()
+    names = check(path)
+    stand_ins = [(STAND_INS.get(name, Placeholder), name) for name in names if DESCRIPTIVE.fullmatch(name)]
     try:
-        is_zip = zipfile.is_zipfile(path)
-        names = set(zip_names(path) if is_zip else legacy_names(path))
-        check_names(path, names)
-        stand_ins = [(STAND_INS.get(name, Placeholder), name) for name in names if DESCRIPTIVE.fullmatch(name)]
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise refusal(path, {name for name in names if not TORCH.fullmatch(name)} or names) from None
+    except Exception as error:  # foreign bytes raise anything, including KeyError and IndexError
+        raise unreadable(path, error) from None
+
+
+def check(path: Path) -> set[str]:
+    """Names in the pickles of a file of torch.save, before anything is loaded. Raises UserError as `load`."""
+    filetype.check_regular(path)
+    try:
+        names = set(zip_names(path) if zipfile.is_zipfile(path) else legacy_names(path))
     except UserError:
         raise
-    except zipfile.BadZipFile as error:
-        if "CRC" in str(error):
+    except Exception as error:  # foreign bytes raise anything
+        if isinstance(error, zipfile.BadZipFile) and "CRC" in str(error):
             raise UserError(f"{path} is damaged: its content does not match its checksum; {filetype.AGAIN}") from None
         raise unreadable(path, error) from None
-    except Exception as error:  # foreign bytes raise anything, including KeyError and IndexError
-        if isinstance(error, pickle.UnpicklingError) and names:
-            raise refusal(path, {name for name in names if not TORCH.fullmatch(name)} or names) from None
-        raise unreadable(path, error) from None
+    known = {name for name in names if TORCH.fullmatch(name) or DESCRIPTIVE.fullmatch(name)}
+    if foreign := {name for name in names if name not in known or REFUSED.fullmatch(name)}:
+        raise refusal(path, foreign)
+    return names
 
 
 def zip_names(path: Path) -> Iterator[str]:
@@ -128,14 +135,6 @@ def global_names(file: IO[bytes]) -> Iterator[str]:
             yield ".".join(strings)
         elif isinstance(argument, str):
             strings = [strings[1], argument]
-
-
-def check_names(path: Path, names: set[str]) -> None:
-    """Raises UserError for a name that is neither torch's nor descriptive."""
-    known = {name for name in names if TORCH.fullmatch(name) or DESCRIPTIVE.fullmatch(name)}
-    foreign = {name for name in names if name not in known or REFUSED.fullmatch(name)}
-    if foreign:
-        raise refusal(path, foreign)
 
 
 def check_memory(path: Path, tensors: Mapping[str, Tensor], nbytes: int) -> None:

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "extras": {"errors", "shims"},
     "printing": set(),
     "progress": {"printing"},
-    "download": {"errors", "progress"},
+    "download": {"errors", "files", "filetype", "progress"},
     "filetype": {"errors"},
     "pickles": {"errors", "filetype"},
     "images": {"errors", "files"},

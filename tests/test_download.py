@@ -1,5 +1,7 @@
 """Downloads from a local server that fails in every way a real one does."""
 
+import base64
+import hashlib
 import io
 import multiprocessing
 import re
@@ -15,6 +17,8 @@ import torch
 from svdit import download
 from svdit.checkpoints.hub import published_checkpoint
 from svdit.errors import UserError
+from svdit.evaluation import weights
+from svdit.evaluation.weights import find_weights
 
 NAME = "DiT-XL-2-256x256.pt"
 
@@ -37,6 +41,9 @@ class Server(ThreadingHTTPServer):
     code = 200
     busy = 0  # how many times it responds 503 first
     delay = 0.0  # seconds before a response
+    etag = ""  # identifies the version, also in If-Range
+    redirect = ""  # where to go instead
+    requests: list[dict[str, str]]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -44,13 +51,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         server = self.server
+        server.requests.append(dict(self.headers.items()))
+        if server.redirect:
+            self.send_response(302)
+            self.send_header("Location", server.redirect)
+            return self.end_headers()
+        if server.etag and self.headers.get("If-Range", server.etag) != server.etag:
+            del self.headers["Range"]
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         start = int(asked[1]) if asked and server.supports_ranges else 0
         server.ranges.append(int(asked[1]) if asked else 0)
         time.sleep(server.delay)
-        if self.path != f"/{NAME}" or server.code != 200 or server.busy:
+        place = self.path.partition("?")[0]
+        if place != f"/{NAME}" or server.code != 200 or server.busy:
             server.busy = max(0, server.busy - 1)
-            return self.send_error(404 if self.path != f"/{NAME}" else server.code if server.code != 200 else 503)
+            return self.send_error(404 if place != f"/{NAME}" else server.code if server.code != 200 else 503)
         total = len(server.body) + server.size_error
         if start >= total:
             return self.send_error(416)
@@ -58,6 +73,8 @@ class Handler(BaseHTTPRequestHandler):
         if asked and server.supports_ranges:
             self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
         self.send_header("Content-Length", str(total - start))
+        if server.etag:
+            self.send_header("ETag", server.etag)
         self.end_headers()
         rest = server.body[start:]
         if len(rest) > server.drop_after and server.drops > 0:
@@ -72,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with Server(("127.0.0.1", 0), Handler) as server:
-        server.ranges = []
+        server.ranges, server.requests = [], []
         monkeypatch.setenv("SVDIT_CHECKPOINT_URL", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(download, "FIRST_WAIT", 0.0)
@@ -82,7 +99,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()} - {f".{NAME}.lock"}
+    """Names in a folder, without the lock and the recorded checksum."""
+    return {path.name for path in folder.iterdir()} - {f".{NAME}.lock", f"{NAME}.sha256"}
 
 
 def test_a_file_is_downloaded_once(server: Server, tmp_path: Path) -> None:
@@ -195,3 +213,148 @@ def test_of_several_processes_one_downloads(server: Server, tmp_path: Path) -> N
     assert [rank.exitcode for rank in ranks] == [0, 0, 0]
     assert server.ranges == [0]
     assert (tmp_path / NAME).read_bytes() == server.body
+
+
+def other_body() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"weight": torch.arange(50_000.0) + 1}, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("etag", ['"one"', 'W/"weak"', ""])
+def test_a_file_that_changed_is_downloaded_from_the_start(server: Server, tmp_path: Path, etag: str) -> None:
+    server.etag, server.drop_after, server.drops = etag, 90_000, download.ATTEMPTS
+    server.supports_ranges = False  # five attempts get no further
+    with pytest.raises(UserError, match="after 90000 of"):
+        published_checkpoint(256, tmp_path)
+    server.supports_ranges, server.body = True, other_body()
+    server.etag = '"two"' if etag == '"one"' else etag
+    if etag == '"one"':
+        assert published_checkpoint(256, tmp_path).read_bytes() == server.body
+        assert server.requests[-1]["If-Range"] == '"one"'
+        assert files(tmp_path) == {NAME}
+    else:  # the server does not identify its versions, and the archive's checksums find the mixture
+        with pytest.raises(UserError, match="damaged or not what was expected"):
+            published_checkpoint(256, tmp_path)
+
+
+def test_the_same_version_resumes(server: Server, tmp_path: Path) -> None:
+    server.etag, server.drop_after, server.drops = '"one"', 90_000, 1
+    assert published_checkpoint(256, tmp_path).read_bytes() == server.body
+    assert server.ranges == [0, 89_999]
+    assert server.requests[1]["If-Range"] == '"one"'
+
+
+def test_a_server_that_skips_bytes_is_not_believed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / f".{NAME}.part").write_bytes(server.body[:1000])
+    extent = download.extent
+    monkeypatch.setattr(download, "extent", lambda response: (5000, extent(response)[1]))
+    with pytest.raises(UserError, match="sent bytes from 5000 on, not from 1000"):
+        published_checkpoint(256, tmp_path)
+
+
+def test_the_first_download_is_recorded_and_the_next_must_match(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = published_checkpoint(256, tmp_path)
+    digest = hashlib.sha256(server.body).hexdigest()
+    assert f"has the sha256 {digest}; set SVDIT_CHECKPOINT_SHA256 to pin it" in capsys.readouterr().err
+    assert path.with_name(f"{NAME}.sha256").read_text() == f"{digest}  {NAME}\n"
+    path.unlink()
+    server.body = other_body()
+    with pytest.raises(
+        UserError, match=rf"\(the sha256 .*, not {digest} as in {NAME}\.sha256\) is damaged or not what"
+    ):
+        published_checkpoint(256, tmp_path)
+    assert files(tmp_path) == set()
+    path.with_name(f"{NAME}.sha256").unlink()
+    assert published_checkpoint(256, tmp_path).read_bytes() == server.body
+
+
+def test_a_pinned_checksum_must_match(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = hashlib.sha256(server.body).hexdigest()
+    monkeypatch.setenv("SVDIT_CHECKPOINT_SHA256", "0" * 64)
+    with pytest.raises(UserError, match="damaged or not what was expected"):
+        published_checkpoint(256, tmp_path)
+    monkeypatch.setenv("SVDIT_CHECKPOINT_SHA256", digest.upper())
+    path = published_checkpoint(256, tmp_path)
+    path.write_bytes(other_body())
+    with pytest.raises(UserError, match=r"the sha256 .*, not .* as in SVDIT_CHECKPOINT_SHA256; remove it, or unset"):
+        published_checkpoint(256, tmp_path)
+
+
+SECRET = "user:s3cr%40t@"
+
+
+def with_secret(server: Server, monkeypatch: pytest.MonkeyPatch, query: str = "") -> None:
+    monkeypatch.setenv("SVDIT_CHECKPOINT_URL", f"http://{SECRET}127.0.0.1:{server.server_port}/{query}")
+
+
+def test_a_password_is_sent_to_its_host_only(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_secret(server, monkeypatch, "?token=abc")
+    published_checkpoint(256, tmp_path)
+    assert server.requests[0]["Authorization"] == "Basic " + base64.b64encode(b"user:s3cr@t").decode()
+    (tmp_path / NAME).unlink()
+    with Server(("127.0.0.1", 0), Handler) as other:
+        other.ranges, other.requests = [], []
+        threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        server.redirect = f"http://127.0.0.1:{other.server_port}/{NAME}"
+        published_checkpoint(256, tmp_path)
+        assert "Authorization" not in other.requests[0]
+        other.shutdown()
+
+
+@pytest.mark.parametrize("problem", ["missing", "busy", "web page", "loop", "dropped", "no server", "bad port"])
+def test_no_message_has_a_password(
+    problem: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_secret(server, monkeypatch, "?token=t0ken&x=1")
+    if problem in ("missing", "busy"):
+        server.code = 404 if problem == "missing" else 503
+    elif problem == "web page":
+        server.body = b"<html>log in</html>"
+    elif problem == "loop":
+        server.redirect = f"http://{SECRET}127.0.0.1:{server.server_port}/?token=t0ken"
+    elif problem == "dropped":
+        server.drop_after, server.supports_ranges = 10, False
+    else:
+        place = "127.0.0.1:9" if problem == "no server" else "127.0.0.1:port"
+        monkeypatch.setenv("SVDIT_CHECKPOINT_URL", f"http://{SECRET}{place}/?token=t0ken")
+    with pytest.raises(UserError) as error:
+        published_checkpoint(256, tmp_path)
+    message = str(error.value) + "".join(capsys.readouterr())
+    assert "s3cr" not in message
+    assert "t0ken" not in message
+    assert "\n" not in str(error.value)
+    assert "http://***@127.0.0.1" in message
+
+
+def test_a_web_page_is_named(server: Server, tmp_path: Path) -> None:
+    server.body = b"<html>please log in</html>"
+    with pytest.raises(UserError, match=r"\(it is a web page\) is damaged or not what was expected"):
+        published_checkpoint(256, tmp_path)
+
+
+def test_a_link_in_place_of_the_partial_file_is_not_followed(server: Server, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / f".{NAME}.part").symlink_to(victim)
+    published_checkpoint(256, tmp_path / "new")
+    assert victim.read_text() == "kept"
+
+
+def test_inception_weights_download_in_the_same_way(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Resumed, locked, atomic, and checked by their SHA-256."""
+    monkeypatch.setattr(weights, "URL", f"http://127.0.0.1:{server.server_port}/{NAME}")
+    server.drop_after = len(server.body) // 3
+    with pytest.raises(UserError, match=rf"sha256 .*, not {weights.SHA256}\) is damaged"):
+        find_weights(None, tmp_path, download=True)
+    assert len(server.ranges) == 4
+    assert not list(tmp_path.glob("*.pth"))
+    monkeypatch.setattr(weights, "SHA256", hashlib.sha256(server.body).hexdigest())
+    assert find_weights(None, tmp_path, download=True).read_bytes() == server.body

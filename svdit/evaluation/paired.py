@@ -9,7 +9,6 @@ LPIPS  Zhang et al. 2018, arXiv 1801.03924, VGG16 backbone through torch-fidelit
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from svdit import pickles
 from svdit.distributed import gather, rank, shard
 from svdit.errors import UserError
 from svdit.evaluation.jackknife import Blocks, Estimate, Estimates
@@ -120,7 +120,7 @@ def _check_weights(path: Path, url: str) -> None:
     if not path.is_file():
         raise UserError(f"LPIPS needs {path}, which does not exist; download it from {url}, or omit lpips")
     try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        pickles.load(path)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path} ").rpartition("; ")[0]
         raise UserError(f"{path} is not a weights file ({reason}); download {url} again") from None

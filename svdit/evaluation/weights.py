@@ -41,9 +41,15 @@ def find_weights(path: str | Path | None, cache: Path, download: bool = False) -
             return candidate
     if download:
         alternative = "pass --feature-extractor-weights"
-        return download_file(URL, cache / NAMES[0], lambda file: sha256(file) == SHA256, alternative)
+        return download_file(URL, cache / NAMES[0], problem, alternative)
     places = f"${VARIABLE}, " + ", ".join(str(folder) for folder in folders)
     raise UserError(MISSING.format(places=places, url=URL, variable=VARIABLE))
+
+
+def problem(file: Path) -> str:
+    """What is wrong with a download; "" if nothing."""
+    digest = sha256(file)
+    return "" if digest == SHA256 else f"sha256 {digest}, not {SHA256}"
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], str]:

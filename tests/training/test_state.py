@@ -1,5 +1,6 @@
 """A run's file: all of it comes back, or one sentence says why not."""
 
+import zipfile
 from collections import OrderedDict
 from fractions import Fraction
 from pathlib import Path
@@ -77,3 +78,13 @@ def test_tensors_that_do_not_fit_are_one_sentence(tiny: DiT, tmp_path: Path, par
     torch.save(content, tmp_path / "last.pt")
     with pytest.raises(UserError, match=r"last\.pt does not fit the model"):
         restore_(state, tmp_path / "last.pt", {})
+
+
+def test_a_file_that_unpacks_to_more_than_it_has_is_refused(tiny: DiT, tmp_path: Path) -> None:
+    torch.save({"model": torch.zeros(2**20)}, tmp_path / "plain.pt")
+    source, target = zipfile.ZipFile(tmp_path / "plain.pt"), tmp_path / "last.pt"
+    with source, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    with pytest.raises(UserError, match=r"has compressed tensors .*; move it away"):
+        restore_(stepped(tiny), tmp_path / "last.pt", {})
