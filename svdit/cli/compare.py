@@ -2,15 +2,19 @@
 
 import argparse
 
-from svdit.cli.arguments import Parser
+from svdit.cli.arguments import Parser, names, path
 from svdit.printing import write_out
 
 
 def parser() -> Parser:
     """The command's flags."""
     p = Parser("svdit compare", description=__doc__)
-    p.add_argument("reports", nargs="+", metavar="REPORT", help="metrics.json or its folder; the first is the baseline")
-    p.add_argument("--metrics", help="comma-separated keys of metrics.json (default: the usual ones)")
+    p.add_argument(
+        "reports", nargs="+", type=path, metavar="REPORT", help="metrics.json or its folder; the first is the baseline"
+    )
+    p.add_argument(
+        "--metrics", type=names("metric"), help="comma-separated keys of metrics.json (default: the usual ones)"
+    )
     p.add_argument("--force", action="store_true", help="also print rows of different protocols, marked")
     return p
 
@@ -19,5 +23,5 @@ def run(args: argparse.Namespace) -> None:
     """Print the table."""
     from svdit.evaluation.compare import compare
 
-    table = compare(args.reports, args.metrics.split(",") if args.metrics else None, args.force)
+    table = compare(args.reports, args.metrics, args.force)
     write_out(*table.split("\n"))

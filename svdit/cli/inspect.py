@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import setup
-from svdit.cli.arguments import Parser
+from svdit.cli.arguments import Parser, path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ LARGE = 20  # entries, from which on a dict in the header is not printed
 def parser() -> Parser:
     """The options of `svdit inspect`."""
     parser = Parser("svdit inspect", description="Show what a checkpoint contains, layer by layer.")
-    parser.add_argument("file", metavar="FILE", help="checkpoint of any supported format, or 'digits'")
+    parser.add_argument("file", type=path, metavar="FILE", help="checkpoint of any supported format, or 'digits'")
     parser.add_argument("--model", metavar="NAME", help="DiT-XL/2, ...; for files whose shapes leave a choice")
     setup.add_shape(parser)
     return parser

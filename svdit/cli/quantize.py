@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli import setup
-from svdit.cli.arguments import Parser, above_0, finite, integer, natural, not_negative, positive, ratio
+from svdit.cli import outputs, setup
+from svdit.cli.arguments import Parser, above_0, decibels, integer, many, natural, output, ratio, scale
 from svdit.cli.quantize_settings import ACTS, QuantizeSettings
 from svdit.errors import UserError
 from svdit.printing import printable
@@ -35,7 +35,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add(
         "--output",
-        type=Path,
+        type=output,
         default=Path("quantized_model.safetensors"),
         help=".safetensors or .pt; default: %(default)s",
     )
@@ -55,28 +55,27 @@ def add_method(parser: Parser) -> None:
     )
     add(
         "--num-bits",
-        type=int,
-        choices=range(2, 9),
+        type=integer(2, 8),
         metavar="BITS",
         help="bits of the weights (with --rank-ratio: of the two factors), 2 to 8; default: the preset's, or 8",
     )
-    add("--act-bits", type=int, choices=ACTS, help="bits of the activations; 16: do not quantize them")
+    add("--act-bits", type=natural, choices=ACTS, help="bits of the activations; 16: do not quantize them")
     add("--group-size", type=natural, metavar="G", help="weights per scale; 0: one scale per row")
     add("--rank", type=natural, metavar="R", help="rank of the low-rank branch; default: the preset's, 16 or 32")
     add("--factors", choices=("bf16", "int8"), help=f"storage of the low-rank branch; default: {DEFAULT.factors}")
     add("--whiten", action="store_true", help="with --rank-ratio: activation-aware SVD")
     add("--adaln", choices=ADALN, help=f"weights of the adaLN layers; default: {DEFAULT.adaln}")
     add("--target-size", type=above_0, metavar="MB", help="choose bits and rank per layer for a file of at most MB")
-    add("--target-sqnr", type=finite, metavar="DB", help="choose the smallest file with this predicted output SQNR")
+    add("--target-sqnr", type=decibels, metavar="DB", help="choose the smallest file with this predicted output SQNR")
     add("--skip", action="append", metavar="PATTERN", help="keep matching layers, '*.attn.*' for example; repeatable")
 
 
 def add_calibration(parser: Parser) -> None:
     """The options of the calibration set, which the model samples itself."""
     add = parser.add_argument_group("calibration", argument_default=argparse.SUPPRESS).add_argument
-    add("--calib-images", type=positive, metavar="N", help="default: as many as the widest layer needs")
+    add("--calib-images", type=many, metavar="N", help="default: as many as the widest layer needs")
     add("--calib-steps", type=integer(1, 1000), metavar="S", help="DDIM sampling steps; default: at most 25")
-    add("--cfg-scale", type=not_negative, metavar="SCALE", help=f"guidance scale; default: {DEFAULT.cfg_scale}")
+    add("--cfg-scale", type=scale, metavar="SCALE", help=f"guidance scale; default: {DEFAULT.cfg_scale}")
     add("--seed", type=natural, help=f"default: {DEFAULT.seed}")
     add(
         "--max-memory",
@@ -96,15 +95,12 @@ def run(args: argparse.Namespace) -> None:
     from svdit.sampling.batch import check_guidance
 
     settings = QuantizeSettings.of(args)
-    setup.output_file(args.output, ".safetensors", ".pt")
+    outputs.output_file(args.output, ".safetensors", ".pt")
     device = setup.device(args.device)
     backend = ops.choose(device)
     with distributed.session(device), distributed.reserved(args.output, args.output.with_suffix(".report.json")):
-        for sentence in settings.unused() if distributed.rank() == 0 else ():
-            setup.note(sentence)
         source = setup.load_checkpoint(args, device)
-        if args.output.resolve() == source.path.resolve():
-            raise UserError(f"--output is {args.output}, which is also the source; choose another name")
+        outputs.check_distinct("--output", args.output, source.path)
         if settings.calibrates or settings.figures:
             check_guidance(source.model, settings.cfg_scale)
         select(source.model, settings.config)  # before calibration, errors in patterns and shapes

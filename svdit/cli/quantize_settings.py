@@ -1,6 +1,6 @@
 """What `svdit quantize` was asked to do: one frozen object, made from the arguments and checked once.
 
-Options that contradict each other are errors that name them; options without effect are reported.
+Options that contradict each other, or leave one without effect, are errors that name them.
 """
 
 import argparse
@@ -65,9 +65,12 @@ class QuantizeSettings:
 
     def problems(self) -> Iterator[str]:
         """A sentence for every option that contradicts the preset or another option."""
+        if "" in self.skip:
+            yield "--skip is empty; pass a pattern, '*.attn.*' for example"
         if self.whiten and self.rank_ratio is None:
             yield "--whiten requires --rank-ratio; omit it"
         yield from self.format_problems()
+        yield from self.ignored()
         if target := self.given & {"target_size", "target_sqnr"}:
             yield from self.target_problems(flag(*target))
 
@@ -90,16 +93,17 @@ class QuantizeSettings:
         if "adaln" in self.given and self.adaln != "fp16":
             yield f"--adaln {self.adaln} excludes {target}, which chooses bits; omit it, or use fp16"
 
-    def unused(self) -> Iterator[str]:
+    def ignored(self) -> Iterator[str]:
         """A sentence for every option without effect."""
         branchless = "--rank 0" if self.rank == 0 else f"--preset {self.preset}"
         if self.rank == 0 or (self.rank_ratio is None and RECIPES[self.preset].low_rank == "none"):
             for option in sorted(self.given & ({"factors", "rank"} if self.rank else {"factors"})):
-                yield f"{flag(option)} has no effect: there is no low-rank branch with {branchless}"
+                yield f"{flag(option)} has no effect: there is no low-rank branch with {branchless}; omit one of them"
         if not self.calibrates:
             seeds = set() if self.figures else {"seed", "cfg_scale"}  # figures are measured on other images
             for option in sorted(self.given & {"calib_images", "calib_steps", "max_memory", *seeds}):
-                yield f"{flag(option)} has no effect: nothing is calibrated"
+                mode = "--rank-ratio" if self.rank_ratio else f"--preset {self.preset}"
+                yield f"{flag(option)} has no effect: nothing is calibrated with {mode}; omit it"
 
     @property
     def recipe(self) -> Recipe:

@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdit.cli import setup
-from svdit.cli.arguments import Parser, natural
+from svdit.cli import outputs, setup
+from svdit.cli.arguments import Parser, natural, output
 from svdit.printing import write_out
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--classes", type=natural, nargs="+", metavar="CLASS", help="default: eight of the model's classes")
     setup.add_seed(parser)
-    add("--output", type=Path, default=Path("sample.png"), metavar="PNG", help="default: %(default)s")
+    add("--output", type=output, default=Path("sample.png"), metavar="PNG", help="default: %(default)s")
     return parser
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from svdit.files import exclusive
 
     config = setup.sampling_config(args)
-    setup.output_file(args.output, ".png", ".PNG")
+    outputs.output_file(args.output, ".png", ".PNG")
     with exclusive(args.output):
         draw(args, config)
 
@@ -53,6 +53,7 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> None:
 
     device = setup.device(args.device)
     checkpoint = setup.load_checkpoint(args, device)
+    outputs.check_distinct("--output", args.output, checkpoint.path)
     model = setup.accelerated(checkpoint.model, args)
     labels = args.classes or default_classes(model.config.num_classes)
     autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)

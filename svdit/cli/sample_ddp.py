@@ -7,8 +7,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli import setup
-from svdit.cli.arguments import Parser, keys, positive, ratio
+from svdit.cli import outputs, setup
+from svdit.cli.arguments import Parser, batch, integer, keys, output, ratio
 from svdit.errors import UserError
 from svdit.printing import write_out
 
@@ -30,17 +30,23 @@ def parser() -> Parser:
     add("--rank-ratio", type=ratio, metavar="R", help="rank ratio the checkpoint was quantized with; must match it")
     setup.add_speed(parser)
     setup.add_sampling(parser, cfg_scale=1.5, vae=VAE)
-    add("--num-fid-samples", type=positive, default=50_000, metavar="N", help="number of images; default: %(default)s")
+    add(
+        "--num-fid-samples",
+        type=integer(1, 10**7),
+        default=50_000,
+        metavar="N",
+        help="number of images; default: %(default)s",
+    )
     add(
         "--sample-dir",
-        type=Path,
+        type=output,
         default=Path("samples"),
         metavar="DIR",
         help="writes DIR/000000.png, ..., DIR/manifest.json and DIR.npz; default: %(default)s",
     )
     add(
         "--per-proc-batch-size",
-        type=positive,
+        type=batch,
         default=32,
         metavar="B",
         help="images per process and batch; does not change the images; default: %(default)s",
@@ -55,7 +61,6 @@ def parser() -> Parser:
     add(
         "--tf32",
         action=argparse.BooleanOptionalAction,
-        default=True,
         help="TF32 matrix products on a GPU; default, as published: on",
     )
     return parser
@@ -71,8 +76,11 @@ def run(args: argparse.Namespace) -> None:
     config = setup.sampling_config(args)
     creatable_folder(args.sample_dir)
     device = setup.device(args.device)
+    outputs.check_outside("--sample-dir", args.sample_dir, itself=False)
     with session(device):
-        tf32 = args.tf32 and device.type == "cuda"
+        if args.tf32 and device.type != "cuda":
+            setup.note("--tf32 has no effect: there is no GPU in use")
+        tf32 = args.tf32 is not False and device.type == "cuda"
         set_tf32(tf32)
         check_rank_ratio(args)
         checkpoint = setup.load_checkpoint(args, device)

@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-from svdit.cli.arguments import Parser
+from svdit.cli.arguments import Parser, output, path
 from svdit.printing import write_out
 
 DESCRIPTION = """\
@@ -16,9 +15,11 @@ also check the numbers that ADM's evaluator reports."""
 def parser() -> Parser:
     """The command's flags."""
     p = Parser("svdit selftest", description=DESCRIPTION)
-    p.add_argument("--adm-samples", metavar="NPZ", type=Path)
-    p.add_argument("--adm-reference", metavar="NPZ", type=Path)
-    p.add_argument("--feature-extractor-weights", metavar="FILE", help="2015 Inception weights, for --adm-samples")
+    p.add_argument("--adm-samples", metavar="NPZ", type=output)
+    p.add_argument("--adm-reference", metavar="NPZ", type=output)
+    p.add_argument(
+        "--feature-extractor-weights", type=path, metavar="FILE", help="2015 Inception weights, for --adm-samples"
+    )
     return p
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from svdit.cli.arguments import integer, keys, natural, not_negative, positive
+from svdit.cli.arguments import integer, keys, many, natural, path, pixels, scale
 from svdit.errors import UserError
 from svdit.printing import write_error
 
@@ -43,9 +43,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """--ckpt, --model, --image-size, --num-classes, --num-heads, --device"""
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--ckpt", metavar="PATH", help="checkpoint file, or 'digits'; default: download the published DiT-XL/2")
+    add(
+        "--ckpt",
+        type=path,
+        metavar="PATH",
+        help="checkpoint file, or 'digits'; default: download the published DiT-XL/2",
+    )
     add("--model", metavar="NAME", help="DiT-XL/2, DiT-B/4, ...; must match the checkpoint")
-    add("--image-size", type=positive, metavar="PIXELS", help="must match the checkpoint")
+    add("--image-size", type=pixels, metavar="PIXELS", help="must match the checkpoint")
     add_shape(group)
     add_device(group)
 
@@ -55,11 +60,11 @@ def add_shape(group: argparse._ActionsContainer) -> None:
     add = group.add_argument
     add(
         "--num-classes",
-        type=positive,
+        type=many,
         metavar="K",
         help="must match the checkpoint; as many as its label table has rows: no null class, so no guidance",
     )
-    add("--num-heads", type=positive, metavar="H", help="for checkpoints that do not record it and of no named size")
+    add("--num-heads", type=many, metavar="H", help="for checkpoints that do not record it and of no named size")
 
 
 def claims(args: argparse.Namespace) -> dict[str, int]:
@@ -97,12 +102,12 @@ def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) ->
     add("--num-sampling-steps", default="250", metavar="STEPS", help="250, ddim50, ...; default: %(default)s")
     add(
         "--cfg-scale",
-        type=not_negative,
+        type=scale,
         default=cfg_scale,
         metavar="SCALE",
         help="classifier-free guidance scale, 1 turns guidance off; default: %(default)s",
     )
-    add("--cfg-channels", default="three", choices=CFG_CHANNELS, help="channels to guide; default, as published: three")
+    add("--cfg-channels", choices=CFG_CHANNELS, help="channels to guide; default, as published: three")
     add(
         "--cfg-interval",
         nargs=2,
@@ -112,6 +117,7 @@ def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) ->
     )
     add(
         "--vae",
+        type=path,
         default="auto",
         metavar="NAME",
         help=f"ema, mse, a local folder, or none for pixel-space models; default for latent models: {vae}",
@@ -122,7 +128,10 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
     """The settings of `add_sampling`'s options. Raises UserError for settings that cannot be sampled with."""
     from svdit.sampling.batch import SamplingConfig
 
-    channels, interval = CFG_CHANNELS[args.cfg_channels], args.cfg_interval and tuple(args.cfg_interval)
+    for option, passed in (("--cfg-channels", args.cfg_channels), ("--cfg-interval", args.cfg_interval)):
+        if passed and args.cfg_scale == 1:
+            raise UserError(f"{option} has no effect with --cfg-scale 1, which turns guidance off; omit one of them")
+    channels, interval = CFG_CHANNELS[args.cfg_channels or "three"], args.cfg_interval and tuple(args.cfg_interval)
     return SamplingConfig(args.sampler, args.num_sampling_steps, args.cfg_scale, channels, interval)
 
 
@@ -134,8 +143,8 @@ def device(name: str | None) -> torch.device:
 
     if name is None or (name == "cuda" and torch.cuda.is_available()):
         return default_device()
-    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
-        raise UserError(f"device {name!r} is not supported; choose cpu or cuda, or omit --device")
+    if not re.fullmatch(r"cpu(:0)?|cuda(:[0-9]{1,4})?", name):
+        raise UserError(f"device {name!r} is not supported; choose cpu, cuda or cuda:1, or omit --device")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -175,6 +184,8 @@ def accelerated(model: DiT, args: argparse.Namespace) -> DiT:
     from svdit.kernels import ops
     from svdit.runtime.accelerate import accelerate, fallbacks
 
+    if args.backend:
+        ops.choose(model.pos_embed.device, args.backend)  # raises for a float model too
     fast = accelerate(model, args.backend, debug=args.debug)
     if fast is model:
         ignored = [flag for flag, used in (("--backend", args.backend), ("--debug", args.debug)) if used]
@@ -226,14 +237,3 @@ def load_vae(name: str, model: DiT, device: torch.device, default: str, checkpoi
         space, fit = ("pixels", "none") if pixels else ("latents", "ema or mse")
         raise UserError(f"--vae is {name}, but the model has {channels} channels ({space}); choose {fit}")
     return load_autoencoder(name, device)
-
-
-def output_file(path: Path, *suffixes: str) -> None:
-    """Create the folder of an output file. Raises UserError if it cannot be written or has none of the suffixes."""
-    from svdit.files import writable_folder
-
-    if path.suffix not in suffixes:
-        raise UserError(f"--output is {path}; choose a name that ends in {' or '.join(suffixes)}")
-    if path.is_dir():
-        raise UserError(f"--output is {path}, which is a folder; choose the name of a file")
-    writable_folder(path.parent)

@@ -10,8 +10,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli import setup
-from svdit.cli.arguments import Parser, keys, natural, not_negative, positive, share
+from svdit.cli import outputs, setup
+from svdit.cli.arguments import Parser, integer, keys, many, output, path, pixels, positive, ratio, share
 from svdit.errors import UserError
 from svdit.printing import write_out
 
@@ -32,14 +32,21 @@ def parser() -> Parser:
     add(
         "--data",
         "--data-path",
+        type=path,
         required=True,
         metavar="DATA",
         help="folder with one sub-folder per class; .npz with labels and arr_0, or labels, jpeg and offsets; or digits",
     )
     add("--model", default="DiT-XL/2", metavar="NAME", help="default: %(default)s")
-    add("--image-size", type=positive, metavar="PIXELS", help="default: the model's, or 256")
-    add("--num-classes", type=positive, metavar="K", help="default: the number of classes in the data")
-    add("--vae", default="auto", metavar="NAME", help="ema, mse, a local folder, or none for pixel space; default: ema")
+    add("--image-size", type=pixels, metavar="PIXELS", help="default: the model's, or 256")
+    add("--num-classes", type=many, metavar="K", help="default: the number of classes in the data")
+    add(
+        "--vae",
+        type=path,
+        default="auto",
+        metavar="NAME",
+        help="ema, mse, a local folder, or none for pixel space; default: ema",
+    )
     add("--augment", default="flip", choices=keys("training/data.py", "AUGMENTATIONS"), help="default: %(default)s")
     add_training(parser)
     add_machine(parser)
@@ -50,11 +57,11 @@ def add_training(parser: Parser) -> None:
     """The options that decide the result; they must match when a run is resumed."""
     group = parser.add_argument_group("training")
     length = group.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive, default=EPOCHS, metavar="N", help="default: %(default)s")
-    length.add_argument("--steps", type=positive, metavar="N", help="training steps, instead of --epochs")
+    length.add_argument("--epochs", type=many, default=EPOCHS, metavar="N", help="default: %(default)s")
+    length.add_argument("--steps", type=integer(1, 10**9), metavar="N", help="training steps, instead of --epochs")
     add = group.add_argument
-    add("--global-batch-size", type=positive, default=256, metavar="N", help="over all processes; default: %(default)s")
-    add("--lr", type=not_negative, default=1e-4, help="constant learning rate of AdamW; default: %(default)s")
+    add("--global-batch-size", type=many, default=256, metavar="N", help="over all processes; default: %(default)s")
+    add("--lr", type=ratio, default=1e-4, help="constant learning rate of AdamW; default: %(default)s")
     add("--ema-decay", type=share, default=0.9999, metavar="D", help="default: %(default)s")
     add("--label-dropout", type=share, default=0.1, metavar="P", help="for guidance; default: %(default)s")
     setup.add_seed(group, "--seed", "--global-seed")
@@ -67,7 +74,7 @@ def add_machine(parser: Parser) -> None:
     add = group.add_argument
     add(
         "--results-dir",
-        type=Path,
+        type=output,
         default=Path("results"),
         metavar="DIR",
         help="writes last.pt, ema.safetensors, loss.csv, loss.png and samples/; resumes from last.pt; "
@@ -76,7 +83,7 @@ def add_machine(parser: Parser) -> None:
     add("--log-every", type=positive, default=100, metavar="STEPS", help="default: %(default)s")
     options: dict[str, Any] = {"dest": "checkpoint_every", "metavar": "STEPS", "type": positive, "default": 10_000}
     add("--ckpt-every", help="checkpoint and samples; default: %(default)s", **options)
-    options = {"dest": "workers", "metavar": "N", "type": natural, "default": 4}
+    options = {"dest": "workers", "metavar": "N", "type": integer(0, 256), "default": 4}
     add("--num-workers", help="data loading processes; default: %(default)s", **options)
     setup.add_device(group)
 
@@ -97,6 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
     device = setup.device(args.device)
     image_size, pixel_space = image_space(args)
+    outputs.check_outside("--results-dir", args.results_dir, args.data)
     writable_folder(args.results_dir)
     with session(device), reserved(args.results_dir):
         images = data.load(args.data, image_size, args.num_classes)

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from svdit.cli.arguments import Parser
+from svdit.cli.arguments import Parser, path
 from svdit.errors import UserError
 from svdit.printing import write_out
 
@@ -19,8 +19,8 @@ TOLERANCE = 1e-4  # relative, for errors recomputed on another CPU, which sums i
 def parser() -> Parser:
     """The options of `svdit verify`."""
     parser = Parser("svdit verify", description="Check a quantized checkpoint against its source.")
-    parser.add_argument("file", metavar="FILE", help="the quantized checkpoint")
-    parser.add_argument("--against", required=True, metavar="SOURCE", help="the checkpoint it was made from")
+    parser.add_argument("file", type=path, metavar="FILE", help="the quantized checkpoint")
+    parser.add_argument("--against", type=path, required=True, metavar="SOURCE", help="the checkpoint it was made from")
     return parser
 
 

@@ -30,6 +30,8 @@ class Options:
     progress: bool = False  # show progress bars on stderr
 
     def __post_init__(self) -> None:
+        if self.metrics is not None and not self.metrics:
+            raise UserError(f"metrics is {self.metrics!r}; choose from {', '.join(METRICS)}, or pass None for all")
         for name in self.metrics or ():
             if name not in METRICS:
                 raise UserError(f"there is no metric {name!r}; choose from {', '.join(METRICS)}")

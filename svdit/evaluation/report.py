@@ -164,6 +164,8 @@ def _aligned(rows: Sequence[Sequence[str]], right: bool = False) -> list[list[st
 def read_report(path: str | Path) -> dict[str, Any]:
     """The content of a `metrics.json`, or of the one in a folder. Raises UserError if it is not one."""
     path = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; pass the folder that svdit evaluate --output wrote")
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -41,10 +41,15 @@ class SamplingConfig:
             )
         if self.cfg_channels is not None and self.cfg_channels < 1:
             raise UserError(f"cfg_channels is {self.cfg_channels}; choose at least 1, or None for all channels")
-        if self.cfg_interval is not None and not 0 <= self.cfg_interval[0] <= self.cfg_interval[1] < 1000:
-            first, last = self.cfg_interval
+        first, last = self.cfg_interval or (0, 999)
+        if not 0 <= first <= last < 1000:
             raise UserError(f"cfg_interval is {first} to {last}; choose two ascending timesteps from 0 to 999")
-        make_schedule(self.steps)
+        timesteps = make_schedule(self.steps).timesteps.tolist()
+        if self.cfg_interval is not None and not any(first <= t <= last for t in timesteps):
+            raise UserError(
+                f"cfg_interval is {first} to {last}, without a timestep of the {self.steps} sampling steps; "
+                "choose a wider one, or a guidance scale of 1"
+            )
 
 
 def _silent(done: int, x: Tensor) -> None:

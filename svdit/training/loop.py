@@ -53,7 +53,9 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range and for a batch that the processes cannot share."""
-        for name, most in (("lr", math.inf), ("ema_decay", 1), ("label_dropout", 1), ("workers", math.inf)):
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"lr is {self.lr}; choose a finite value above 0")
+        for name, most in (("ema_decay", 1), ("label_dropout", 1), ("workers", math.inf)):
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"{name} is {getattr(self, name)}; choose a value from 0 to {most}")
         if self.global_batch_size % distributed.world_size():

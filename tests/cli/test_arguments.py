@@ -9,7 +9,7 @@ import pytest
 from pixels import ROOT
 
 from svdit.cli import COMMANDS, MODULES, command
-from svdit.cli.arguments import Parser, finite, integer, keys, ratio
+from svdit.cli.arguments import Parser, decibels, integer, keys, ratio
 from svdit.quant.config import ADALN, RECIPES
 
 
@@ -46,10 +46,10 @@ def test_integers_out_of_range(text: str) -> None:
         integer(1)(text)
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "x", ""])
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "x", "", "1_0", "١", " 1", "0x10"])
 def test_numbers_are_finite(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is not a number"):
-        finite(text)
+        decibels(text)
 
 
 def test_bounds_are_inclusive_or_not_as_described() -> None:

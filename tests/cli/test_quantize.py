@@ -77,7 +77,7 @@ def test_the_same_command_writes_the_same_file(checkpoint: Path) -> None:
         (["--skip", "blocks.*", "--skip", "block.*"], "'block.*' matches no linear layer"),
         (["--output", "{folder}/q.bin"], "q.bin; choose a name that ends in .safetensors or .pt"),
         (["--output", "{folder}/folder.pt"], "folder.pt, which is a folder"),
-        (["--output", "{folder}/tiny.safetensors"], "which is also the source"),
+        (["--output", "{folder}/tiny.safetensors"], "which is also the input"),
         (["--device", "meta"], "device 'meta' is not supported"),
     ],
 )

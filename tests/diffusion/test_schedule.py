@@ -40,8 +40,19 @@ def test_sections_are_ascending_and_counted(counts: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["0", "-3", "ten", "", "1001", "ddim7,", "ddim999", "3,,4", "2.5", "ddim10,20", "ddim", "9" * 5000]
+    "bad", ["0", "-3", "ten", "", "1001", "ddim7,", "ddim999", "ddim1", "3,,4", "2.5", "ddim10,20", "ddim", "9" * 5000]
 )
 def test_impossible_spacings_are_sentences(bad: str) -> None:
     with pytest.raises(UserError, match=r"use|choose"):
         make_schedule(bad)
+
+
+def test_ddim_spacings_are_the_published_ones() -> None:
+    """guided-diffusion's rule: the first stride below 1000 that selects as many timesteps as asked for."""
+    for count in range(1, TIMESTEPS + 1):
+        strides = [n for n in range(1, TIMESTEPS) if len(range(0, TIMESTEPS, n)) == count]
+        if strides:
+            assert spaced_timesteps(f"ddim{count}") == list(range(0, TIMESTEPS, strides[0]))
+        else:
+            with pytest.raises(UserError, match="no stride selects"):
+                spaced_timesteps(f"ddim{count}")

@@ -1,0 +1,40 @@
+"""Outputs that do not harm inputs: checked before any work, under every name that a file has."""
+
+from pathlib import Path
+
+from svdit.errors import UserError
+
+
+def output_file(path: Path, *suffixes: str) -> None:
+    """Create the folder of an output file.
+
+    Raises UserError if it cannot be written, has none of the suffixes, or lies among images.
+    """
+    from svdit.files import writable_folder
+
+    if path.suffix not in suffixes:
+        raise UserError(f"--output is {path}; choose a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"--output is {path}, which is a folder; choose the name of a file")
+    check_outside("--output", path)
+    writable_folder(path.parent)
+
+
+def check_distinct(option: str, path: Path, *inputs: str | Path) -> None:
+    """Raises UserError where `option`'s file is one of the inputs, through links as well."""
+    for each in map(Path, inputs):
+        if path.resolve() == each.resolve() or (path.exists() and each.exists() and path.samefile(each)):
+            raise UserError(f"{option} is {path}, which is also the input {each}; choose another name")
+
+
+def check_outside(option: str, path: Path, *inputs: str | Path, itself: bool = True) -> None:
+    """Raises UserError for an output in a folder of inputs or of generated images, which would become one of them.
+
+    `itself`: also where the output is that folder.
+    """
+    from svdit.manifest import read_manifest
+
+    place, folders = path.resolve(), [Path(each).resolve() for each in inputs]
+    for folder in (place, *place.parents) if itself else place.parents:
+        if folder.is_dir() and (folder in folders or read_manifest(folder / "manifest.json")):
+            raise UserError(f"{option} is {path}, inside the images of {folder}; choose a folder outside of it")
