@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from svdit.checkpoints.store import load_model, save_model
     from svdit.evaluation.compare import compare
     from svdit.evaluation.evaluate import evaluate
+    from svdit.holdout import held_out
     from svdit.kernels.formats import Format
     from svdit.model.dit import DiT
     from svdit.model.zoo import DiT_models
@@ -32,6 +33,7 @@ _MODULES = {
     "Rule": "quant.config",
     "recipe_for": "quant.config",
     "Format": "kernels.formats",
+    "held_out": "holdout",
     "load_model": "checkpoints.store",
     "save_model": "checkpoints.store",
     "accelerate": "runtime.accelerate",
@@ -45,7 +47,7 @@ _MODULES = {
 
 __all__ = [
     "DiT", "DiT_models", "Format", "QuantConfig", "Rule", "accelerate", "compare", "evaluate", "generate",
-    "generate_dataset", "load_model", "quantize_", "recipe_for", "save_model",
+    "generate_dataset", "held_out", "load_model", "quantize_", "recipe_for", "save_model",
 ]  # fmt: skip
 
 

@@ -10,12 +10,13 @@ from benchmarks import structure
 
 ROOT = Path(__file__).parents[1]
 GROUND = {
-    *("errors", "files", "images", "npz", "manifest", "distributed", "download", "peers"),
+    *("errors", "files", "holdout", "images", "npz", "manifest", "distributed", "download", "peers"),
     *("extras", "printing", "progress", "shims", "checksum", "filetype", "pickles"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors", "printing"},
+    "holdout": set(),
     "shims": set(),
     "checksum": set(),
     "extras": {"errors", "shims"},

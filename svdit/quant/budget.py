@@ -23,7 +23,7 @@ from svdit.quant.observe import ForwardLoop, Statistics, chunks, full_precision,
 from svdit.quant.select import Selection, select
 from svdit.quant.sensitivity import Call, recording, sensitivities
 from svdit.quant.solve import fit
-from svdit.quant.transforms import TRIED, Transform, choose_transform
+from svdit.quant.transforms import Transform, choose_transform
 
 RESOLUTION = 1 << 14
 HEADER = 1500  # bytes of a layer's names and spec in the file
@@ -149,7 +149,7 @@ def options_of(selection: Selection, statistics: dict[str, Statistics]) -> Optio
 
 def layer_options(linear: nn.Linear, recipe: Recipe, statistics: Statistics) -> list[Option]:
     """How a layer could be stored, with the squared output error of each option."""
-    W, x = linear.weight.detach().float(), statistics.selection_rows[:TRIED]
+    W, x = linear.weight.detach().float(), statistics.sample
     transform, _ = choose_transform(W, statistics, fit(recipe, W))
     hat, What = transform.inputs(x), transform.weight(W)
     lost = ref.fake_quantize(hat, recipe.act) - hat if recipe.act else 0 * hat

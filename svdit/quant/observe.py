@@ -1,26 +1,39 @@
 """Calibration statistics of a layer's inputs: mean, second moment, extremes, and a sample of rows.
 
-All later steps need only these: mean and second moment of ((x − μ)/λ)H follow from those of x.
+All later steps need only these: mean and second moment of ((x − μ)/λ)H follow from those of x. Errors are reported on
+rows that enter none of them: what the loop shows within `held_out`, else one of every GROUP examples. Whole examples
+are held out, since the tokens of one image resemble each other.
 """
 
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from svdit.errors import UserError
+from svdit.holdout import is_held_out
 
 ForwardLoop = Callable[[nn.Module], Any]
-SAMPLE = 1024  # rows kept: half to select by, half held out
+SAMPLE = 512  # rows kept to base choices on, and as many held out
+GROUP, TOKENS = 8, 64  # one of 8 examples is held out, of fewer none; and at most 64 rows of each are kept
 BLOCK = 512  # rows of the Gram matrix that are computed together
+
+
+class Example(NamedTuple):
+    """An example that is held out, perhaps for a time."""
+
+    key: float  # random
+    rows: Tensor  # (M, I)
+    keys: Tensor  # (M,), random
 
 
 @dataclass
 class Statistics:
-    """Of all rows x (I,) that entered one layer."""
+    """Of all rows x (I,) that entered one layer, except for those held out."""
 
     count: int
     total: Tensor  # (I,) float64
@@ -29,6 +42,9 @@ class Statistics:
     maximum: Tensor  # (I,)
     buffer: Tensor  # (SAMPLE, I), preallocated to avoid heap fragmentation
     keys: Tensor  # the sample's random keys, ascending; on the CPU, as their generator is
+    held: list[Example] = field(default_factory=list)  # those with the smallest keys, ascending; at most SAMPLE rows
+    examples: int = 0
+    marked: bool = False  # whether the loop marks what is held out
 
     @classmethod
     def empty(cls, features: int, device: torch.device) -> "Statistics":
@@ -43,26 +59,60 @@ class Statistics:
     @staticmethod
     def nbytes(features: int) -> int:
         """Bytes of the statistics of an input of that width, within a few rows."""
-        return 4 * features * (features + BLOCK) + 4 * SAMPLE * features
+        return 4 * features * (features + BLOCK) + 4 * 2 * SAMPLE * features
 
-    def add(self, x: Tensor, generator: torch.Generator) -> None:
-        """Include the rows of x (M, I)."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
+    def add(self, x: Tensor, generator: torch.Generator, held_out: bool = False) -> None:
+        """Include x (N, …, I) of N examples, or (M, I) of M. Which are held out does not depend on the batch size."""
+        x = x.detach().float()
+        x = x.flatten(1, -2) if x.ndim > 2 else x.reshape(-1, 1, x.shape[-1])  # (N, T, I)
+        keys = torch.rand(len(x), 1 + x.shape[1], generator=generator, device="cpu")
+        out: list[Example] = []
+        if held_out and not self.marked:
+            self.marked, self.held, out = True, [], self.held
+        chosen = torch.full((len(x),), held_out, device="cpu") if self.marked else self._turns(len(x))
+        for i in chosen.nonzero().flatten().tolist():
+            left = self._hold(Example(float(keys[i, 0]), x[i], keys[i, 1:]))
+            out += [] if held_out else left
+        rest = (x[~chosen.to(x.device)], keys[~chosen, 1:]) if chosen.any() else (x, keys[:, 1:])
+        rows, keys = rest[0].flatten(0, 1), rest[1].flatten()
+        if out:
+            rows = torch.cat([rows, *(example.rows for example in out)])
+            keys = torch.cat([keys, *(example.keys for example in out)])
+        if len(rows):
+            self._include(rows, keys)
+
+    def _turns(self, count: int) -> Tensor:
+        """Whether each of the next examples is held out (count,): one of GROUP, at changing places: loops repeat."""
+        numbers = torch.arange(self.examples, self.examples + count, device="cpu")
+        self.examples += count
+        return numbers % GROUP == (3 * (numbers // GROUP) + GROUP - 1) % GROUP
+
+    def _hold(self, example: Example) -> list[Example]:
+        """Hold out an example; returns those that must leave for it, or itself."""
+        order = example.keys.argsort()[:TOKENS]
+        kept = Example(example.key, example.rows[order.to(example.rows.device)], example.keys[order])
+        insort(self.held, kept, key=lambda each: each.key)
+        left: list[Example] = []
+        while len(self.held) > 1 and sum(len(each.rows) for each in self.held) > SAMPLE:
+            left.append(self.held.pop())
+        return [example if each is kept else each for each in left]
+
+    def _include(self, x: Tensor, keys: Tensor) -> None:
+        """Include the rows of x (M, I), with their random keys (M,), in every statistic."""
         self.count += len(x)
         self.total += x.sum(0, dtype=torch.float64)
         for i, block in zip(range(0, x.shape[1], BLOCK), self.gram, strict=True):
             block += x[:, i : i + BLOCK].T @ x[:, i:]
         self.minimum, self.maximum = torch.minimum(self.minimum, x.amin(0)), torch.maximum(self.maximum, x.amax(0))
         # The rows with the smallest of uniform random keys are a uniform sample.
-        new = torch.rand(len(x), generator=generator, device="cpu")
-        keys, order = torch.cat([self.keys, new]).sort(stable=True)
+        keys, order = torch.cat([self.keys, keys]).sort(stable=True)
         rows = torch.cat([self.sample, x])
         self.keys = keys[:SAMPLE].clone()
         torch.index_select(rows, 0, order[:SAMPLE].to(x.device), out=self.sample)
 
     @property
     def sample(self) -> Tensor:
-        """Up to SAMPLE rows (M, I), uniformly drawn."""
+        """Up to SAMPLE rows (M, I), uniformly drawn, that choices are based on."""
         return self.buffer[: len(self.keys)]
 
     @property
@@ -81,6 +131,22 @@ class Statistics:
         mean, s = self.total / self.count, shift.double()
         return moment.addr_(mean, s, alpha=-1).addr_(s, mean, alpha=-1).addr_(s, s)
 
+    def expected_moment(self, shift: Tensor | None) -> Tensor:
+        """`second_moment` for unseen rows: few rows correlate by chance, so covariances are shrunk towards zero.
+
+        The weight has the least expected squared error for normal rows (Schäfer and Strimmer, 2005, target D):
+        Σ Var(s_ij) / Σ s_ij² over i ≠ j, with Var(s_ij) = (s_ii s_jj + s_ij²) / rows.
+        """
+        mean = self.total / self.count
+        S = self.second_moment(mean)
+        variances = S.diagonal().clone()
+        square = variances.square().sum()
+        off = S.square().sum() - square
+        weight = ((variances.sum().square() - square + off) / (self.count * off)).clamp(0, 1).nan_to_num(1.0)
+        S.mul_(1 - weight).diagonal().copy_(variances)
+        offset = mean if shift is None else mean - shift.double()
+        return S.addr_(offset, offset)
+
     def vary(self, centre: bool) -> bool:
         """Whether the inputs, centred or not, are more than zeros and rounding errors: above 0.1 % of their RMS."""
         square = torch.cat([block.diagonal() for block in self.gram]) / self.count
@@ -93,14 +159,9 @@ class Statistics:
         return torch.maximum((self.maximum - s).abs(), (self.minimum - s).abs())
 
     @property
-    def selection_rows(self) -> Tensor:
-        """The half of the sample (M, I) that choices are based on."""
-        return self.sample[::2]
-
-    @property
     def holdout_rows(self) -> Tensor:
-        """The other half (M, I), for reported errors."""
-        return self.sample[1::2]
+        """Rows (M, I) for reported errors, in no statistic; none where fewer than GROUP examples were seen."""
+        return torch.cat([self.buffer[:0], *(example.rows for example in self.held)])
 
 
 @torch.no_grad()
@@ -124,7 +185,7 @@ def observe(model: nn.Module, names: Iterable[str], loop: ForwardLoop, seed: int
             with full_precision(x.device):
                 if name not in statistics:
                     statistics[name] = Statistics.empty(x.shape[-1], x.device)
-                statistics[name].add(x, generator)
+                statistics[name].add(x, generator, is_held_out())
 
         return add
 
@@ -133,8 +194,11 @@ def observe(model: nn.Module, names: Iterable[str], loop: ForwardLoop, seed: int
             stack.enter_context(model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True))
         stack.enter_context(evaluating(model))
         loop(model)
-    if missing := [name for name in names if name not in statistics]:
-        raise UserError(f"the forward loop never reached {missing[0]}; skip this layer, or pass a loop that uses it")
+    if missing := [name for name in names if name not in statistics or not statistics[name].count]:
+        raise UserError(
+            f"the forward loop never reached {missing[0]}; skip this layer, or pass a loop that uses it at every run "
+            "(over a list, for example, not over a generator)"
+        )
     return statistics
 
 

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+FEW = 4  # rows per input feature below which the second moment is poorly known
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -17,11 +19,14 @@ class LayerReport:
     residual: bool
     bytes_before: int
     bytes_after: int
-    sqnr: float | None  # dB, of the layer's output on held-out inputs; None where undefined: no inputs, or all zero
+    sqnr: float | None  # dB, of the layer's output on held-out inputs; None where undefined: no such rows, or zeros
     weight_error: float  # ‖W − W'‖ / ‖W‖, or 0 for a weight of zeros
     alpha: float
     beta: float
     note: str = ""
+    inputs: int = 0  # features
+    rows: int = 0  # of inputs that the layer was fitted to; 0 without calibration
+    held_out: int = 0  # of other inputs, that `sqnr` is measured on
 
 
 @dataclass
@@ -44,6 +49,13 @@ class QuantReport:
         """What a user should know before using the result, as sentences."""
         sentences = [f"{name} was not quantized: {reason}" for name, reason in self.skipped.items()]
         sentences += [f"{line.name}: {line.note}" for line in self.layers if line.note]
+        if few := [line for line in self.layers if 0 < line.rows < FEW * line.inputs]:
+            worst = min(few, key=lambda line: line.rows / line.inputs)
+            sentences.append(
+                f"{len(few)} of {len(self.layers)} layers were calibrated with fewer than {FEW} rows per input feature "
+                f"(the fewest: {worst.name}, {worst.rows} rows for {worst.inputs} features); covariances are shrunk "
+                "towards zero, but more inputs give a better model"
+            )
         grown = [line for line in self.layers if not line.residual and line.numbers_after > line.numbers_before]
         if grown:
             ratio = sum(line.numbers_after for line in grown) / sum(line.numbers_before for line in grown)

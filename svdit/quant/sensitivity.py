@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from svdit.errors import UserError
+from svdit.holdout import is_held_out
 from svdit.quant.observe import ForwardLoop, evaluating, full_precision
 
 CALLS, ROWS = 16, 2  # calls of the model that are replayed, and rows of the batch in each
@@ -21,7 +22,8 @@ Call = tuple[Any, ...]  # positional arguments
 def recording(loop: ForwardLoop, calls: list[Call], seed: int = 0) -> ForwardLoop:
     """The loop, which also stores in `calls` the arguments of CALLS random calls, cut to ROWS rows.
 
-    The returned loop raises UserError if the model is never called, or with keyword arguments only.
+    Calls that are held out are not stored. The returned loop raises UserError if the model is never called, or with
+    keyword arguments only.
     """
 
     def recorded(model: nn.Module) -> None:
@@ -29,6 +31,8 @@ def recording(loop: ForwardLoop, calls: list[Call], seed: int = 0) -> ForwardLoo
         kept: list[tuple[float, Call]] = []
 
         def keep(module: nn.Module, inputs: Call) -> None:
+            if is_held_out():
+                return
             if not inputs:
                 raise UserError("the forward loop passes the model keyword arguments only; pass its input by position")
             rows = torch.randperm(len(inputs[0]), generator=generator, device="cpu")[:ROWS]

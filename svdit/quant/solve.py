@@ -94,6 +94,9 @@ def quantize_linear(
         alpha=alpha,
         beta=beta,
         note=note,
+        inputs=linear.in_features,
+        rows=statistics.count if statistics else 0,
+        held_out=len(statistics.holdout_rows) if statistics else 0,
     )
     return layer, report
 
@@ -124,7 +127,7 @@ def pose(W: Tensor, recipe: Recipe, transform: Transform, statistics: Statistics
     """The problem of W (O, I) after the transform."""
     if statistics is None or not recipe.needs_inputs:
         return Problem(transform.weight(W), recipe)
-    moment, rows = transform.second_moment(statistics), transform.inputs(statistics.selection_rows)
+    moment, rows = transform.second_moment(statistics), transform.inputs(statistics.sample)
     return Problem(transform.weight(W), recipe, moment, rows)
 
 
@@ -262,6 +265,8 @@ def assemble(linear: nn.Linear, recipe: Recipe, transform: Transform, split: Spl
 
 def layer_sqnr(linear: nn.Linear, layer: SVDLinear, x: Tensor) -> float | None:
     """10 log10 of signal to noise in the layer's output without bias, for inputs x (M, I); None where one is zero."""
+    if not len(x):
+        return None
     y, bias = linear(x.to(linear.weight.dtype)).float(), bias_of(linear)
     signal = y if bias is None else y - bias
     sqnr = float(10 * torch.log10(signal.square().sum() / (layer(x).float() - y).square().sum()))

@@ -15,7 +15,6 @@ from svdit.quant.lowrank import truncated_svd
 from svdit.quant.observe import Statistics
 
 LIMITS = (1e-4, 1e4)  # of λ
-TRIED = 512  # rows of the sample that candidates are evaluated on
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Transform:
         return mix(W if self.scale is None else W * self.scale, self.hadamard)
 
     def second_moment(self, statistics: Statistics) -> Tensor:
-        """E[x̂ x̂ᵀ] (I, I) float64, by congruence."""
-        R = statistics.second_moment(self.shift)
+        """E[x̂ x̂ᵀ] (I, I) float64 of unseen inputs, by congruence."""
+        R = statistics.expected_moment(self.shift)
         if self.scale is not None:
             R.div_(self.scale).div_(self.scale[:, None])
         return mix(mix(R, self.hadamard).T, self.hadamard)
@@ -78,7 +77,7 @@ def choose_transform(W: Tensor, statistics: Statistics, recipe: Recipe) -> tuple
         shift = torch.full_like(statistics.mean, recipe.shift)
     if not recipe.smoothing:
         return Transform(shift, None, recipe.hadamard), (0.0, 0.0)
-    absmax, x = statistics.absmax(shift), statistics.selection_rows[:TRIED]
+    absmax, x = statistics.absmax(shift), statistics.sample
     Y = (x if shift is None else x - shift) @ W.T
     best, least, chosen = Transform(shift, None, recipe.hadamard), torch.inf, (0.0, 0.0)
     for alpha, beta in candidates(recipe.smoothing):

@@ -55,12 +55,12 @@ def layer_table(layers: Sequence["LayerReport"]) -> Table:
 
 
 def kind_table(layers: Sequence["LayerReport"]) -> Table:
-    """One row per kind of layer: count, total size, median SQNR, worst SQNR and its block."""
+    """One row per kind of layer: count, total size, fewest rows fitted and held out, median and worst SQNR."""
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("layers", no_wrap=True)
     for column in ("weights", "activations", "rank"):
         table.add_column(column)
-    for column in ("MB", "SQNR, dB", "worst"):
+    for column in ("MB", "rows", "held out", "SQNR, dB", "worst"):
         table.add_column(column, justify="right", no_wrap=True)
     for kind, lines in by_kind(layers).items():
         known = sorted((line.sqnr, line.name) for line in lines if line.sqnr is not None)
@@ -72,6 +72,8 @@ def kind_table(layers: Sequence["LayerReport"]) -> Table:
             ", ".join(sorted({line.act for line in lines})),
             ", ".join(map(str, sorted({line.rank for line in lines}))),
             f"{before / 1e6:.1f} → {after / 1e6:.1f}",
+            str(min(line.rows for line in lines) or "–"),
+            str(min(line.held_out for line in lines) or "–"),
             f"{median(sqnr for sqnr, _ in known):.1f}" if known else "–",
             " ".join([f"{known[0][0]:.1f}", *block]) if known else "–",
         )
@@ -84,7 +86,7 @@ def single_table(layers: Sequence["LayerReport"]) -> Table:
     table.add_column("layer", no_wrap=True)
     for column in ("weights", "activations"):
         table.add_column(column)
-    for column in ("rank", "KB", "weight error", "SQNR, dB"):
+    for column in ("rank", "KB", "rows", "held out", "weight error", "SQNR, dB"):
         table.add_column(column, justify="right")
     for line in layers:
         table.add_row(
@@ -93,6 +95,8 @@ def single_table(layers: Sequence["LayerReport"]) -> Table:
             line.act,
             str(line.rank),
             f"{line.bytes_after / 1e3:.1f}",
+            str(line.rows or "–"),
+            str(line.held_out or "–"),
             f"{line.weight_error:.4f}",
             "–" if line.sqnr is None else f"{line.sqnr:.1f}",
         )

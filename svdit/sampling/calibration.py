@@ -1,11 +1,13 @@
 """Forward loops for calibration: the model's own sampling steps on random labels. No data set is needed.
 
 DDIM with both guidance halves, so every layer sees its sampling inputs at all noise levels. Conditioning layers
-(adaLN) see few inputs that way; theirs depend only on (t, y) and are sampled directly.
+(adaLN) see few inputs that way; theirs depend only on (t, y) and are sampled directly. Errors are reported on images
+of their own: consecutive steps of one image resemble each other.
 """
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.diffusion.schedule import TIMESTEPS
 from svdit.errors import UserError
+from svdit.holdout import held_out
 from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
 from svdit.sampling.batch import SamplingConfig, generate
@@ -45,9 +48,12 @@ def calibration_loop(
 ) -> Callable[[nn.Module], None]:
     """A loop that generates `images` images with its argument, a DiT; the same noise and labels at every call.
 
-    `progress(done, total)` counts sampling steps. The loop raises UserError for another model.
+    It generates up to 1/8 more, two at least, that are held out for reported errors. `progress(done, total)` counts
+    sampling steps. The loop raises UserError for another model.
     """
     config = SamplingConfig("ddim", str(steps), cfg_scale)
+    batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)]
+    others = range(images, images + min(batch_size, max(2, images // 8)))
 
     @torch.no_grad()
     def loop(model: nn.Module) -> None:
@@ -55,25 +61,27 @@ def calibration_loop(
             raise UserError(
                 f"this calibration loop samples from a DiT, not a {type(model).__name__}; pass your own loop"
             )
-        batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)]
-        for done, indices in enumerate(batches):
+        for done, indices in enumerate([*batches, others]):
 
             def tick(step: int, x: Tensor, before: int = done * steps) -> None:
-                progress(before + step, steps * len(batches))
+                progress(before + step, steps * (len(batches) + 1))
 
             labels = image_labels(seed, indices, model.config.num_classes)
             noise = image_noise(seed, indices, model.input_shape, model.pos_embed.device)
-            generate(model, labels, config, noise=noise, callback=tick)
-        show_conditions(model, seed)
+            with held_out() if indices is others else nullcontext():
+                generate(model, labels, config, noise=noise, callback=tick)
+        show_conditions(model, seed, CONDITIONS)
+        with held_out():
+            show_conditions(model, seed + 1, CONDITIONS // 8)
 
     return loop
 
 
-def show_conditions(model: DiT, seed: int) -> None:
-    """Call every adaLN layer with random timesteps and labels, half of them the null class if there is one."""
+def show_conditions(model: DiT, seed: int, count: int) -> None:
+    """Call every adaLN layer with the conditioning of `count` random pairs (t, y), half of the null class (if any)."""
     generator = torch.Generator().manual_seed(seed)
-    t = torch.randint(TIMESTEPS, (CONDITIONS,), generator=generator)
-    y = torch.randint(model.config.num_classes, (CONDITIONS,), generator=generator)
+    t = torch.randint(TIMESTEPS, (count,), generator=generator)
+    y = torch.randint(model.config.num_classes, (count,), generator=generator)
     if model.config.has_null_class:
         y[::2] = model.null_class
     device, dtype = model.pos_embed.device, model.pos_embed.dtype

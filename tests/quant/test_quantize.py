@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import relative
+from helpers import hard_inputs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -17,10 +18,11 @@ from svdit.quant import quantize as module
 from svdit.quant import resume
 from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, rank_ratio_config
 from svdit.quant.linear import linears, quantized_layers
-from svdit.quant.observe import Statistics
+from svdit.quant.observe import SAMPLE, Statistics, observe
 from svdit.quant.quantize import quantize_
-from svdit.quant.solve import quantize_linear
-from svdit.sampling.calibration import calibration_loop, calibration_size
+from svdit.quant.sensitivity import Call, recording
+from svdit.quant.solve import layer_sqnr, quantize_linear
+from svdit.sampling.calibration import CONDITIONS, calibration_loop, calibration_size
 
 CONFIG = dit_config(replace(RECIPES["w4a8"], rank=4))
 LOOP = calibration_loop(images=4, steps=5)
@@ -60,6 +62,36 @@ def test_any_module_will_do() -> None:
         )
         assert [line.name for line in report.layers] == ["0"]
         assert 0 < relative(model(batches), before) < 0.02
+
+
+@pytest.mark.parametrize("rows_per_feature", [0.5, 2, 16])
+@torch.no_grad()
+def test_the_reported_sqnr_is_that_of_unseen_inputs(rows_per_feature: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 96))
+    linear, tokens = model[0], 4
+    x = hard_inputs(int(32 * rows_per_feature) * 8 // 7 * tokens).view(-1, tokens, 128)
+    report = quantize_(model, QuantConfig((Rule("*", replace(RECIPES["w4a8"], rank=8)),)), lambda m: m(x))
+    line, fresh = report.layers[0], hard_inputs(4096, seed=7)
+    assert line.rows + line.held_out == len(x) * tokens and line.held_out == len(x) // 8 * tokens
+    assert line.sqnr == pytest.approx(layer_sqnr(linear, model[0], fresh), abs=1.5)
+    few = f"fewer than 4 rows per input feature (the fewest: 0, {line.rows} rows for 128 features)"
+    assert [few in warning for warning in report.warnings] == [True] * (rows_per_feature < 4)
+
+
+@torch.no_grad()
+def test_too_few_examples_report_no_sqnr() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    report = quantize_(model, QuantConfig((Rule("*", RECIPES["w8a8"]),)), lambda m: m(torch.randn(7, 99, 64)))
+    assert (report.layers[0].sqnr, report.layers[0].rows, report.layers[0].held_out) == (None, 7 * 99, 0)
+
+
+def test_calibration_images_are_held_out_as_a_whole(tiny: DiT) -> None:
+    names, calls = ["blocks.0.mlp.fc1", "blocks.1.adaLN_modulation.1"], list[Call]()
+    fc1, adaln = observe(tiny, names, recording(LOOP, calls)).values()
+    assert (fc1.count, len(fc1.holdout_rows)) == (4 * 5 * 2 * 4, 2 * 5 * 2 * 4)  # images, steps, halves, tokens
+    assert adaln.count == 4 * 5 * 2 + CONDITIONS and len(adaln.holdout_rows) == SAMPLE
+    assert len(calls) == 5  # of the one batch that is not held out
 
 
 def test_the_documented_mode_needs_no_calibration(tiny: DiT) -> None:
@@ -203,5 +235,5 @@ def test_a_large_model_is_shown_eight_tokens_a_feature() -> None:
 def test_emulated_formats_are_called_so(tiny: DiT, preset: str, where: str) -> None:
     recipe = replace(RECIPES[preset], rank=4, smoothing=0, iterations=1)
     report = quantize_(tiny, QuantConfig((Rule("blocks.0.mlp.*", recipe),)), LOOP)
-    assert [where in warning and "emulated" in warning for warning in report.warnings] == [True]
+    assert [where in warning for warning in report.warnings if "emulated" in warning] == [True]
     assert "emulated" not in str(quantize_(DiT(tiny.config), rank_ratio_config(0.5, 8)).warnings)

@@ -102,7 +102,7 @@ def test_subclasses_with_their_own_forward_are_skipped_by_name() -> None:
     report = quantize_(model, ALL, loop)
     assert type(model[0]) is Doubled
     assert list(quantized_layers(model)) == ["1"]
-    assert report.warnings == ["0 was not quantized: Doubled is a subclass of nn.Linear with its own forward"]
+    assert report.warnings[0] == "0 was not quantized: Doubled is a subclass of nn.Linear with its own forward"
     with pytest.raises(UserError, match=r"no rule .* selects a linear layer.*0: Doubled is a subclass"):
         quantize_(nn.Sequential(Doubled(64, 64)), ALL, loop)
 
@@ -157,7 +157,8 @@ def test_training_mode_is_restored_and_calibration_runs_without_dropout() -> Non
     assert [m.training for m in model.modules()] == [True, False, True, True]
     assert all(torch.equal(value, running[name]) for name, value in model[2].state_dict().items())
     statistics = observe(nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 64)).train(), ["1"], loop)
-    assert torch.allclose(statistics["1"].mean, BATCHES.mean((0, 1, 2)), atol=1e-5)
+    batches = {tuple(row.tolist()) for row in BATCHES.flatten(0, 2)}
+    assert {tuple(row.tolist()) for row in statistics["1"].sample} < batches  # nothing is dropped or scaled
 
 
 CONTEXTS: dict[str, Callable[[], AbstractContextManager[None]]] = {
@@ -205,7 +206,8 @@ def test_linears_called_by_keyword_or_with_no_rows_are_observed() -> None:
             return self.linear(input=x[:0]).sum() + self.linear(input=x)
 
     model = Keyword()
-    assert observe(model, ["linear"], loop)["linear"].count == BATCHES[..., 0].numel()
+    found = observe(model, ["linear"], loop)["linear"]
+    assert found.count + len(found.holdout_rows) == BATCHES[..., 0].numel()
     assert len(quantize_(model, PLAIN, loop).layers) == 1
 
 

@@ -29,8 +29,8 @@ def test_transforms_are_exact(shift: torch.Tensor | None, scale: torch.Tensor | 
 @pytest.mark.parametrize("hadamard", [0, 64])
 def test_second_moment_follows_by_congruence(statistics: Statistics, hadamard: int) -> None:
     transform = Transform(statistics.mean, SCALE.float(), hadamard)
-    hat = transform.inputs(hard_inputs(4096)).double()
-    expected = hat.T @ hat / len(hat)
+    T = transform.inputs(torch.eye(128) + statistics.mean).double()  # row by row what a unit vector becomes
+    expected = T.T @ statistics.expected_moment(statistics.mean) @ T
     assert float((transform.second_moment(statistics) - expected).norm() / expected.norm()) < 1e-5
 
 
