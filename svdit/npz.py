@@ -61,9 +61,8 @@ def npz_keys(path: str | Path) -> set[str]:
 def npz_digest(path: str | Path) -> str:
     """A hash of the names, sizes and checksums of the arrays, which are not read. Raises UserError as `npz_keys`."""
     with _opened(path) as archive:
-        return sha256(
-            repr([(info.filename, info.file_size, info.CRC) for info in archive.infolist()]).encode()
-        ).hexdigest()
+        members = [(info.filename, info.file_size, info.CRC) for info in archive.infolist()]
+        return sha256(repr(members).encode()).hexdigest()
 
 
 def map_npz(path: str | Path, key: str = "arr_0") -> npt.NDArray[np.generic]:

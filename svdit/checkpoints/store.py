@@ -32,6 +32,8 @@ FOLDED = ("absorbed", "out_scaled")  # earlier versions could fold smoothing int
 def save_model(model: DiT, path: str | Path, *, name: str = "", provenance: dict[str, Any] | None = None) -> None:
     """Write a .safetensors or .pt file with a header; `provenance` is JSON-able: where the weights come from."""
     header = {"name": name, "config": asdict(model.config), "layers": layer_specs(model)}
+    if model.class_names:
+        header["classes"] = list(model.class_names)
     io.write(path, model.state_dict(), {**header, "provenance": provenance or {}})
 
 
@@ -59,6 +61,7 @@ def load_model(
     check_fit(model.state_dict(), tensors, path)
     check_finite(tensors, path)
     model.load_state_dict(tensors, strict=True, assign=True)
+    model.class_names = class_names(header or {}, config, path)
     return model.to(device).eval()
 
 
@@ -123,6 +126,16 @@ def config_from_header(header: io.Header, path: Path) -> DiTConfig:
     """The configuration in a header. Raises UserError, naming the file, for unusable values."""
     with naming(path, "a header without a usable configuration", "save or quantize the model again"):
         return DiTConfig(**known(DiTConfig, header["config"]))
+
+
+def class_names(header: io.Header, config: DiTConfig, path: Path) -> tuple[str, ...]:
+    """The names of all classes in a header; empty for models without. Raises UserError, naming the file, for others."""
+    names = header.get("classes", [])
+    if not isinstance(names, list) or any(type(name) is not str for name in names):
+        raise UserError(f"{path} has class names that are no text; save the model again")
+    if len(names) not in (0, config.num_classes):
+        raise UserError(f"{path} has {len(names)} class names and {config.num_classes} classes; save the model again")
+    return tuple(names)
 
 
 def specs_from_header(header: io.Header, path: Path) -> dict[str, LinearSpec]:

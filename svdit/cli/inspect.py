@@ -1,7 +1,7 @@
 """`svdit inspect`: what a checkpoint contains, from its header and the shapes of its tensors; no model is built."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import setup
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     store.check_claims(config, args.model, claims, path)
     header = header or {}
     specs = store.specs_from_header(header, path)
+    names = store.class_names(header, config, path)
     layers = {name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}
     out = console()
     if layers:
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         f"file: {path.name}, {sum(part.stat().st_size for part in io.parts(path)) / 1e6:.2f} MB",
         f"model: {header.get('name') or 'a DiT'}, {config}",
         f"classes: {classes(config, guessed=not header)}",
+        *([f"class names: {listed(names)}"] if names else []),
         f"layers: {len(specs)} quantized" if specs else "layers: none quantized",
     ]
     if layers:
@@ -71,6 +73,11 @@ def classes(config: "DiTConfig", guessed: bool) -> str:
     rows = config.num_classes + 1
     doubt = f"; if all {rows} rows of the label table are classes, pass --num-classes {rows}" if guessed else ""
     return f"{config.num_classes} and the null class of guidance{doubt}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names, or where there are many, the first and the last."""
+    return ", ".join(names) if len(names) <= LARGE else f"{names[0]} … {names[-1]}"
 
 
 def size(name: str, spec: "LinearSpec", tensors: Mapping[str, "Tensor"]) -> tuple[int, int, int]:

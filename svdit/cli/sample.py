@@ -4,14 +4,17 @@ Noise is drawn in the order of the published script, so on a GPU a seed reproduc
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svdit.cli import outputs, setup
-from svdit.cli.arguments import Parser, natural, output
+from svdit.cli.arguments import Parser, output
+from svdit.errors import UserError
 from svdit.printing import write_out
 
 if TYPE_CHECKING:
+    from svdit.model.dit import DiT
     from svdit.sampling.batch import SamplingConfig
 
 PUBLISHED_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
@@ -27,7 +30,7 @@ def parser() -> Parser:
     setup.add_speed(parser)
     setup.add_sampling(parser, cfg_scale=4.0, vae=VAE)
     add = parser.add_argument
-    add("--classes", type=natural, nargs="+", metavar="CLASS", help="default: eight of the model's classes")
+    add("--classes", nargs="+", metavar="CLASS", help="names or numbers; default: eight of the model's classes")
     setup.add_seed(parser)
     add("--output", type=output, default=Path("sample.png"), metavar="PNG", help="default: %(default)s")
     return parser
@@ -55,7 +58,7 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> None:
     checkpoint = setup.load_checkpoint(args, device)
     outputs.check_distinct("--output", args.output, checkpoint.path)
     model = setup.accelerated(checkpoint.model, args)
-    labels = args.classes or default_classes(model.config.num_classes)
+    labels = class_labels(args.classes, checkpoint.model)
     autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
     noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, doubled=True)
     steps = len(make_schedule(config.steps))
@@ -66,6 +69,21 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> None:
     scale = max(1, MIN_SIDE // samples.shape[1])
     images.write_png(args.output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
     write_out(args.output)
+
+
+def class_labels(classes: Sequence[str] | None, model: "DiT") -> list[int]:
+    """The numbers of classes given by name, where the checkpoint has names, or by number; None: `default_classes`.
+
+    Raises UserError for classes that the model does not have.
+    """
+    names, K = model.class_names, model.config.num_classes
+    numbers = {str(i): i for i in range(K)} | {name: i for i, name in enumerate(names)}
+    found = [numbers.get(text, numbers.get(text and (text.lstrip("0") or "0"))) for text in classes or ()]
+    if None in found:
+        named = f", named {names[0]} … {names[-1]}" if names else ""
+        unknown = (classes or ())[found.index(None)]
+        raise UserError(f"there is no class {unknown or repr(unknown)}; this model has the classes 0 to {K - 1}{named}")
+    return [label for label in found if label is not None] or default_classes(K)
 
 
 def default_classes(num_classes: int) -> list[int]:

@@ -126,8 +126,10 @@ def run(args: argparse.Namespace) -> None:
             provenance = {"data": Path(args.data).name, "step": state.step, "training": options.binding()}
             save_model(state.ema, args.results_dir / "ema.safetensors", name=name, provenance=provenance)
 
+        model = DiT(config).to(device)
+        model.class_names = images.classes
         train(
-            DiT(config).to(device),
+            model,
             images,
             options,
             args.results_dir,

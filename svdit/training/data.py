@@ -173,10 +173,7 @@ def archive(path: Path, image_size: int, num_classes: int | None = None) -> Labe
     labels = _labels(path, key, count, num_classes)
     K = num_classes or int(labels.max()) + 1
     empty = np.flatnonzero(np.bincount(labels, minlength=K) == 0)
-    more = ", …" if len(empty) > 5 else ""
-    notes = (
-        (f"{len(empty)} of {K} classes have no images: {', '.join(map(str, empty[:5]))}{more}",) if len(empty) else ()
-    )
+    notes = (f"{len(empty)} of {K} classes have no images: {_first(empty.tolist())}",) if len(empty) else ()
     return LabelledImages(read, labels, K, 3, (), npz_digest(path), notes)
 
 

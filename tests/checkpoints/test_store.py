@@ -47,6 +47,24 @@ def test_a_saved_model_loads_bit_for_bit(tiny: DiT, tmp_path: Path, suffix: str)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
+def test_class_names_are_kept_and_checked(tiny: DiT, tmp_path: Path, suffix: str) -> None:
+    path, names = tmp_path / f"tiny{suffix}", ("cat", "1", "ä, b", "\udce9", "")
+    save_model(tiny, path)
+    assert load_model(path).class_names == ()
+    tiny.class_names = names
+    save_model(tiny, path)
+    assert load_model(path).class_names == names
+    for wrong, message in (
+        (("cat",), "1 class names and 5 classes"),
+        ((1, 2, 3, 4, 5), "class names that are no text"),
+    ):
+        tiny.class_names = wrong  # type: ignore[assignment]
+        save_model(tiny, path)
+        with pytest.raises(UserError, match=message):
+            load_model(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_file_size_is_that_of_its_tensors(tiny: DiT, tmp_path: Path, suffix: str) -> None:
     rows = torch.randn(640, 64)
     tiny.blocks[0].attn.proj.weight = torch.nn.Parameter(rows[:64])  # a view must not be saved with its whole storage

@@ -62,7 +62,7 @@ def test_bounds_are_inclusive_or_not_as_described() -> None:
 
 # Every numeric or closed option of every command with values it must reject; each was once a traceback or accepted.
 BAD = {
-    "sample": ["--seed -1", "--seed 1.5", "--classes -1", f"--classes {10**30}", "--cfg-scale nan", "--cfg-scale -1",
+    "sample": ["--seed -1", "--seed 1.5", "--cfg-scale nan", "--cfg-scale -1",
                "--cfg-interval 0 1000", "--cfg-interval -1 5", "--image-size 0", "--num-classes x", "--backend fast",
                "--sampler euler", "--cfg-channels two"],
     "generate": ["--global-seed -1", "--num-fid-samples 0", "--per-proc-batch-size 0", "--rank-ratio nan",

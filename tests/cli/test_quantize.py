@@ -15,9 +15,13 @@ from svdit.quant.linear import quantized_layers
 QUICK = ["--calib-images", "4", "--calib-steps", "3", "--rank", "4"]
 
 
+CLASSES = ("a", "b", "c", "d", "e")
+
+
 @pytest.fixture
 def checkpoint(tiny: DiT, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.safetensors"
+    tiny.class_names = CLASSES
     save_model(tiny, path)
     return path
 
@@ -35,6 +39,7 @@ def test_the_documented_mode(checkpoint: Path, capsys: pytest.CaptureFixture[str
     mode = {"mode": "rank_ratio", "rank_ratio": 0.95, "num_bits": 8, "whiten": False}
     assert header["provenance"]["quantization"].items() >= mode.items()
     assert {layer.spec.rank_ratio for layer in quantized_layers(load_model(output)).values()} == {0.95}
+    assert load_model(output).class_names == CLASSES
     printed = capsys.readouterr().out
     assert "more elements than the weight" in " ".join(printed.split())
     assert "MB before" in printed

@@ -9,9 +9,9 @@ from PIL import Image
 from pixels import saved
 
 from svdit import images
-from svdit.checkpoints.store import load_model
+from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command
-from svdit.cli.sample import default_classes
+from svdit.cli.sample import class_labels, default_classes
 from svdit.diffusion.guidance import guided
 from svdit.diffusion.samplers import ddpm
 from svdit.diffusion.schedule import make_schedule
@@ -35,6 +35,22 @@ def test_a_seed_reproduces_the_published_images(tmp_path: Path) -> None:
         )
     expected = images.grid(images.to_uint8(x), 3, scale=16)
     assert np.array_equal(np.asarray(Image.open(output)), expected)
+
+
+def test_classes_have_names_where_the_checkpoint_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name comes before a number: classes from folders 1, 2, 4 … are asked for as they were called."""
+    model = load_model(saved(tmp_path / "tiny.safetensors"))
+    model.class_names = ("1", "2", "4", "cat", "dog fish")
+    assert class_labels(["cat", "2", "1", "dog fish", "3", "0", "002"], model) == [3, 1, 0, 4, 3, 0, 1]
+    save_model(model, tmp_path / "named.safetensors")
+    argv = ["--ckpt", str(tmp_path / "named.safetensors"), *FAST, "--output", str(tmp_path / "a.png")]
+    command("sample", [*argv, "--classes", "cat", "4"])
+    by_name = Image.open(tmp_path / "a.png").tobytes()
+    command("sample", [*argv, "--classes", "3", "2", "--ckpt", str(tmp_path / "tiny.safetensors")])
+    assert Image.open(tmp_path / "a.png").tobytes() == by_name
+    with pytest.raises(SystemExit, match="2"):
+        command("sample", [*argv, "--classes", "bird"])
+    assert "there is no class bird; this model has the classes 0 to 4, named 1 … dog fish" in capsys.readouterr().err
 
 
 def test_eight_classes_in_two_rows_are_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -109,6 +109,9 @@ def test_the_data_is_described_and_a_run_keeps_it(tmp_path: Path, capsys: pytest
     shown = capsys.readouterr()
     assert shown.out.splitlines()[0] == "4 images in 2 classes: cat … dog"
     assert shown.err == "note: folders without images are no classes: empty\n"
+    assert load_model(tmp_path / "out" / "ema.safetensors").class_names == ("cat", "dog")
+    command("inspect", [str(tmp_path / "out" / "ema.safetensors")])
+    assert "class names: cat, dog\n" in capsys.readouterr().out
     (data / "dog").rename(data / "wolf")
     with pytest.raises(SystemExit):
         command("train", [*flags, "--steps", "2"])
