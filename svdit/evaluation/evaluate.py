@@ -12,10 +12,10 @@ from pathlib import Path
 
 from svdit.distributed import gather, rank
 from svdit.errors import UserError
-from svdit.evaluation.features import Extraction, FeatureNetwork, Features, extract, features_folder
+from svdit.evaluation.features import Extraction, FeatureNetwork, Features, NotFiniteError, extract, features_folder
 from svdit.evaluation.figures import caption, overview, worst_pairs
 from svdit.evaluation.inputs import Inputs, open_inputs
-from svdit.evaluation.jackknife import Blocks, Estimates, assign_blocks
+from svdit.evaluation.jackknife import Blocks, Estimate, Estimates, assign_blocks
 from svdit.evaluation.metrics import METRICS, RANDOM, Data, compute_metrics
 from svdit.evaluation.options import Options
 from svdit.evaluation.paired import Distance, paired_metrics
@@ -86,19 +86,29 @@ def _from_features(
     for module in ("scipy.linalg", "torch_fidelity"):  # a missing one must not end a long run
         require(module)
     network = network.to(options.device)
-    with features_folder(options.cache) as folder:
-        how = Extraction(folder, options.device, options.batch_size, options.progress)
-        real = _reference(inputs.real, network, how)
-        features = [extract(image_set, network, FAKE_ROWS, how) for image_set in fakes]
-        estimates: list[Estimates] = []
-        if rank() == 0:
-            if options.save_stats:
-                rows = {"features": real.rows["pool"]} if "pool" in real.rows else {}
-                save_statistics(options.save_stats, real.gaussians, network.digest, **rows)
-            data = partial(Data, real, blocks=blocks, device=options.device)
-            estimates = [compute_metrics(options.network_metrics, data(fake=fake)) for fake in features]
+    try:
+        estimates = _estimates(inputs.real, fakes, network, options, blocks)
+    except NotFiniteError as error:
+        estimates = [dict.fromkeys(options.network_metrics, Estimate(None, reason=str(error))) for _ in fakes]
     prefix = "" if network.comparable else RANDOM
     return [{prefix + name: estimate for name, estimate in each.items()} for each in gather(estimates)[0]]
+
+
+def _estimates(
+    reals: ImageSet, fakes: list[ImageSet], network: FeatureNetwork, options: Options, blocks: Blocks
+) -> list[Estimates]:
+    """The metrics of features of each generated set, on the first process. Raises NotFiniteError on all of them."""
+    with features_folder(options.cache) as folder:
+        how = Extraction(folder, options.device, options.batch_size, options.progress)
+        real = _reference(reals, network, how)
+        if rank() == 0 and options.save_stats:
+            rows = {"features": real.rows["pool"]} if "pool" in real.rows else {}
+            save_statistics(options.save_stats, real.gaussians, network.digest, **rows)
+        features = [extract(image_set, network, FAKE_ROWS, how) for image_set in fakes]
+        if rank() != 0:
+            return []
+        data = partial(Data, real, blocks=blocks, device=options.device)
+        return [compute_metrics(options.network_metrics, data(fake=fake)) for fake in features]
 
 
 def _reference(real: ImageSet, network: FeatureNetwork, how: Extraction) -> Features:

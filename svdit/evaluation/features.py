@@ -38,6 +38,10 @@ FORMAT = "features 3"  # of the cached files; part of the key, so other formats 
 WORKERS_FROM = 1000  # below this many images per process, starting workers costs more time than they save
 
 
+class NotFiniteError(UserError):
+    """Features contain NaN or Inf: the metrics of features are unavailable, others are not affected."""
+
+
 class FeatureNetwork(Protocol):
     """The interface of `inception.Extractor` that `extract` uses."""
 
@@ -162,21 +166,27 @@ def _replace(folder: Path, private: Path) -> None:
 def _extract_into(
     folder: Path, images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], how: Extraction
 ) -> None:
-    """Write rows and statistics into `folder`."""
+    """Write rows and statistics into `folder`. Raises NotFiniteError, which names the images, in all processes."""
     rows = _create_rows(folder, {layer: (images.count, network.widths[layer]) for layer in layers})
     moments = {layer: Moments(network.widths[layer], how.device) for layer in SUMMED}
-    pixels, done = _Pixels(images), 0
+    pixels, done, broken = _Pixels(images), 0, list[int]()
     with (
         torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False),
         progress(images.source.path.name, how.progress and rank() == 0) as update,
     ):
         for places, batch in _batches(pixels, how.batch_size, _workers(len(pixels), how.device)):
             features = network(batch.to(how.device))
+            finite = torch.stack([layer.isfinite().all(1) for layer in features.values()]).all(0)
+            broken += places[~finite.cpu()].tolist()
             for layer, sums in moments.items():
                 sums.add(features[layer])
             for layer, array in rows.items():
                 array[places.numpy()] = features[layer].cpu().numpy()
             update(done := done + len(batch), len(pixels))
+    if broken := sorted(n for part in gather(broken) for n in part):
+        names = ", ".join(images.source.names[images.indices[n]] for n in broken[:3]) + ", ..." * (len(broken) > 3)
+        problem = f"the {network.name} features of {len(broken)} of {images.count} images in {images.source.path}"
+        raise NotFiniteError(f"{problem} contain NaN or Inf ({names}); check these images and the weights")
     for array in rows.values():
         array.flush()
     gaussians = {layer: sums.merge().gaussian() for layer, sums in moments.items()}

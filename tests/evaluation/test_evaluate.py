@@ -75,6 +75,28 @@ def test_all_available_metrics_are_measured_in_one_pass(real: Path, fake: Path, 
     assert tiny_network.seen == 56  # one pass
 
 
+class Overflowing(TinyNetwork):
+    """Bright images have features that are not finite."""
+
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = super().__call__(pixels)
+        features["spatial"][pixels.double().mean((1, 2, 3)) > 250, 3] = torch.inf
+        return features
+
+
+def test_images_with_nan_features_are_named_and_other_results_kept(real: Path, fake: Path, full: Path, tmp_path: Path):
+    for name in ("000004", "000007"):
+        Image.new("RGB", (12, 12), "white").save(fake / f"{name}.png")
+    options = Options(paired=full, cache=tmp_path / "cache", save_stats=tmp_path / "stats.npz")
+    report = evaluate(real, fake, Overflowing(), options)
+    reason = report.metrics["fid"].reason
+    assert "features of 2 of 26 images in" in reason and "(000004, 000007); check these images" in reason
+    assert {name for name, value in values(report).items() if value is not None} >= {"psnr", "ssim"}
+    assert report.metrics["kid"].value is None
+    assert options.save_stats is not None and options.save_stats.exists()
+    assert len(list((tmp_path / "cache" / "features").glob("*/statistics.npz"))) == 1  # of the real images
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_two_images_are_enough_for_numbers_and_three_for_errors(
     tmp_path: Path, real: Path, tiny_network: TinyNetwork, n: int
