@@ -7,11 +7,26 @@ from typing import Any
 
 import torch
 
+from svdit.kernels import ops
 from svdit.kernels import reference as ref
 from svdit.kernels.cpu import ffi
 from svdit.kernels.formats import Format
 from svdit.kernels.generic import dequantized
 from svdit.kernels.layer import Layer, Linear, LinearSpec, Modulation, Residual
+from svdit.quant.config import QuantConfig, Rule, dit_config, rank_ratio_config, recipe_for
+
+USABLE = [name for name, reason in ops.reasons().items() if not reason]
+CONFIGS = {
+    **{
+        name: dit_config(recipe_for(name, smoothing=0, iterations=2))
+        for name in ("w8a8", "w8a16", "svdquant", "fp8", "w4a4")
+    },
+    "svdquant-w4a4": dit_config(recipe_for("svdquant-w4a4", smoothing=7, iterations=2)),
+    "w4a8": dit_config(recipe_for("w4a8", smoothing=0), adaln="int4"),
+    "w4a8-channel, adaLN left": dit_config(recipe_for("w4a8-channel", smoothing=0), adaln="fp16"),
+    "factors": rank_ratio_config(0.5, 8),
+    "every linear": QuantConfig((Rule("*", recipe_for("w8a8", smoothing=0, low_rank="svd", rounding="nearest")),)),
+}
 
 U, U_BF16 = 2.0**-24, 2.0**-8  # unit roundoffs
 

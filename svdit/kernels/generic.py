@@ -20,7 +20,7 @@ FACTORS_ONLY = "two factors and no quantized weight"
 
 def reference(layer: Layer, inner: bool = False) -> Linear:
     """The definition itself; weights are decoded at every call."""
-    return ref.composed(partial(ref.linear, layer))
+    return ref.composed(ref.by_image(partial(ref.linear, layer)))
 
 
 def dequantized(layer: Layer, inner: bool = False) -> Linear:
@@ -33,7 +33,7 @@ def dequantized(layer: Layer, inner: bool = False) -> Linear:
     def product(hat: Tensor) -> Tensor:
         return F.linear(ref.fake_quantize(hat, act) if act else hat, weight, rest.bias)
 
-    return ref.composed(lambda x: ref.linear(rest, x, product))
+    return ref.composed(ref.by_image(lambda x: ref.linear(rest, x, product)))
 
 
 def torch_int8(layer: Layer, inner: bool = False) -> Linear | None:
@@ -48,7 +48,7 @@ def torch_int8(layer: Layer, inner: bool = False) -> Linear | None:
         y = torch._int_mm(codes, weight).float() * scales.groups * channel
         return (y if rest.bias is None else y + rest.bias).view(*hat.shape[:-1], -1)
 
-    return ref.composed(lambda x: ref.linear(rest, x, product))
+    return ref.composed(ref.by_image(lambda x: ref.linear(rest, x, product)))
 
 
 def torch_int8_missing(device: torch.device) -> str:

@@ -124,6 +124,10 @@ class Layer:
         """The same without the tensors whose name starts with `prefix`, so that their memory can be freed."""
         return replace(self, tensors={k: t for k, t in self.tensors.items() if not k.startswith(prefix)})
 
+    def only(self, prefix: str) -> "Layer":
+        """The same with just the tensors whose name starts with `prefix`."""
+        return replace(self, tensors={k: t for k, t in self.tensors.items() if k.startswith(prefix)})
+
 
 class Modulation(NamedTuple):
     """First LayerNorm, then x · (1 + scale) + shift; (N, I) each."""

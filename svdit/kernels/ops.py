@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from svdit.errors import UserError
 from svdit.kernels import generic
+from svdit.kernels import reference as ref
 from svdit.kernels.cpu import ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cuda import backend as cuda
@@ -103,12 +105,23 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
     return BACKENDS[backend].pack(layer, inner) or generic.dequantized(layer)
 
 
+def float_linear(weight: Tensor, bias: Tensor | None, backend: str) -> Linear:
+    """A layer that is not quantized, of weight (O, I) and bias (O,)."""
+    if backend == "cpu":
+        return cpu.float_linear(weight, bias, ffi.kernels())
+    return ref.composed(ref.by_image(lambda x: F.linear(x.float(), weight, bias)))
+
+
 def attention(qkv: Tensor, heads: int, backend: str) -> Tensor:
     """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU, and where `pack` made qkv bfloat16."""
     if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype:
         return cpu.attention(qkv, heads, ffi.kernels())
     if backend == "triton" and qkv.is_cuda:
         qkv = qkv.bfloat16()
+    return ref.by_image(partial(_attention, heads=heads))(qkv)
+
+
+def _attention(qkv: Tensor, heads: int) -> Tensor:
     N, T, width = qkv.shape
     q, k, v = qkv.view(N, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, width // 3)

@@ -61,8 +61,10 @@ class Autoencoder:
         return torch.cat([self.vae.decode(part).sample for part in self._parts(z, self.factor)]).clamp(-1, 1)
 
     def _parts(self, x: Tensor, factor: int) -> tuple[Tensor, ...]:
+        """One image at a time on a CPU, so that rounding does not depend on the number of images."""
         pixels = x.shape[-2] * x.shape[-1] * factor**2
-        return torch.split(x.to(self.vae.device, self.vae.dtype), max(1, MAX_PIXELS // pixels))
+        count = 1 if self.vae.device.type == "cpu" else max(1, MAX_PIXELS // pixels)
+        return torch.split(x.to(self.vae.device, self.vae.dtype), count)
 
 
 PIXELS = Autoencoder("none")

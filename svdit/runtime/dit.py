@@ -7,17 +7,17 @@ not once per image. Blocks compute what `svdit.model.layers.Block` computes.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdit.kernels import ops
 from svdit.kernels.layer import Modulation, Residual
+from svdit.kernels.reference import silu
 from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
 from svdit.model.layers import Block, FinalLayer
 from svdit.runtime import linear
 from svdit.runtime.graph import Replayed
-from svdit.runtime.linear import FastLinear, packed
+from svdit.runtime.linear import FastLinear, packed, packed_floats
 
 HIDDEN_BYTES = 2**25  # of fc1's output at once on a CPU: the allocator maps and clears larger buffers at every call
 
@@ -49,7 +49,7 @@ class FastBlock(nn.Module):
 
     # fmt: off
     def forward(self, x: Tensor, c: Tensor, place: Tensor | slice) -> Tensor:
-        modulations = self.modulations.fused(c)[0, place]                                   # (N, 6D)
+        modulations = self.modulations.fused(c)[place, 0]                                   # (N, 6D)
         for part in self.parts(x):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulations[part].chunk(6, dim=1)    # (n, D) each
             qkv = self.qkv.fused(x[part], modulation=Modulation(shift1, scale1))            # (n, T, 3D)
@@ -67,8 +67,13 @@ class FastDiT(DiT):
     def __init__(self, model: DiT, backend: str, debug: bool = False) -> None:
         nn.Module.__init__(self)
         self.config, self.backend = model.config, backend
-        self.x_embedder, self.t_embedder, self.y_embedder = model.x_embedder, model.t_embedder, model.y_embedder
-        self.pos_embed = model.pos_embed
+        embedding, (first, _, second) = model.x_embedder.proj, model.t_embedder.mlp
+        self.patch_embedding = packed_floats(
+            embedding.weight.flatten(1), embedding.bias, "x_embedder.proj", backend, debug
+        )
+        self.t_first = packed(first, "t_embedder.mlp.0", backend, debug)
+        self.t_second = packed(second, "t_embedder.mlp.2", backend, debug)
+        self.y_embedder, self.pos_embed = model.y_embedder, model.pos_embed
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.blocks = nn.ModuleList(FastBlock(block, f"blocks.{i}", backend, debug) for i, block in enumerate(blocks))
         final: FinalLayer = model.final_layer
@@ -94,15 +99,22 @@ class FastDiT(DiT):
     # fmt: off
     def compute(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """One denoising step (N, C, H, W) to (N, C or 2C, H, W), without a CUDA graph."""
-        x = (self.x_embedder(x) + self.pos_embed).contiguous()                    # (N, T, D)
+        x = patches(x, self.config.patch_size)                                    # (N, T, C·P·P)
+        x = (self.patch_embedding.fused(x) + self.pos_embed).contiguous()         # (N, T, D)
         t, y, place = distinct(t, y)
-        c = self.t_embedder(sinusoids(t).to(x.dtype)) + self.y_embedder(y)
-        c = F.silu(c)[None]                                                       # (1, different (t, y), D)
+        hidden = silu(self.t_first.fused(sinusoids(t)[:, None]))                  # (different (t, y), 1, D)
+        c = silu(self.t_second.fused(hidden) + self.y_embedder(y)[:, None])       # (different (t, y), 1, D)
         for block in self.blocks:
             x = block(x, c, place)                                                # (N, T, D)
-        shift, scale = self.last_modulations.fused(c)[0, place].chunk(2, dim=1)   # (N, D) each
+        shift, scale = self.last_modulations.fused(c)[place, 0].chunk(2, dim=1)   # (N, D) each
         return self.unpatchify(self.last.fused(x, modulation=Modulation(shift, scale))) # (N, C or 2C, H, W)
     # fmt: on
+
+
+def patches(x: Tensor, P: int) -> Tensor:
+    """Images (N, C, H, W) to patches (N, T, C·P·P), the inputs of `model.embeddings.PatchEmbed` as a matrix product."""
+    N, C, H, W = x.shape
+    return x.reshape(N, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(N, -1, C * P * P)
 
 
 def distinct(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:

@@ -46,7 +46,7 @@ class FastLinear(nn.Module):
         """(N, T, I) to (N, T, O), as `kernels.layer.Linear`. With `debug` raises UserError for NaN or Inf."""
         if self.debug and not all(bool(p.isfinite().all()) for p in (x, *(modulation or ()), *(residual or ()))):
             raise UserError(f"the input of layer {self.name} contains NaN or Inf; check the layers before it")
-        if self.reason is None or not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             return self.linear(x, modulation=modulation, gelu=gelu, residual=residual)
         shift, scale = modulation or (None, None)
         if residual is None:
@@ -77,12 +77,20 @@ class FastLinear(nn.Module):
         )
 
 
+def packed_floats(weight: Tensor, bias: Tensor | None, name: str, backend: str, debug: bool = False) -> FastLinear:
+    """A layer of float weight (O, I) and bias (O,)."""
+    linear = ops.float_linear(weight.detach(), None if bias is None else bias.detach(), backend)
+    return FastLinear(linear, len(weight), name, None, weight.device, debug)
+
+
 def packed(module: nn.Module, name: str, backend: str, debug: bool = False, inner: bool = False) -> FastLinear:
     """The layer `module` packed for a backend; an SVDLinear is left without memory. `inner` as in `ops.pack`."""
+    if type(module) is nn.Linear:
+        return packed_floats(module.weight, module.bias, name, backend, debug)
     if not isinstance(module, SVDLinear):
         weight = next(module.parameters())
-        float_layer = ref.composed(lambda x: module(x.float()))
-        return FastLinear(float_layer, len(weight), name, None, weight.device, debug)
+        linear = ref.composed(ref.by_image(lambda x: module(x.float())))
+        return FastLinear(linear, len(weight), name, None, weight.device, debug)
     with torch.no_grad():
         layer = module.layer()
         reason = ops.unsupported(layer.spec, layer.shape, backend, layer.device)

@@ -1,9 +1,9 @@
 """Many images: a folder of PNGs, one .npz in ADM's layout, and a manifest of the settings that produced them.
 
-Label and noise of image i depend on (seed, i) alone, so the set does not depend on the batch size or the world size
-(images may differ in a float's last bits, hence by one grey level). Files are written whole or not at all: an
-interrupted run resumes, and a finished one can be extended. A second run in the same folder is refused, and images that
-are damaged are generated again. Memory holds one batch.
+Label and noise of image i depend on (seed, i) alone, so the set does not depend on the batch size or the world size:
+bit for bit for quantized models on a CPU, elsewhere up to a float's last bits, hence one grey level. Files are written
+whole or not at all: an interrupted run resumes, and a finished one can be extended. A second run in the same folder is
+refused, and images that are damaged are generated again. Memory holds one batch.
 """
 
 import json

@@ -219,6 +219,20 @@ def test_weight_only(kernels: ffi.Kernels) -> None:
         assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
 
 
+def test_float_weights(kernels: ffi.Kernels) -> None:
+    """More rows than a thread takes at once too; each row as it is alone."""
+    for seed, (M, O, I, _) in enumerate([*shapes(20, seed=6), (150, 37, 70, 0)]):
+        g = torch.Generator().manual_seed(seed)
+        x, weight = torch.randn(M, I, generator=g), torch.randn(O, I, generator=g)
+        bias = torch.randn(O, generator=g) if seed % 2 else None
+        got = cpu.weigh(x, weight, bias, kernels)
+        expected = x.double() @ weight.double().T + (0 if bias is None else bias)
+        bound = (I + 2) * U * (x.abs().double() @ weight.abs().double().T) + U * expected.abs()
+        assert ((got - expected).abs() <= bound).all()
+        assert torch.equal(got, torch.cat([cpu.weigh(row, weight, bias, kernels) for row in x.split(1)]))
+    assert cpu.weigh(x[:0], weight, None, kernels).shape == (0, O)
+
+
 def test_weight_only_supports_groups_of_whole_chunks() -> None:
     """Other layers are decoded once to floats (see test_ops)."""
     for group, supported in ((16, False), (32, True), (48, False), (64, True)):

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from conftest import relative
-from layers import model_bound
+from layers import CONFIGS, USABLE, model_bound
 from torch import nn
 
 from svdit.checkpoints.store import load_model
@@ -14,7 +14,7 @@ from svdit.errors import UserError
 from svdit.kernels import ops
 from svdit.kernels.cpu import ffi
 from svdit.model.dit import DiT
-from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, rank_ratio_config, recipe_for
+from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, recipe_for
 from svdit.quant.linear import SVDLinear, linears, quantized_layers, swap
 from svdit.quant.quantize import quantize_
 from svdit.runtime import dit as runtime_dit
@@ -23,18 +23,6 @@ from svdit.runtime.dit import FastDiT
 from svdit.sampling.batch import SamplingConfig, generate
 from svdit.sampling.calibration import calibration_loop
 
-USABLE = [name for name, reason in ops.reasons().items() if not reason]
-CONFIGS = {
-    **{
-        name: dit_config(recipe_for(name, smoothing=0, iterations=2))
-        for name in ("w8a8", "w8a16", "svdquant", "fp8", "w4a4")
-    },
-    "svdquant-w4a4": dit_config(recipe_for("svdquant-w4a4", smoothing=7, iterations=2)),
-    "w4a8": dit_config(recipe_for("w4a8", smoothing=0), adaln="int4"),
-    "w4a8-channel, adaLN left": dit_config(recipe_for("w4a8-channel", smoothing=0), adaln="fp16"),
-    "factors": rank_ratio_config(0.5, 8),
-    "every linear": QuantConfig((Rule("*", recipe_for("w8a8", smoothing=0, low_rank="svd", rounding="nearest")),)),
-}
 X, T = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 500, 3, 3, 3])
 Y = torch.tensor([1, 1, 5, 1, 2])  # two rows have the same (t, y)
 
@@ -146,7 +134,7 @@ def test_modulations_are_computed_once_per_pair(tiny: DiT, monkeypatch: pytest.M
     assert isinstance(block, runtime_dit.FastBlock)
     rows: list[int] = []
     fused = block.modulations.fused
-    monkeypatch.setattr(block.modulations, "fused", lambda c: rows.append(c.shape[1]) or fused(c))
+    monkeypatch.setattr(block.modulations, "fused", lambda c: rows.append(c.shape[0]) or fused(c))
     fast(X, T, Y)
     assert rows == [4]
 
@@ -174,8 +162,11 @@ def test_debug_names_the_layer(tiny: DiT, backend: str) -> None:
     assert accelerate(deepcopy(model), backend)(x, T, Y)[1].isnan().all()
     checked = accelerate(model, backend, debug=True)
     assert isinstance(checked, FastDiT) and not checked.graphs
-    with pytest.raises(UserError, match=r"the input of layer blocks\.0\.attn\.qkv contains NaN or Inf"):
+    with pytest.raises(UserError, match=r"the input of layer x_embedder\.proj contains NaN or Inf"):
         checked(x, T, Y)
+    checked.pos_embed[0, 1, 2] = torch.inf
+    with pytest.raises(UserError, match=r"the input of layer blocks\.0\.attn\.qkv contains NaN or Inf"):
+        checked(X, T, Y)
 
 
 def test_float_models_stay_and_other_models_are_swapped(tiny: DiT) -> None:

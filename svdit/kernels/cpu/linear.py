@@ -182,24 +182,43 @@ class IntegerLinear:
         return self.multiply(self.quantize(x.contiguous(), modulation), len(x), gelu, residual)
 
 
+def weigh(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels, scales: Tensor | None = None) -> Tensor:
+    """x (…, I) times weight (O, I) transposed, plus bias (O,): (…, O) fp32. A row depends neither on the others nor on
+    the number of threads. The weight is fp32; or int8 codes, or uint8 pairs of 4-bit codes, with scales (O, G)."""
+    rows, I = x.flatten(0, -2).contiguous(), x.shape[-1]
+    O, bits = len(weight), {torch.float32: 32, torch.int8: 8}.get(weight.dtype, 4)
+    scales = torch.ones(O, 1, dtype=torch.float32, device="cpu") if scales is None else scales
+    out = torch.empty(len(rows), O, dtype=torch.float32, device="cpu")
+    call = WeightOnly(rows=len(rows), depth=I, outputs=O, bits=bits, groups=scales.shape[1], out=out.data_ptr())
+    call.x, call.bias = pointer(rows, torch.float32, (len(rows), I)), pointer(bias, torch.float32, (O,))
+    call.weight = pointer(weight, torch.uint8 if bits == 4 else weight.dtype, (O, I // 2 if bits == 4 else I))
+    call.scales = pointer(scales, torch.float32, (O, scales.shape[1]))
+    kernels.call("weigh", call)
+    return out.view(*x.shape[:-1], O)
+
+
 def weight_only(layer: Layer, kernels: Kernels) -> Linear:
     """Quantized weights, float activations: rows of weights are decoded where they are used, and stay small."""
     require(layer)
-    (O, I), form = layer.shape, layer.form("residual")
-    weight, scales = layer.tensors["residual_codes"].contiguous(), ref.layer_scales(layer).values().contiguous()
-    rest = generic.with_float_factors(layer).without("residual_codes")
+    weight, stored = layer.tensors["residual_codes"].contiguous(), ref.layer_scales(layer)
+    scales, offsets = stored.values().contiguous(), stored.offsets()
+    factors = [ref.matrix(layer, name).contiguous() for name in ("l2", "l1")] if layer.spec.rank else []
+    form, bias, inputs = layer.form("residual"), layer.bias, layer.only("in_")
 
-    def product(hat: Tensor) -> Tensor:
-        rows = hat.flatten(0, -2).contiguous()
-        out = torch.empty(len(rows), O, dtype=torch.float32, device="cpu")
-        call = WeightOnly(rows=len(rows), depth=I, outputs=O, bits=form.bits, groups=form.groups(I), out=out.data_ptr())
-        call.x, call.bias = pointer(rows, torch.float32, (len(rows), I)), pointer(rest.bias, torch.float32, (O,))
-        call.weight = pointer(weight, torch.int8 if form.bits == 8 else torch.uint8, (O, I * form.bits // 8))
-        call.scales = pointer(scales, torch.float32, (O, form.groups(I)))
-        kernels.call("weigh", call)
-        return generic.less_zero_points(rest, out, rows).view(*hat.shape[:-1], O)
+    def call(x: Tensor) -> Tensor:
+        hat = ref.transform(inputs, x)
+        y = weigh(hat, weight, bias, kernels, scales)
+        if offsets is not None:
+            y = y - weigh(ref.grouped(hat, form).sum(-1), offsets, None, kernels)
+        return y + weigh(weigh(hat, factors[0], None, kernels), factors[1], None, kernels) if factors else y
 
-    return ref.composed(lambda x: ref.linear(rest, x, product))
+    return ref.composed(call)
+
+
+def float_linear(weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Linear:
+    """A layer of floats (O, I)."""
+    weight, bias = weight.detach().float().contiguous(), None if bias is None else bias.detach().float().contiguous()
+    return ref.composed(lambda x: weigh(x.float(), weight, bias, kernels))
 
 
 def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:

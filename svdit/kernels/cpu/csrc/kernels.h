@@ -64,7 +64,7 @@ typedef struct {
     float *out;
 } Attention;
 
-/* y = x wᵀ + bias for few rows; w stays as stored: codes of 8 bits, or two 4-bit codes + 8 a byte, low one first. */
+/* y = x wᵀ + bias; w stays as stored: floats, codes of 8 bits, or two 4-bit codes + 8 a byte, low one first. */
 typedef struct {
     int64_t rows, depth, outputs, bits, groups;
     const float *x;        /* (rows, depth) */
