@@ -46,21 +46,31 @@ class UserError(Exception):
     """The message is one sentence: what was wrong, the value, and what to do."""
 
 
+class UnreadableError(UserError):
+    """The system cannot read a file, whose content may be whole."""
+
+
 def sentence(error: BaseException, less_memory: str = LESS_MEMORY) -> str | None:
     """The message for an error that the user can fix, None for others; `less_memory`: how to need less of it."""
     text = re.sub(r"^\[enforce fail at .*?\] (err == 0)?\W*", "", str(error)).strip()
     if isinstance(error, UserError):
-        return text.rsplit("UserError: ", 1)[-1]  # after the traceback of a DataLoader worker
+        return text.rsplit("Error: ", 1)[-1] if "Traceback (most" in text else text  # of a DataLoader worker
     first = (text or type(error).__name__).splitlines()[0][:200]
     if isinstance(error, RuntimeError):
         for pattern, (problem, remedy) in OF_TORCH.items():
             if re.search(pattern, text):
                 return f"{problem} ({first}); {remedy}"
-    system = system_error(error)
-    torch_memory = isinstance(error, RuntimeError) and re.search(NO_MEMORY, text)
-    if isinstance(error, MemoryError) or torch_memory or (system and system.errno == errno.ENOMEM):
+    if out_of_memory(error):
         return f"not enough memory ({first}); {less_memory}"
+    system = system_error(error)
     return None if system is None else failed("access", system.filename or "a file", system)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the error is a lack of memory, on the CPU or a GPU."""
+    system = system_error(error)
+    torch_memory = isinstance(error, RuntimeError) and re.search(NO_MEMORY, str(error))
+    return isinstance(error, MemoryError) or bool(torch_memory) or (system is not None and system.errno == errno.ENOMEM)
 
 
 def failed(action: str, path: object, error: OSError) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from svdit.errors import REMEDIES, UserError, failed, system_error
+from svdit.errors import LESS_MEMORY, REMEDIES, UnreadableError, UserError, failed, out_of_memory, system_error
 from svdit.printing import write_error
 
 PREFIX, SUFFIX, LOCK = ".svdit-", ".tmp", ".lock"  # of temporary folders, and of the file in it that is locked
@@ -109,7 +109,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def chain_of(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that it was raised from: torch.save replaces the system's by its own."""
+    """The error and those before it: torch.save and zipfile replace the system's by their own."""
     while error:
         yield error
         error = error.__context__
@@ -117,16 +117,18 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Raise UserError where the system cannot read `path`; errors about its content pass."""
+    """Raise UnreadableError where the system cannot read `path`; errors about its content pass."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        system = system_error(error)
+        if out_of_memory(error):
+            raise UnreadableError(f"not enough memory to read {path}; {LESS_MEMORY}") from None
+        system = next(filter(None, map(system_error, chain_of(error))), None)
         if system is None or system.errno not in REMEDIES:
             raise
-        raise UserError(failed("read", path, system)) from None
+        raise UnreadableError(failed("read", path, system)) from None
 
 
 @contextmanager
@@ -174,7 +176,7 @@ def _locked(place: Path, wait: float) -> Iterator[None]:
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's content, read in chunks."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with reading(path), Path(path).open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

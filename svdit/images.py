@@ -22,8 +22,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from svdit.errors import UserError
-from svdit.files import atomic_path, check_expansion
+from svdit.errors import UserError, failed
+from svdit.files import atomic_path, check_expansion, reading
 
 Pixels = npt.NDArray[np.uint8]
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -98,7 +98,7 @@ def scan_images(folder: str | Path) -> tuple[list[Path], str]:
                 elif path.suffix.lower() in EXTENSIONS | UNREAD:
                     skipped[f"{path.suffix.lower()} file" if kind.is_file() else "special file"] += 1
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}); change its permissions") from None
+        raise UserError(failed("read", error.filename, error)) from None
     files.sort(key=lambda path: natural_key(path.relative_to(folder)))
     return files, ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in sorted(skipped.items()))
 
@@ -157,10 +157,11 @@ def _opened(file: str | Path | io.BytesIO, name: str | Path) -> Iterator[Image.I
         warnings.simplefilter("ignore")  # Pillow warns of damaged tags; only exceptions matter
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            size = _stored_bytes(file)
-            with Image.open(file, formats=FORMATS) as image:
-                _check(image, size, name)
-                yield image
+            with reading(name):
+                size = _stored_bytes(file)
+                with Image.open(file, formats=FORMATS) as image:
+                    _check(image, size, name)
+                    yield image
         except UserError:
             raise
         except Exception as error:  # decoders raise almost anything for files from elsewhere

@@ -6,7 +6,7 @@ from typing import Any
 
 from svdit.checksum import digest
 from svdit.errors import UserError
-from svdit.files import atomic_path
+from svdit.files import atomic_path, reading
 
 CHECKSUM = "manifest_sha256"
 MARKS = (b'"tool": "svdit"', CHECKSUM.encode())  # a damaged file has one of them
@@ -34,13 +34,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
     Those of earlier versions have no checksum.
     """
+    if not path.is_file():
+        return None
     try:
-        content = path.read_bytes()
+        with reading(path):
+            content = path.read_bytes()
         if not any(mark in content for mark in MARKS):
             return None
         fields = json.loads(content)
-    except OSError:
-        return None
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict) or fields.pop(CHECKSUM, None) not in (None, digest(fields, {})):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svdit.errors import UserError
-from svdit.files import atomic_path, check_expansion
+from svdit.files import atomic_path, check_expansion, reading
 
 Pixels = npt.NDArray[np.uint8]
 MEMBERS = 1000  # at most; ours have 12
@@ -96,7 +96,7 @@ def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
     try:
         if not Path(path).is_file():
             raise OSError("it is not a file")
-        with zipfile.ZipFile(path) as archive:
+        with reading(path), zipfile.ZipFile(path) as archive:
             if len(archive.filelist) > MEMBERS:
                 raise ValueError(f"it has {len(archive.filelist)} members")
             yield archive

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from svdit import filetype
 from svdit.errors import UserError
+from svdit.files import reading
 
 # Harmless by what they are, but never imported: a placeholder stands for each.
 DESCRIPTIVE = re.compile(
@@ -67,8 +68,10 @@ def load(path: Path) -> Any:
     names = check(path)
     stand_ins = [(STAND_INS.get(name, Placeholder), name) for name in names if DESCRIPTIVE.fullmatch(name)]
     try:
-        with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+        with reading(path), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except UserError:
+        raise
     except pickle.UnpicklingError:
         raise refusal(path, {name for name in names if not TORCH.fullmatch(name)} or names) from None
     except Exception as error:  # foreign bytes raise anything, including KeyError and IndexError
@@ -79,7 +82,8 @@ def check(path: Path) -> set[str]:
     """Names in the pickles of a file of torch.save, before anything is loaded. Raises UserError as `load`."""
     filetype.check_regular(path)
     try:
-        names = set(zip_names(path) if zipfile.is_zipfile(path) else legacy_names(path))
+        with reading(path):
+            names = set(zip_names(path) if zipfile.is_zipfile(path) else legacy_names(path))
     except UserError:
         raise
     except Exception as error:  # foreign bytes raise anything

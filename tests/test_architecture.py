@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": {"printing"},
     "download": {"errors", "files", "filetype", "progress"},
     "filetype": {"errors"},
-    "pickles": {"errors", "filetype"},
+    "pickles": {"errors", "files", "filetype"},
     "images": {"errors", "files"},
     "npz": {"errors", "files"},
     "peers": {"files", "printing"},

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
-from svdit.errors import REMEDIES, UserError, sentence
+from svdit.errors import REMEDIES, UnreadableError, UserError, sentence
 
 
 @pytest.mark.parametrize("code", REMEDIES)
@@ -32,7 +32,7 @@ class Failing(torch.utils.data.Dataset[int]):
         return 1
 
     def __getitem__(self, i: int) -> int:
-        raise UserError("image 3 cannot be read; remove it")
+        raise UnreadableError("image 3 cannot be read; remove it")
 
 
 def test_a_workers_sentence_comes_without_its_traceback() -> None:

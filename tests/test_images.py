@@ -144,7 +144,7 @@ def test_closed_folders_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", closed)
-    with pytest.raises(UserError, match=re.escape(f"{tmp_path} cannot be read (Permission denied)")):
+    with pytest.raises(UserError, match=re.escape(f"cannot read {tmp_path} (Permission denied); change")):
         list_images(tmp_path)
 
 

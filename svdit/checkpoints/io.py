@@ -21,7 +21,7 @@ from svdit import __version__, pickles
 from svdit.checkpoints import foreign
 from svdit.checksum import digest
 from svdit.errors import UserError
-from svdit.files import atomic_path, sha256
+from svdit.files import atomic_path, reading, sha256
 from svdit.filetype import check_regular
 
 FORMAT_VERSION = 1
@@ -96,7 +96,7 @@ def fingerprint(path: Path) -> str:
 def one_file(path: Path) -> tuple[Any, Header | None]:
     """The content of one file, memory-mapped, and the header."""
     check_regular(path)
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         start = file.read(9)
     is_safetensors = len(start) == 9 and start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < path.stat().st_size
     return from_safetensors(path) if is_safetensors else from_torch(path)
@@ -105,7 +105,7 @@ def one_file(path: Path) -> tuple[Any, Header | None]:
 def from_safetensors(path: Path) -> tuple[dict[str, Tensor], Header | None]:
     """Tensors (…) and header of a .safetensors file. Raises UserError where it is damaged."""
     try:
-        with safe_open(path, "pt") as file:
+        with reading(path), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, checked(path, json.loads(metadata[KEY])) if KEY in metadata else None

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from svdit.distributed import barrier, gather, on_first, rank, shard, world_size
-from svdit.errors import UserError
+from svdit.errors import UserError, sentence
 from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, save_statistics
 from svdit.files import check_zip, temporary_folder, writing
@@ -200,7 +200,7 @@ def _batches(pixels: _Pixels, size: int, workers: int) -> Iterator[tuple[Tensor,
     try:
         yield from DataLoader(pixels, size, num_workers=workers)
     except UserError as error:  # DataLoader wraps a worker's error in its traceback
-        raise UserError(str(error).strip().rsplit("UserError: ", 1)[-1]) from None
+        raise UserError(sentence(error)) from None
 
 
 def _workers(count: int, device: torch.device) -> int:

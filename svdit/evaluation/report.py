@@ -19,7 +19,7 @@ from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.evaluation.jackknife import Estimate, Estimates
 from svdit.evaluation.metrics import METRICS, RANDOM
-from svdit.files import atomic_path
+from svdit.files import atomic_path, reading
 from svdit.images import Pixels, write_png
 from svdit.printing import printable
 
@@ -167,8 +167,9 @@ def read_report(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"there is no file {path}; pass the folder that svdit evaluate --output wrote")
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        with reading(path):
+            report = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{path} is not a readable metrics.json ({error}); run svdit evaluate --output again") from None
     valid = isinstance(report, dict) and report.get("schema") == SCHEMA
     if not valid or not all(isinstance(report.get(key), dict) for key in ("metrics", "protocol")):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from svdit import pickles
 from svdit.download import download as download_file
-from svdit.errors import UserError
+from svdit.errors import UnreadableError, UserError
 from svdit.files import sha256
 
 NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -56,6 +56,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """The state dict, tensors (O, I, …), and the file's SHA-256. Raises UserError for other files and for code."""
     try:
         state = pickles.load(path)
+    except UnreadableError:
+        raise
     except UserError as error:
         reason = str(error).rpartition("; ")[0]
         raise UserError(f"{reason}; it cannot be read as a weights file, download it again from {URL}") from None

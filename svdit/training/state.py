@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from svdit import pickles
-from svdit.errors import UserError
-from svdit.files import atomic_path, check_zip
+from svdit.errors import UnreadableError, UserError
+from svdit.files import atomic_path, check_zip, reading
 from svdit.model.dit import DiT
 
 CONTENT = {"model": OrderedDict, "ema": OrderedDict, "opt": dict, "step": int, "seconds": float, "binding": dict}
@@ -72,8 +72,11 @@ def restore_(state: State, path: Path, binding: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     """The content, whose checksums match. Raises UserError for other files."""
     try:
-        content = pickles.load(path)
-        check_zip(path)  # torch does not compare them
+        with reading(path):
+            content = pickles.load(path)
+            check_zip(path)  # torch does not compare them
+    except UnreadableError:
+        raise
     except (UserError, zipfile.BadZipFile) as error:
         reason = str(error).rpartition("; ")[0] or f"{path} is damaged: {error}"
         raise UserError(f"{reason}; move it away to start again, or choose another folder") from None

@@ -1,5 +1,7 @@
 """Errors of the system in every command: one sentence, exit code 2, no traceback, nothing half-written."""
 
+import errno
+import os
 import re
 import resource
 from collections.abc import Iterator
@@ -59,7 +61,7 @@ FULL = [
     (f"{QUANTIZE} --output a.safetensors", "a.safetensors.partial/.*.safetensors"),
     (f"{QUANTIZE} --output a.pt", "a.pt.partial/.*.safetensors"),
     (f"{TRAIN} --device cpu --results-dir run", "run/loss.png"),
-    (f"{EVALUATE} --cache-dir cache --metrics paired --paired_dir set --output out", "out/metrics.json"),
+    ("evaluate --fake_dir set --metrics paired --paired_dir set --device cpu --output out", "out/metrics.json"),
     (f"{EVALUATE} --cache-dir cache --save-stats stats.npz", "cache/features"),
 ]
 
@@ -76,3 +78,46 @@ def test_a_full_disk(line: str, target: str, place: Path, capsys: pytest.Capture
     new = set(place.rglob("*")) - before
     assert [path for path in new if path.is_file() and path.stat().st_size and path.name != "loss.csv"] == []
     assert not list(place.rglob(".svdit-*"))
+
+
+BROKEN = {
+    "sample": f"--ckpt broken.safetensors {FAST}",
+    "generate": f"--ckpt broken.pt {FAST}",
+    "quantize": "--ckpt broken.safetensors",
+    "inspect": "broken.pt",
+    "verify": "broken.safetensors --against tiny.safetensors",
+    "evaluate": "--fake_dir broken.npz --paired_dir set --metrics paired --device cpu",
+    "compare": "broken.json",
+    "selftest": "--adm-samples admnet_guided_imagenet128.npz --adm-reference a --feature-extractor-weights broken.pt",
+    "train": "--data broken.npz --model DiT-S/2",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_disk_that_cannot_be_read(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reading a process's memory at address 0 is an input/output error, as on a disk that fails."""
+
+    def fail(file: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    for suffix in ("safetensors", "pt", "npz", "json"):
+        (place / f"broken.{suffix}").symlink_to("/proc/self/mem")
+    monkeypatch.setattr("zipfile._EndRecData", fail)  # which seeks first, and that fails otherwise in memory
+    before = set(place.rglob("*"))
+    last = message(f"{name} {BROKEN[name]}", capsys)
+    pattern = rf"svdit {name}: cannot read \S+\.(safetensors|pt|npz|json) \(Input/output error\); check the disk"
+    assert re.match(pattern, last), last
+    assert {path.name for path in set(place.rglob("*")) - before} <= {"results", ".lock"}
+
+
+@pytest.mark.parametrize("line", [EVALUATE, f"{TRAIN} --data classes --vae none --image-size 8 --num-workers 1"])
+def test_an_image_that_cannot_be_read(line: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in a worker process, whose error arrives with its traceback."""
+    (place / "classes").mkdir()
+    (place / "classes" / "0").symlink_to(place / "set")
+    (place / "set" / "2.png").unlink()
+    (place / "set" / "2.png").symlink_to("/proc/self/mem")
+    last = message(f"{line} --device cpu", capsys)
+    assert re.match(r"svdit \w+: cannot read .*2\.png \(Input/output error\); check the disk", last), last
