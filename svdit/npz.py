@@ -99,6 +99,8 @@ def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
         with reading(path), zipfile.ZipFile(path) as archive:
             if len(archive.filelist) > MEMBERS:
                 raise ValueError(f"it has {len(archive.filelist)} members")
+            if any(info.comment for info in archive.filelist):
+                raise ValueError("its list of members is damaged")  # one may be read as the comment of another
             yield archive
     except UserError:
         raise
