@@ -32,6 +32,23 @@ def test_wrong_counts_and_sizes_are_errors_and_leave_no_file(tmp_path: Path, sha
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("change", ["renamed", "hidden"])
+def test_damage_in_the_list_of_members_is_found(tmp_path: Path, change: str):
+    """Without it an array would be missing, and its default would be used."""
+    path = tmp_path / "x.npz"
+    np.savez(path, mean=np.ones(3), count=np.array(7))
+    content = bytearray(path.read_bytes())
+    second = content.rindex(b"PK\x01\x02")
+    if change == "renamed":
+        content[second + 46] ^= 1
+    else:  # the comment of the first member is as long as the entry of the second
+        first, end = content.index(b"PK\x01\x02"), content.rindex(b"PK\x05\x06")
+        content[first + 32 : first + 34] = (end - second).to_bytes(2, "little")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.npz cannot be read as an \.npz"):
+        npz_keys(path)
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize(
     "array", [np.arange(24).reshape(2, 3, 4), np.asfortranarray(np.arange(15).reshape(3, 5)), np.zeros((0, 4))]
