@@ -147,8 +147,9 @@ def check_memory(path: Path, tensors: Mapping[str, Tensor], nbytes: int) -> None
     A view of one number can have any shape, and copying it would fill the memory.
     """
     for name, tensor in tensors.items():
-        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise UserError(f"{name} of {path} is a {type(tensor).__name__} of layout {tensor.layout}; save it dense")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else f"of layout {tensor.layout}"
+            raise UserError(f"{name} of {path} is {kind}; save it dense")
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > SLACK + REPEATS * nbytes:
         raise UserError(

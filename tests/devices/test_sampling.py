@@ -134,9 +134,9 @@ def test_the_autoencoder() -> None:
     vae = randomize(AutoencoderKL(**parts, **kinds))
     x, z, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     ours = Autoencoder("tiny", vae)
-    encoded, decoded = ours.encode(x, noise), ours.decode(z)
+    encoded, decoded = ours.encode(x, noise), ours.decode(z)  # one image at a time, and both together on a GPU
     with FakeCuda():
         ours = Autoencoder("tiny", vae.to("cuda"))
         found = [ours.encode(x.to("cuda"), noise.to("cuda")), ours.decode(z.to("cuda"))]
         assert all(y.is_cuda for y in found)
-    assert torch.equal(value(found[0]), encoded) and torch.equal(value(found[1]), decoded)
+    assert relative(value(found[0]), encoded) < 1e-6 and relative(value(found[1]), decoded) < 1e-6
