@@ -33,6 +33,7 @@ TORCH = re.compile(
     r"|collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|complex)"
 )
 PICKLES = 4  # that a legacy file begins with: magic number, version, system, content
+DEPTH, ENTRIES = 50, 2 * 10**6  # of nested lists, dicts and tuples; an entry may be stored once and be in many of them
 SLACK, REPEATS = 2**24, 4  # bytes of tensors per file: a few tensors may share their bytes
 
 
@@ -69,13 +70,15 @@ def load(path: Path) -> Any:
     stand_ins = [(STAND_INS.get(name, Placeholder), name) for name in names if DESCRIPTIVE.fullmatch(name)]
     try:
         with reading(path), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except UserError:
         raise
     except pickle.UnpicklingError:
         raise refusal(path, {name for name in names if not TORCH.fullmatch(name)} or names) from None
     except Exception as error:  # foreign bytes raise anything, including KeyError and IndexError
         raise unreadable(path, error) from None
+    check_nesting(path, content)
+    return content
 
 
 def check(path: Path) -> set[str]:
@@ -128,9 +131,14 @@ def legacy_names(path: Path) -> Iterator[str]:
 
 
 def global_names(file: IO[bytes]) -> Iterator[str]:
-    """Names of everything that the next pickle imports; reads it without building an object."""
-    strings = ["", ""]
+    """Names of everything that the next pickle imports; reads it without building an object.
+
+    Raises ValueError for tuples of tuples that are stored once: hashing them would not end.
+    """
+    strings, stack, memo = ["", ""], list[int | None](), dict[Any, int | None]()
     for code, argument, _ in pickletools.genops(file):
+        if track(code, argument, stack, memo) > ENTRIES:
+            raise ValueError("tuples nested without end")
         if code.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))  # of Python 2
@@ -139,6 +147,43 @@ def global_names(file: IO[bytes]) -> Iterator[str]:
             yield ".".join(strings)
         elif isinstance(argument, str):
             strings = [strings[1], argument]
+
+
+def track(code: pickletools.OpcodeInfo, argument: Any, stack: list[int | None], memo: dict[Any, int | None]) -> int:
+    """Follow one operation: `stack` and `memo` hold the numbers of entries of tuples, 1 for others, None for a mark.
+
+    Returns the number of entries on top.
+    """
+    before, items = code.stack_before, list[int]()
+    if pickletools.markobject in before:
+        while (item := stack.pop()) is not None:
+            items.append(item)
+    for _ in before[: before.index(pickletools.markobject)] if pickletools.markobject in before else before:
+        items.append(stack.pop() or 0)
+    if "PUT" in code.name:
+        memo[argument] = stack[-1]
+    elif "GET" in code.name:
+        stack.append(memo[argument])
+    elif code.name == "MARK":
+        stack.append(None)
+    elif "TUPLE" in code.name or code.name == "DUP":
+        stack.extend([sum(items) + (code.name != "DUP")] * len(code.stack_after))
+    else:
+        stack.extend([1] * len(code.stack_after))
+    return (stack[-1] or 0) if stack else 0
+
+
+def check_nesting(path: Path, content: Any) -> None:
+    """Raises UserError for lists and dicts of lists and dicts … that no program can walk through."""
+    stack: list[tuple[Any, int]] = [([content], 0)]
+    entries = 0
+    while stack:
+        node, depth = stack.pop()
+        children = [*node, *node.values()] if isinstance(node, dict) else list(node)
+        entries += 20 + len(children)  # visiting one takes as long as 20 entries
+        if depth > DEPTH or entries > ENTRIES:
+            raise UserError(f"{path} nests its entries without end, so it was not loaded; save a plain state dict")
+        stack.extend((child, depth + 1) for child in children if isinstance(child, dict | list | tuple | set))
 
 
 def check_memory(path: Path, tensors: Mapping[str, Tensor], nbytes: int) -> None:

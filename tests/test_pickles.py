@@ -134,3 +134,47 @@ def test_a_plain_pickle_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": 1}, protocol=2))
     with pytest.raises(UserError, match="is not a checkpoint, or an incomplete one"):
         pickles.load(tmp_path / "x.pkl")
+
+
+def nested(kind: Callable[[Any], Any], depth: int) -> Any:
+    """A value that contains the previous one twice, at every level."""
+    value: Any = kind([1])
+    for _ in range(depth):
+        value = kind([value, value])
+    return value
+
+
+@pytest.mark.parametrize("is_zip", LEGACY.values(), ids=LEGACY)
+@pytest.mark.parametrize(
+    "content",
+    [{"svdit": nested(list, 60)}, [nested(tuple, 60)], {"ema": nested(list, 40)}],
+    ids=["header", "tuple", "list"],
+)
+def test_nesting_without_end_is_refused(content: Any, is_zip: bool, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "deep.pt", _use_new_zipfile_serialization=is_zip)
+    with pytest.raises(UserError, match="without end"):
+        load_model(tmp_path / "deep.pt")
+
+
+def test_keys_that_would_be_hashed_forever_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here with a lower limit: such a key cannot be built to be saved."""
+    monkeypatch.setattr(pickles, "ENTRIES", 10_000)
+    for key in (nested(tuple, 16), tuple([tuple([(1, 2)] * 200)] * 200)):
+        torch.save({key: 1}, tmp_path / "deep.pt")
+        with pytest.raises(UserError, match="tuples nested without end"):
+            pickles.check(tmp_path / "deep.pt")
+
+
+def test_deep_dicts_are_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {"a": torch.ones(1)}
+    for _ in range(200):
+        content = {"a": content}
+    torch.save(content, tmp_path / "deep.pt")
+    with pytest.raises(UserError, match="nests its entries without end"):
+        load_model(tmp_path / "deep.pt")
+
+
+def test_many_small_objects_are_allowed(tmp_path: Path) -> None:
+    history = {"losses": [float(i) for i in range(10_000)], "groups": [{"betas": (0.9, 0.999)}] * 100}
+    torch.save({"history": history, "ema": {"a": torch.ones(1)}}, tmp_path / "x.pt")
+    assert pickles.load(tmp_path / "x.pt")["history"] == history
