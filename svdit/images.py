@@ -11,7 +11,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -56,10 +56,15 @@ class Header(NamedTuple):
     more_frames: bool
 
 
-def natural_key(path: Path) -> tuple[list[tuple[int, int, str]], str]:
+def natural_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Sort key that puts 2.png before 10.png, and 01.png before 1.png."""
-    text = path.as_posix()
-    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", text) if p], text
+    return [(0, int(p), "") if p.isdecimal() else (1, 0, p) for p in re.split(r"(\d+)", name) if p], name
+
+
+def relative_names(folder: Path, files: Iterable[Path]) -> list[str]:
+    """The names of files below a folder, with slashes; faster than `Path.relative_to`."""
+    start = len((folder / "x").as_posix()) - 1
+    return [file.as_posix()[start:] for file in files]
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -82,7 +87,7 @@ def scan_images(folder: str | Path) -> tuple[list[Path], str]:
     folders, links = [folder], list[Path]()
     try:
         while folders or links:
-            links.sort(key=natural_key, reverse=True)
+            links.sort(key=lambda path: natural_key(path.as_posix()), reverse=True)
             current = folders.pop() if folders else links.pop()
             if (place := os.path.realpath(current)) in entered:
                 skipped["repeated folder"] += 1
@@ -99,7 +104,8 @@ def scan_images(folder: str | Path) -> tuple[list[Path], str]:
                     skipped[f"{path.suffix.lower()} file" if kind.is_file() else "special file"] += 1
     except OSError as error:
         raise UserError(failed("read", error.filename, error)) from None
-    files.sort(key=lambda path: natural_key(path.relative_to(folder)))
+    names = dict(zip(files, relative_names(folder, files), strict=True))
+    files.sort(key=lambda path: natural_key(names[path]))
     return files, ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in sorted(skipped.items()))
 
 
@@ -119,7 +125,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, "Path | os.DirEntry[str]"]]:
 
 def class_numbers(folders: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
     """The distinct folders in natural order, which are the classes, and the number of each folder's class."""
-    classes = sorted(set(folders), key=lambda name: natural_key(Path(name)))
+    classes = sorted(set(folders), key=natural_key)
     numbers = {name: i for i, name in enumerate(classes)}
     return tuple(classes), [numbers[name] for name in folders]
 

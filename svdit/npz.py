@@ -4,6 +4,7 @@ What a file declares is checked before memory or disk is used for it: the number
 members, and the checksum of every byte. Nothing in it is unpickled.
 """
 
+import io
 import math
 import shutil
 import struct
@@ -23,6 +24,7 @@ from svdit.files import atomic_path, check_expansion, reading
 
 Pixels = npt.NDArray[np.uint8]
 MEMBERS = 1000  # at most; ours have 12
+PIECE = 1 << 20
 
 
 def write_npz(path: str | Path, images: Iterable[Pixels], count: int) -> None:
@@ -77,10 +79,10 @@ def map_npz(path: str | Path, key: str = "arr_0") -> npt.NDArray[np.generic]:
         check_expansion(path, info.file_size, min(info.compress_size, Path(path).stat().st_size))
         with archive.open(info) as member, tempfile.TemporaryFile() as unpacked:
             if info.compress_type == zipfile.ZIP_STORED:
-                while member.read(1 << 20):  # zipfile compares the checksum at the end
+                while member.read(PIECE):  # zipfile compares the checksum at the end
                     pass
             else:
-                shutil.copyfileobj(member, unpacked, 1 << 20)
+                shutil.copyfileobj(member, unpacked, PIECE)
                 unpacked.seek(0)
                 return _map_npy(unpacked, info.file_size)
         with Path(path).open("rb") as file:
@@ -91,12 +93,22 @@ def map_npz(path: str | Path, key: str = "arr_0") -> npt.NDArray[np.generic]:
             return _map_npy(file, info.file_size)
 
 
+class _Pieces(io.FileIO):
+    """A file read in pieces of at most 1 MiB: zipfile would read a list of any number of members at once."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of a file. Raises ValueError for larger pieces."""
+        if size is not None and size > PIECE:
+            raise ValueError("its list of members is too long")
+        return super().read(size) or b""
+
+
 @contextmanager
 def _opened(path: str | Path) -> Iterator[zipfile.ZipFile]:
     try:
         if not Path(path).is_file():
             raise OSError("it is not a file")
-        with reading(path), zipfile.ZipFile(path) as archive:
+        with reading(path), _Pieces(path) as file, zipfile.ZipFile(file) as archive:
             if len(archive.filelist) > MEMBERS:
                 raise ValueError(f"it has {len(archive.filelist)} members")
             if any(info.comment for info in archive.filelist):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -123,7 +124,18 @@ def fifo(path: Path) -> Path:
     return path
 
 
-LIES: dict[str, tuple[Callable[[Path], Path], str]] = {
+def many_members(path: Path) -> None:
+    """100 000 entries for one member, 5 MB."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("arr_0.npy", npy((1,), b"1"))
+    content = path.read_bytes()
+    start, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
+    size = 100_000 * (end - start)
+    tail = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, size, start, 0)
+    path.write_bytes(content[:start] + content[start:end] * 100_000 + tail)
+
+
+LIES: dict[str, tuple[Callable[[Path], object], str]] = {
     "more than the member, less than the file": (
         lambda path: archive(path, arr_0=npy((64,), b"1234"), other=npy((999,), bytes(999))),
         r"declares uint8 \(64,\)",
@@ -135,6 +147,7 @@ LIES: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda path: archive(path, zipfile.ZIP_DEFLATED, arr_0=npy((1 << 27,), bytes(1 << 27))),
         r"declares 134 MB in 13\d+ bytes",
     ),
+    "a long list of members": (many_members, "its list of members is too long"),
     "many members": (
         lambda path: archive(path, **{f"a{i}": b"" for i in range(2000)}), "it has 2000 members"
     ),
@@ -149,7 +162,7 @@ LIES: dict[str, tuple[Callable[[Path], Path], str]] = {
 @pytest.mark.parametrize("lie", LIES)
 def test_a_file_that_lies_is_refused_before_memory_is_used(tmp_path: Path, lie: str):
     make, message = LIES[lie]
-    path = make(tmp_path / "x.npz")
+    make(path := tmp_path / "x.npz")
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match=message) as caught:

@@ -21,7 +21,16 @@ import numpy.typing as npt
 from svdit.errors import UserError
 from svdit.evaluation.statistics import Gaussian, load_statistics
 from svdit.files import sha256
-from svdit.images import Pixels, center_crop, class_numbers, class_summary, image_header, read_image, scan_images
+from svdit.images import (
+    Pixels,
+    center_crop,
+    class_numbers,
+    class_summary,
+    image_header,
+    read_image,
+    relative_names,
+    scan_images,
+)
 from svdit.manifest import read_manifest
 from svdit.npz import map_npz, npz_keys
 from svdit.printing import warn
@@ -138,9 +147,9 @@ def _open_folder(path: Path, resize_to: int | None) -> Source:
     if not files:
         found = f" (only {skipped})" if skipped else ""
         raise UserError(f"{path} and its sub-folders contain no images{found}; pass a folder of PNG or JPEG files")
-    names = tuple(file.relative_to(path).with_suffix("").as_posix() for file in files)
+    names = tuple(name[: name.rindex(".")] for name in relative_names(path, files))
     manifest = _read_manifest(path / "manifest.json")
-    classes, numbers = class_numbers([Path(name).parent.as_posix() for name in names])
+    classes, numbers = class_numbers([name.rpartition("/")[0] or "." for name in names])
     labels = _labels(manifest, names)
     if labels is None and len(classes) > 1:
         labels = tuple(numbers)

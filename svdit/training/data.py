@@ -29,8 +29,8 @@ from svdit.images import (
     class_numbers,
     class_summary,
     decode_image,
-    natural_key,
     read_image,
+    relative_names,
     scan_images,
     to_float,
     visible_folders,
@@ -105,13 +105,13 @@ def folder(path: Path, image_size: int) -> LabelledImages:
     Raises UserError if there are none, or if a sub-folder holds images in several folders only, as train/ and val/ do.
     """
     files, skipped = scan_images(path)
-    parts = [file.relative_to(path).parts for file in files]
+    parts = [name.split("/") for name in relative_names(path, files)]
     inside = [n for n, names in enumerate(parts) if len(names) > 1]
     if not inside:
         raise UserError(f"{path} has no class folders with images; pass a folder with one sub-folder per class")
     classes, numbers = class_numbers([parts[n][0] for n in inside])
     _refuse_folders_of_folders(path, [parts[n] for n in inside])
-    rows = sorted(zip(numbers, inside, strict=True), key=lambda row: (row[0], natural_key(Path(*parts[row[1]][1:]))))
+    rows = sorted(zip(numbers, inside, strict=True))  # by class; in it, files are in natural order
     paths = tuple(files[n] for _, n in rows)
     return LabelledImages(
         partial(_read_file, paths, image_size),
@@ -124,7 +124,7 @@ def folder(path: Path, image_size: int) -> LabelledImages:
     )
 
 
-def _refuse_folders_of_folders(path: Path, parts: list[tuple[str, ...]]) -> None:
+def _refuse_folders_of_folders(path: Path, parts: list[list[str]]) -> None:
     inner: dict[str, set[str]] = {}
     for name, *rest in parts:
         inner.setdefault(name, set()).add(rest[0] if len(rest) > 1 else "")
@@ -146,10 +146,16 @@ def _folder_notes(path: Path, classes: tuple[str, ...], outside: int, skipped: s
 
 def _names_and_sizes(folder: Path, paths: tuple[Path, ...]) -> str:
     digest = hashlib.sha256()
+    parts = [paths[i : i + 1000] for i in range(0, len(paths), 1000)]
     with ThreadPoolExecutor() as pool:
-        for path, status in zip(paths, pool.map(Path.stat, paths), strict=True):
-            digest.update(os.fsencode(f"{path.relative_to(folder)}\0{status.st_size}\0"))
+        sizes = [size for part in pool.map(_sizes, parts) for size in part]
+    for name, size in zip(relative_names(folder, paths), sizes, strict=True):
+        digest.update(os.fsencode(f"{name}\0{size}\0"))
     return digest.hexdigest()
+
+
+def _sizes(paths: tuple[Path, ...]) -> list[int]:
+    return [path.stat().st_size for path in paths]
 
 
 def archive(path: Path, image_size: int, num_classes: int | None = None) -> LabelledImages:
@@ -173,7 +179,7 @@ def archive(path: Path, image_size: int, num_classes: int | None = None) -> Labe
     labels = _labels(path, key, count, num_classes)
     K = num_classes or int(labels.max()) + 1
     empty = np.flatnonzero(np.bincount(labels, minlength=K) == 0)
-    notes = (f"{len(empty)} of {K} classes have no images: {_first(empty.tolist())}",) if len(empty) else ()
+    notes = (f"classes without images ({len(empty)} of {K}): {_first(empty.tolist())}",) if len(empty) else ()
     return LabelledImages(read, labels, K, 3, (), npz_digest(path), notes)
 
 

@@ -204,7 +204,7 @@ def test_labels_are_integers_below_the_number_of_classes(tmp_path: Path) -> None
     np.savez(tmp_path / "a.npz", arr_0=COLOURS, arr_1=np.array([1.0, 2, 3, 1, 2, 9]))  # whole floats, ADM's key
     images = load(str(tmp_path / "a.npz"), 8)
     assert (images.labels.tolist(), images.labels.dtype, images.num_classes) == ([1, 2, 3, 1, 2, 9], np.int64, 10)
-    assert images.notes == ("6 of 10 classes have no images: 0, 4, 5, 6, 7, …",)
+    assert images.notes == ("classes without images (6 of 10): 0, 4, 5, 6, 7, …",)
     assert load(str(tmp_path / "a.npz"), 8, num_classes=12).num_classes == 12
     with pytest.raises(UserError, match=r"arr_1\[5\] of .* is 9\.0; labels must be integers from 0 to 8$"):
         load(str(tmp_path / "a.npz"), 8, num_classes=9)
