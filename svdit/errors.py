@@ -53,8 +53,10 @@ class UnreadableError(UserError):
 def sentence(error: BaseException, less_memory: str = LESS_MEMORY) -> str | None:
     """The message for an error that the user can fix, None for others; `less_memory`: how to need less of it."""
     text = re.sub(r"^\[enforce fail at .*?\] (err == 0)?\W*", "", str(error)).strip()
+    if worker := re.search(r"^[\w.]*Error: (.*)", text, re.MULTILINE | re.DOTALL):
+        text = worker[1].strip()  # after the traceback of a DataLoader worker
     if isinstance(error, UserError):
-        return text.rsplit("Error: ", 1)[-1] if "Traceback (most" in text else text  # of a DataLoader worker
+        return text
     first = (text or type(error).__name__).splitlines()[0][:200]
     if isinstance(error, RuntimeError):
         for pattern, (problem, remedy) in OF_TORCH.items():
@@ -80,11 +82,12 @@ def failed(action: str, path: object, error: OSError) -> str:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error that `error` is, or whose text it has where Rust or a worker process raised it."""
+    """The operating system's error that `error` is, or whose text it has where Rust, torch or a worker raised it."""
     if isinstance(error, OSError) and error.errno:
         return error
-    number = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\] [^:]*(?:: '(.+)')?", str(error))
-    if number is None:
+    text = str(error).strip()
+    number = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\] [^:]*(?:: '(.+)')?|: [^:]+ \((\d+)\)$", text)
+    code = int(number[1] or number[2] or number[4]) if number else 0
+    if number is None or (number[4] and os.strerror(code) not in text):
         return None
-    code = int(number[1] or number[2])
     return OSError(code, os.strerror(code), number[3])

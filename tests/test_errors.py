@@ -22,6 +22,9 @@ def test_an_error_of_the_system_names_the_path_the_reason_and_the_remedy(code: i
 def test_rust_and_workers_report_the_system_as_text() -> None:
     assert "No space left" in str(sentence(SafetensorError("Error while serializing: I/O error: x (os error 28)")))
     worker = OSError("Caught OSError in DataLoader worker process 0.\nOriginal …\nOSError: [Errno 24] Too many: '/x'")
+    mapped = "unable to open file </x.safetensors> in read-only mode: Too many open files (24)"
+    assert "raise the limit of open files" in str(sentence(RuntimeError(mapped)))
+    assert sentence(RuntimeError("expected: tensors (24)")) is None
     assert sentence(worker) == "cannot access /x (Too many open files); raise the limit of open files (ulimit -n)"
 
 
@@ -71,6 +74,11 @@ def test_a_lack_of_memory_is_a_sentence_with_the_remedy(allocate: object) -> Non
     ("text", "remedy"),
     [  # of torch/utils/data, ATen/MapAllocator.cpp and torch/multiprocessing
         ("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that …", "--num-workers 0"),
+        (
+            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            "  File x\nRuntimeError: unable to write to file </torch_7_1>: No space left on device (28)\n",
+            "(unable to",
+        ),
         ("unable to write to file </torch_7_1>: No space left on device (28)", "--shm-size"),
         ("unable to open shared memory object </torch_7_1> in read-write mode: Too many open files (24)", "--shm-size"),
         ("DataLoader worker (pid(s) 7) exited unexpectedly", "fewer workers"),

@@ -11,7 +11,7 @@ from svdit.diffusion.noise import image_noise
 from svdit.diffusion.samplers import ddim
 from svdit.diffusion.schedule import make_schedule
 from svdit.extras import require
-from svdit.files import atomic_path
+from svdit.files import atomic_path, writing
 from svdit.images import grid, to_uint8, write_png
 from svdit.model.autoencoder import Autoencoder
 from svdit.model.dit import DiT
@@ -34,7 +34,7 @@ class Curve:
     def add(self, step: int, losses: list[float], held_out: float | None, seconds: float) -> str:
         """Append one row, with an empty field if there is no held-out error; returns it as a line of text."""
         error = "" if held_out is None else f"{held_out:.6f}"
-        with self.path.open("a", newline="", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", newline="", encoding="utf-8") as file:
             row = [step, *(f"{loss:.6f}" for loss in losses), error, f"{seconds:.1f}"]
             csv.writer(file, lineterminator="\n").writerow(row)
         return f"step {step}  loss {losses[0]:.4f}  {'held-out ' + error if error else ''}  {seconds:.0f} s"
