@@ -206,7 +206,7 @@ def write_report(
     path = output.with_suffix(".report.json")
     with atomic_path(path) as temporary:
         content = {**header, **report.to_dict(), "measured": measured}
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     if measured:
         try:
             require("matplotlib")

@@ -67,6 +67,7 @@ def weight_errors(model: "DiT", source: "DiT") -> dict[str, float]:
 
     from svdit.quant.linear import quantized_layers
     from svdit.quant.quantize import linear_of
+    from svdit.quant.solve import relative_error
 
     layers, originals = quantized_layers(model), source.state_dict()
     for key, tensor in model.state_dict().items():
@@ -77,6 +78,5 @@ def weight_errors(model: "DiT", source: "DiT") -> dict[str, float]:
         linear = linear_of(source, name)
         if layer.bias is not None and not close(layer.bias, expected_bias(layer, linear)):
             raise UserError(f"the bias of {name} does not follow from the source and in_shift; do not use this file")
-        W = linear.weight.detach().float()
-        errors[name] = float((layer.effective_weight().detach() - W).norm() / W.norm())
+        errors[name] = relative_error(layer.effective_weight().detach(), linear.weight.detach().float())
     return errors

@@ -2,7 +2,8 @@
 
 Without a residual it is the documented rank-ratio mode (two factors instead of the weight); without an activation
 format it is weight-only; without factors it is a plain quantized linear. The bias already includes W·shift. The
-original weight is not kept. Float factors and the bias are parameters; everything else is a buffer.
+original weight is not kept: `weight` decodes it. Float factors and the bias are parameters; everything else is a
+buffer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -46,8 +47,10 @@ class SVDLinear(nn.Module):
         *,
         spec: LinearSpec | None = None,
         device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self.dtype = dtype  # of `weight`, and of nothing stored
         if spec is None:
             ratio = 1.0 if rank_ratio is None else rank_ratio
             spec = LinearSpec(rank=rank_for_ratio(ratio, in_features, out_features), rank_ratio=ratio)
@@ -72,11 +75,17 @@ class SVDLinear(nn.Module):
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         return Layer(self.spec, (self.out_features, self.in_features), present)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight (O, I) in the model's type, as of an nn.Linear. It is decoded at every access, which is slow."""
+        return self.effective_weight().detach().to(self.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         return ref.linear(self.layer(), x).to(x.dtype)  # (…, O)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDLinear":
         """Move tensors, but keep their types: `.half()` and the like would change what the codes stand for."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.layer().device)).dtype
 
         def moved(tensor: Tensor) -> Tensor:
             result = fn(tensor)
@@ -115,9 +124,8 @@ class SVDLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank_ratio: float) -> "SVDLinear":
         """The truncated SVD of a Linear: float factors, √S in each."""
-        layer = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, rank_ratio, device=linear.weight.device
-        )
+        O, I, like = linear.out_features, linear.in_features, linear.weight
+        layer = cls(I, O, linear.bias is not None, rank_ratio, device=like.device, dtype=like.dtype)
         U, S, Vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
         root = S[: layer.spec.rank].sqrt()
         layer.store_factors((U[:, : len(root)] * root).float(), (root[:, None] * Vh[: len(root)]).float())
@@ -209,5 +217,6 @@ def rebuild_(model: nn.Module, specs: dict[str, dict[str, Any]]) -> None:
             old.bias is not None,
             spec=LinearSpec.from_dict(fields),
             device=old.weight.device,
+            dtype=old.weight.dtype,
         )
         swap(model, name, layer)

@@ -168,9 +168,14 @@ class Statistics:
 def observe(model: nn.Module, names: Iterable[str], loop: ForwardLoop, seed: int = 0) -> dict[str, Statistics]:
     """Run `loop(model)` once, in eval mode, and return the statistics of the named linears' inputs.
 
-    Raises UserError for inputs with NaN or Inf and for layers that the loop does not reach.
+    Raises UserError for a loop that is no function, for inputs with NaN or Inf, and for layers that it does not reach.
     """
     statistics: dict[str, Statistics] = {}
+    if not callable(loop):
+        raise UserError(
+            f"the forward loop is a {type(loop).__name__}; pass a function of the model, for example "
+            "lambda model: [model(x) for x in batches]"
+        )
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         # One generator per layer: its sample must not depend on which other layers are observed.

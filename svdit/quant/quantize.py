@@ -63,7 +63,7 @@ def quantize_(
         inputs = statistics
         if inputs is None:
             needed = [name for name in chunk if name in needing]
-            inputs = observe(model, needed, forward_loop) if needed and forward_loop else {}
+            inputs = observe(model, needed, forward_loop) if needed and forward_loop is not None else {}
         observed = time.perf_counter()
         for name in chunk:
             linear, recipe = selection.linears[name], selection.recipes[name]
@@ -72,7 +72,9 @@ def quantize_(
             progress(len(results), len(mine))
         report.add_seconds(calibrate=observed - start, quantize=time.perf_counter() - observed)
     for name, (layer, line) in results.collect(names).items():
-        swap(model, name, layer.to(selection.linears[name].weight.device))
+        like = selection.linears[name].weight
+        layer.dtype = like.dtype
+        swap(model, name, layer.to(like.device))
         report.layers.append(line)
     report.bytes_after = model_bytes(model)
     return report

@@ -64,7 +64,7 @@ class Results:
                 state,
                 temporary,
                 {
-                    "result": json.dumps(header),
+                    "result": json.dumps(header, allow_nan=False),
                     "sha256": digest(header, {key: value.cpu() for key, value in state.items()}),
                 },
             )

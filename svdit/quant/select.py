@@ -1,6 +1,6 @@
 """Which layers of a model a configuration quantizes, checked before any long work.
 
-Only plain `nn.Linear`s are replaced: a subclass with a forward of its own computes something else, and
+Only plain `nn.Linear`s are replaced: a forward of its own, or hooks, compute something else, and
 `nn.MultiheadAttention` reads the weight of its out_proj without calling it.
 """
 
@@ -45,8 +45,8 @@ def select(model: nn.Module, config: QuantConfig) -> Selection:
         if name.rpartition(".")[0] in attention:
             reason = "nn.MultiheadAttention uses its in_proj and out_proj weights without calling a linear"
             selection.skipped[name.rpartition(".")[0]] = reason
-        elif type(linear).forward is not nn.Linear.forward:
-            selection.skipped[name] = f"{type(linear).__name__} is a subclass of nn.Linear with its own forward"
+        elif reason := peculiarity(linear):
+            selection.skipped[name] = reason
         else:
             check_layer(name, linear, recipe)
             selection.recipes[name], selection.linears[name] = recipe, linear
@@ -93,11 +93,24 @@ def shared_recipe(config: QuantConfig, names: list[str]) -> Recipe | None:
     return recipes[0]
 
 
+def peculiarity(linear: nn.Linear) -> str:
+    """Why a call of `linear` is more than x Wᵀ + b; empty where it is just that."""
+    if type(linear).forward is not nn.Linear.forward:
+        return f"{type(linear).__name__} is a subclass of nn.Linear with its own forward"
+    if "forward" in vars(linear):
+        return "its forward was replaced"
+    hooks = linear._forward_hooks or linear._forward_pre_hooks
+    return "it has forward hooks, which may change its input or output; remove them before quantizing" if hooks else ""
+
+
 def check_layer(name: str, linear: nn.Linear, recipe: Recipe) -> None:
     """Raises UserError for NaN, Inf or missing values, and for groups that do not divide the layer's width."""
-    for form in (recipe.weight, recipe.act, recipe.factors):
-        if form:
-            form.groups(linear.in_features)
+    try:
+        for form in (recipe.weight, recipe.act, recipe.factors):
+            if form:
+                form.groups(linear.in_features)
+    except UserError as error:
+        raise UserError(f"{name} cannot be quantized to {form}: {error}, or skip the layer") from None
     for part, tensor in linear.named_parameters():
         if tensor.is_meta:
             raise UserError(f"the {part} of {name} is on the meta device; load the checkpoint before quantizing")

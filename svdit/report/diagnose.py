@@ -42,14 +42,14 @@ def measure(model: DiT, original: DiT, lines: Sequence[LayerReport], cfg_scale: 
     errors = {name: m.relative_errors(linears[name], layer, inputs[name]) for name, layer in layers.items()}
     power = {name: sum(error**2 for error in groups.values()) / len(groups) for name, groups in errors.items()}
     worst = sorted(layers, key=lambda name: -power[name])
-    branched = one_of_each_kind(name for name in worst if layers[name].spec.rank)[:FEW]
+    branched = [name for name in worst if layers[name].spec.rank and linears[name].weight.any()]  # zeros: no spectrum
     rounded = [name for name in worst if layers[name].spec.act][:FEW]
     pairs = {name: m.histograms(layers[name], torch.cat(list(inputs[name].values()))) for name in rounded}
     return {
         "measured_on": {"images": images, "steps": steps, "cfg_scale": cfg_scale, "seed": seed},
         "sqnr": {name: -10 * math.log10(noise) if noise else None for name, noise in power.items()},
         **by_timestep(errors),
-        "spectra": {name: asdict(m.spectrum(linears[name], layers[name])) for name in branched},
+        "spectra": {name: asdict(m.spectrum(linears[name], layers[name])) for name in one_of_each_kind(branched)[:FEW]},
         "smoothing": {
             line.name: {"alpha": line.alpha, "beta": line.beta, "scale_quantiles": quantiles}
             for line in lines

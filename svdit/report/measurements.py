@@ -95,10 +95,15 @@ def spectrum(linear: nn.Linear, layer: SVDLinear) -> Spectrum:
     remaining = singular_values(What - l1.to(W.device) @ l2.to(W.device))
     return Spectrum(
         layer.spec.rank,
-        (original / original.norm()).tolist(),
-        (transformed / transformed.norm()).tolist(),
-        (remaining / transformed.norm()).tolist(),
+        (original / above_zero(original.norm())).tolist(),
+        (transformed / above_zero(transformed.norm())).tolist(),
+        (remaining / above_zero(transformed.norm())).tolist(),
     )
+
+
+def above_zero(norm: Tensor) -> Tensor:
+    """A norm () to divide by: 0/0 is 0."""
+    return norm.clamp(min=torch.finfo(norm.dtype).tiny)
 
 
 def singular_values(W: Tensor) -> Tensor:
@@ -135,8 +140,9 @@ class Histogram:
 @torch.no_grad()
 def histograms(layer: SVDLinear, x: Tensor) -> tuple[Histogram, Histogram]:
     """Histograms of inputs x (M, I) before and after the layer's transform, on the same bins."""
-    both = [rows / rows.square().mean().sqrt() for rows in (x.float(), transform_of(layer).inputs(x.float()))]
-    limit = max(float(rows.abs().max()) for rows in both)
+    rows = x.float(), transform_of(layer).inputs(x.float())
+    both = [each / above_zero(each.square().mean().sqrt()) for each in rows]
+    limit = max(float(each.abs().max()) for each in both) or 1.0  # of zeros
     before, after = (histogram(rows, limit) for rows in both)
     return before, after
 

@@ -6,15 +6,16 @@ The result computes what the quantized model computes. It cannot be saved, copie
 layers' memory: the model it was made from is empty afterwards.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from svdit.kernels import ops
 from svdit.model.dit import DiT
 from svdit.quant.linear import quantized_layers, swap
 from svdit.runtime.dit import FastDiT
-from svdit.runtime.linear import FastLinear, packed
+from svdit.runtime.linear import FastLinear, check_move, packed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,6 +33,13 @@ def accelerate(model: Model, backend: str | None = None, *, debug: bool = False)
         return FastDiT(model, backend, debug)
     for name, layer in layers.items():
         swap(model, name, packed(layer, name, backend, debug))
+    move = model._apply
+
+    def checked(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        check_move(model, fn)  # of all layers, before any tensor is moved
+        return move(fn, recurse)  # type: ignore[no-untyped-call]
+
+    model._apply = checked  # type: ignore[method-assign]
     return model
 
 

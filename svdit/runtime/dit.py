@@ -17,7 +17,7 @@ from svdit.model.embeddings import sinusoids
 from svdit.model.layers import Block, FinalLayer
 from svdit.runtime import linear
 from svdit.runtime.graph import Replayed
-from svdit.runtime.linear import FastLinear, packed, packed_floats
+from svdit.runtime.linear import check_move, packed, packed_floats
 
 HIDDEN_BYTES = 2**25  # of fc1's output at once on a CPU: the allocator maps and clears larger buffers at every call
 
@@ -91,9 +91,7 @@ class FastDiT(DiT):
             return self.step(x, t, y) if recorded else self.compute(x, t, y)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FastDiT":
-        for module in self.modules():  # all of them before any tensor is moved
-            if isinstance(module, FastLinear):
-                module.check_move(fn)
+        check_move(self, fn)  # of all layers, before any tensor is moved
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     # fmt: off

@@ -3,7 +3,8 @@
 Under torch.compile a packed layer is one custom operator, which is not traced into, so no graph breaks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -19,18 +20,40 @@ from svdit.quant.linear import SVDLinear
 NUMBERS, LAYERS = count(), WeakValueDictionary[int, "FastLinear"]()
 
 
+class PackedWeight(Tensor):
+    """The weight of a packed layer: type, shape and device, without values."""
+
+    @staticmethod
+    def __new__(cls, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> "PackedWeight":
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    @classmethod
+    def __torch_dispatch__(cls, *args: object, **kwargs: object) -> None:
+        """Raises UserError."""
+        raise UserError("an accelerated layer has packed weights only; read them before accelerating the model")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"PackedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
 class FastLinear(nn.Module):
     """A layer packed for inference. It cannot be saved, copied, moved or trained; with `debug` its inputs are checked.
 
-    `reason`: why the backend does not support the layer, which then runs in fp32; None for a layer not quantized.
+    As of an nn.Linear there are `in_features`, `out_features`, `bias` and `weight`, a quantized one without values; the
+    packed tensors are buffers. `reason`: why the backend does not support the layer, which then runs in fp32; None for
+    a layer not quantized.
     """
 
     def __init__(
-        self, linear: Linear, outputs: int, name: str, reason: str | None, device: torch.device, debug: bool
+        self, linear: Linear, weight: Tensor, bias: Tensor | None, name: str, reason: str | None, debug: bool
     ) -> None:
         super().__init__()
-        self.linear, self.outputs, self.name, self.reason, self.debug = linear, outputs, name, reason, debug
-        self.device, self.dtype = device, getattr(linear, "dtype", torch.float32)
+        self.weight, self.bias, self.device = weight, bias, weight.device
+        self.out_features, self.in_features = weight.shape
+        self.linear, self.outputs, self.name, self.reason, self.debug = linear, len(weight), name, reason, debug
+        self.dtype = getattr(linear, "dtype", torch.float32)
+        for i, tensor in enumerate({id(tensor): tensor for tensor in held_tensors(linear)}.values()):
+            self.register_buffer(f"packed{i}", tensor, persistent=False)
         self.number = next(NUMBERS)
         LAYERS[self.number] = self
 
@@ -54,17 +77,8 @@ class FastLinear(nn.Module):
         linear_(self.number, x, shift, scale, gelu, residual.gate, residual.x)
         return residual.x
 
-    def check_move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Raises UserError if `fn`, tensors (…) to tensors, moves or casts."""
-        before = torch.empty(0, device=self.device)
-        after = fn(before)
-        if (after.device, after.dtype) != (before.device, before.dtype):
-            raise UserError(
-                f"accelerated layers stay on {before.device} in their own types; move the model before accelerating it"
-            )
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FastLinear":
-        self.check_move(fn)
+        check_move(self, fn)
         return self
 
     def _save_to_state_dict(self, *args: object) -> None:
@@ -79,8 +93,38 @@ class FastLinear(nn.Module):
 
 def packed_floats(weight: Tensor, bias: Tensor | None, name: str, backend: str, debug: bool = False) -> FastLinear:
     """A layer of float weight (O, I) and bias (O,)."""
-    linear = ops.float_linear(weight.detach(), None if bias is None else bias.detach(), backend)
-    return FastLinear(linear, len(weight), name, None, weight.device, debug)
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    return FastLinear(ops.float_linear(weight, bias, backend), weight, bias, name, None, debug)
+
+
+def check_move(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Raises UserError if `fn`, tensors (…) to tensors, would move or cast a packed layer of `model`."""
+    for layer in model.modules():
+        if isinstance(layer, FastLinear):
+            before = torch.empty(0, device=layer.device)
+            after = fn(before)
+            if (after.device, after.dtype) != (before.device, before.dtype):
+                raise UserError(
+                    f"accelerated layers stay on {before.device} in their own types; move the model before "
+                    "accelerating it"
+                )
+
+
+def held_tensors(part: object) -> Iterator[Tensor]:
+    """The tensors (…) that a packed layer, a callable, keeps in attributes and closures."""
+    if isinstance(part, Tensor):
+        yield part
+        return
+    if isinstance(part, Mapping | list | tuple):
+        parts = part.values() if isinstance(part, Mapping) else part
+    elif isinstance(part, partial):
+        parts = [part.func, *part.args]
+    elif cells := getattr(part, "__closure__", None):
+        parts = [cell.cell_contents for cell in cells]
+    else:
+        parts = vars(part).values() if type(part).__module__.startswith("svdit.kernels") else []
+    for each in parts:
+        yield from held_tensors(each)
 
 
 def packed(module: nn.Module, name: str, backend: str, debug: bool = False, inner: bool = False) -> FastLinear:
@@ -88,15 +132,15 @@ def packed(module: nn.Module, name: str, backend: str, debug: bool = False, inne
     if type(module) is nn.Linear:
         return packed_floats(module.weight, module.bias, name, backend, debug)
     if not isinstance(module, SVDLinear):
-        weight = next(module.parameters())
         linear = ref.composed(ref.by_image(lambda x: module(x.float())))
-        return FastLinear(linear, len(weight), name, None, weight.device, debug)
+        return FastLinear(linear, next(module.parameters()).detach(), None, name, None, debug)
     with torch.no_grad():
-        layer = module.layer()
+        layer = module.layer().detached()
         reason = ops.unsupported(layer.spec, layer.shape, backend, layer.device)
-        linear = ops.pack(layer.detached(), backend, inner)
+        linear = ops.pack(layer, backend, inner)
+    weight = PackedWeight(layer.shape, module.dtype, layer.device)
     module.to("meta")
-    return FastLinear(linear, module.out_features, name, reason, layer.device, debug)
+    return FastLinear(linear, weight, layer.bias, name, reason, debug)
 
 
 def _modulation(shift: Tensor | None, scale: Tensor | None) -> Modulation | None:

@@ -1,5 +1,6 @@
 """`svdit verify` and `svdit inspect` on files that are right, changed, or of another source."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def tamper(path: Path, tensor: str) -> Path:
     changed = path.with_name("changed.safetensors")
     save_model(model, changed, provenance=header["provenance"])
     return changed
+
+
+def test_a_new_model_whose_adaln_is_zero_is_quantized_and_verified(tmp_path: Path) -> None:
+    model = DiT(DiTConfig(4, 2, 4, hidden_size=64, depth=1, num_heads=2, num_classes=5))
+    torch.nn.init.zeros_(model.blocks[0].attn.proj.weight)
+    save_model(model, tmp_path / "new.safetensors")
+    options = "--preset w4a4 --rank 4 --calib-images 2 --calib-steps 2 --adaln int4"
+    paths = ["--ckpt", str(tmp_path / "new.safetensors"), "--output", str(tmp_path / "q.safetensors")]
+    command("quantize", [*paths, *options.split()])
+    report = json.loads((tmp_path / "q.report.json").read_text(), parse_constant=pytest.fail)  # NaN and Infinity
+    errors = {line["name"].split(".", 2)[2]: line["weight_error"] for line in report["layers"]}
+    assert errors["attn.proj"] == errors["adaLN_modulation.1"] == 0 < errors["attn.qkv"]
+    verify(tmp_path / "q.safetensors", tmp_path / "new.safetensors")
 
 
 @pytest.mark.parametrize("flags", [(), ("--adaln", "fp16"), ("--adaln", "int4")], ids=str)

@@ -12,7 +12,7 @@ from svdit.errors import UserError
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
-from svdit.quant.config import RECIPES, Recipe, dit_config
+from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, recipe_for
 from svdit.quant.linear import (
     LinearSpec,
     SVDLinear,
@@ -22,6 +22,7 @@ from svdit.quant.linear import (
     rank_for_ratio,
     rebuild_,
 )
+from svdit.quant.quantize import quantize_
 from svdit.quant.solve import fit
 
 
@@ -151,6 +152,31 @@ def test_permuting_tokens_permutes_outputs_and_neighbours_do_not_matter() -> Non
     assert (layer(x[:, order]) - layer(x)[:, order]).abs().max() <= bound
     x[1] *= 100
     assert (layer(x)[:1] - layer(x[:1])).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_it_passes_for_a_linear_of_the_models_type(dtype: torch.dtype) -> None:
+    linear = seeded_linear().to(dtype)
+    model = nn.Sequential(linear)
+    config = QuantConfig((Rule("*", recipe_for("w8a8", rank=4)),))
+    x = torch.randn(64, 9, 64, dtype=dtype)
+    quantize_(model, config, lambda m: m(x))
+    layer = model[0]
+    for name in ("in_features", "out_features"):
+        assert getattr(layer, name) == getattr(linear, name)
+    for part in ("weight", "bias"):
+        assert getattr(layer, part).shape == getattr(linear, part).shape
+        assert getattr(layer, part).device == getattr(linear, part).device
+    assert layer.weight.dtype == layer(x).dtype == dtype
+    assert 0 < relative(layer.weight.double(), linear.weight.double()) < 0.02
+    assert model.to(torch.float16)[0].weight.dtype == torch.float16
+    assert model.to("meta")[0].weight.device.type == "meta"
+    rebuilt = nn.Sequential(seeded_linear().to(dtype))
+    rebuild_(rebuilt, layer_specs(model))
+    assert rebuilt[0].weight.dtype == dtype
+    buffers = sum(tensor.nbytes for tensor in layer.buffers())
+    assert buffers + sum(p.nbytes for p in layer.parameters()) == layer.layer().nbytes
 
 
 def test_zero_input_gives_exactly_the_bias() -> None:

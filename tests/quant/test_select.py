@@ -1,16 +1,20 @@
 """quantize_ on modules that are not a DiT: shared layers, attention, subclasses, modes, autocast, copies."""
 
 import copy
+import json
 import pickle
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import relative
 from layers import model_bound
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from svdit.compat import apply_svd_to_dit
 from svdit.errors import UserError
@@ -105,6 +109,69 @@ def test_subclasses_with_their_own_forward_are_skipped_by_name() -> None:
     assert report.warnings[0] == "0 was not quantized: Doubled is a subclass of nn.Linear with its own forward"
     with pytest.raises(UserError, match=r"no rule .* selects a linear layer.*0: Doubled is a subclass"):
         quantize_(nn.Sequential(Doubled(64, 64)), ALL, loop)
+
+
+PECULIAR: dict[str, Callable[[nn.Linear], object]] = {
+    "forward hooks": lambda linear: linear.register_forward_hook(lambda m, x, y: 2 * y),
+    "has forward hooks": lambda linear: linear.register_forward_pre_hook(lambda m, x: (2 * x[0],)),
+    "forward was replaced": lambda linear: setattr(linear, "forward", lambda x: 2 * nn.Linear.forward(linear, x)),
+}
+
+
+@pytest.mark.parametrize("reason", PECULIAR)
+@torch.no_grad()
+def test_linears_that_do_more_are_skipped_by_name(reason: str) -> None:
+    model = two()
+    PECULIAR[reason](model[0])
+    before = model(BATCHES[0])
+    report = quantize_(model, ALL, loop)
+    assert isinstance(model[0], nn.Linear) and isinstance(model[2], SVDLinear)
+    assert report.warnings[0].startswith("0 was not quantized: ") and reason in report.warnings[0]
+    assert 0 < relative(model(BATCHES[0]), before) < 0.05
+
+
+SAME: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "subclass without a forward": lambda linear: NonDynamicallyQuantizableLinear(64, 64),
+    "weight norm": weight_norm,
+    "spectral norm": spectral_norm,
+}
+
+
+@pytest.mark.parametrize("kind", SAME)
+@torch.no_grad()
+def test_linears_that_only_store_their_weight_in_another_way_are_quantized(kind: str) -> None:
+    model = two()
+    model[0] = SAME[kind](model[0])
+    model.eval()
+    before = model(BATCHES[0])
+    quantize_(model, ALL, loop)
+    assert isinstance(model[0], SVDLinear) and 0 < relative(model(BATCHES[0]), before) < 0.05
+
+
+def test_groups_that_do_not_divide_a_layer_name_it() -> None:
+    model = nn.Sequential(nn.Linear(64, 60), nn.Linear(60, 64))
+    with pytest.raises(
+        UserError, match="1 cannot be quantized to INT4 g64: rows of 60 cannot be cut into groups of 64"
+    ):
+        quantize_(model, QuantConfig((Rule("*", recipe_for("w4a8")),)), loop)
+
+
+def test_loops_that_cannot_run_are_sentences() -> None:
+    with pytest.raises(UserError, match="the forward loop is a Tensor; pass a function of the model"):
+        quantize_(two(), ALL, BATCHES)
+    once = iter(BATCHES)
+    with pytest.raises(UserError, match=r"never reached 2; .* at every run .*not over a generator"):
+        quantize_(two(), ALL, lambda m: [m(x) for x in once], max_memory=1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@torch.no_grad()
+def test_one_row_and_a_dead_column_are_quantized(name: str) -> None:
+    for x in (torch.randn(1, 1, 64), torch.randn(9, 8, 64) * (torch.arange(64) != 3)):
+        model = two()
+        report = quantize_(model, QuantConfig((Rule("*", replace(RECIPES[name], rank=4)),)), lambda m, x=x: m(x))
+        json.dumps(report.to_dict(), allow_nan=False)
+        assert model(x).isfinite().all()
 
 
 def test_a_linear_itself_is_a_sentence() -> None:

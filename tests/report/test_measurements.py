@@ -1,6 +1,8 @@
 """Measurements of layers: rows by group, errors, spectra, smoothing scales, histograms."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -82,6 +84,15 @@ def test_a_layer_of_zeros_has_no_error() -> None:
     layer = SVDLinear(64, 8, spec=LinearSpec(weight=WEIGHT_FORMATS["int8"]))
     layer.bias = linear.bias
     assert relative_errors(linear, layer, {0: torch.randn(5, 64)}) == {0: 0.0}
+
+
+def test_zeros_are_measured_without_nan() -> None:
+    linear = nn.Linear(64, 8)
+    nn.init.zeros_(linear.weight)
+    layer = SVDLinear(64, 8, spec=LinearSpec(2, weight=WEIGHT_FORMATS["int8"], act=ACT_FORMATS["int8"], hadamard=64))
+    nn.init.zeros_(layer.l1)
+    measured = [spectrum(linear, layer), *histograms(layer, torch.zeros(5, 64))]
+    json.dumps([asdict(each) for each in measured], allow_nan=False)
 
 
 def test_spectra_are_singular_values_and_the_branch_removes_the_first(linear: nn.Linear) -> None:

@@ -3,19 +3,23 @@
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
 
 from svdit.errors import UserError
+from svdit.kernels import ops
 from svdit.kernels.cpu import build
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, Rule, dit_config, recipe_for
 from svdit.quant.quantize import quantize_
 from svdit.runtime.accelerate import accelerate
 from svdit.sampling.calibration import calibration_loop
+from svdit.shims import allow_cpu_torchvision
 
 INPUTS = torch.randn(4, 8, 64, generator=torch.Generator().manual_seed(0))
 
@@ -60,6 +64,71 @@ def test_accelerated_models_refuse_in_one_sentence(mlp: nn.Module, tiny: DiT, ac
     for model in (accelerate(mlp), accelerated_dit(tiny)):
         with pytest.raises(UserError, match=r"^(an )?accelerated [^\n]+; [^\n]+$"):
             COPIES[action](model)
+
+
+class Outer(nn.Module):
+    """An accelerated model within a larger one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+def test_saving_a_part_of_a_model_that_is_accelerated_is_refused(mlp: nn.Module, tmp_path: Path) -> None:
+    outer, path = Outer(accelerate(mlp)), tmp_path / "file"
+    for save in (lambda: outer.state_dict(), lambda: torch.save(outer, path), lambda: save_model(outer, path)):
+        with pytest.raises(UserError, match="an accelerated model cannot be"):
+            save()
+
+
+def test_a_refused_cast_changes_nothing(mlp: nn.Module) -> None:
+    model = nn.Sequential(nn.LayerNorm(64), mlp)
+    for refused in (nn.Module.half, nn.Module.double, lambda m: m.to("meta"), lambda m: m.to(torch.bfloat16)):
+        fast = accelerate(copy.deepcopy(model))
+        with pytest.raises(UserError, match="move the model before accelerating it"):
+            refused(fast)
+        assert {(p.dtype, p.device.type) for p in fast.parameters()} == {(torch.float32, "cpu")}
+        assert fast.float().to("cpu") is fast
+
+
+@pytest.mark.parametrize("backend", [name for name, reason in ops.reasons().items() if not reason])
+@torch.no_grad()
+def test_packed_layers_pass_for_linears(mlp: nn.Module, backend: str) -> None:
+    mlp.bfloat16()
+    stored = mlp[0].layer().nbytes
+    fast = accelerate(mlp, backend)[0]
+    assert (fast.in_features, fast.out_features, fast.bias.shape) == (64, 128, (128,))
+    assert (fast.weight.shape, fast.weight.dtype, fast.weight.device.type) == ((128, 64), torch.bfloat16, "cpu")
+    assert INPUTS.to(fast.weight.dtype).dtype == torch.bfloat16 and "PackedWeight" in repr(fast.weight)
+    with pytest.raises(UserError, match="packed weights only"):
+        fast.weight + 1
+    packed = sum(tensor.nbytes for tensor in fast.buffers())
+    assert stored / 2 < packed < (5 * 128 * 64 if backend == "dequant" else 4 * stored)
+
+
+@torch.no_grad()
+def test_a_diffusers_model_in_bfloat16_reads_types_of_quantized_and_packed_layers(tmp_path: Path) -> None:
+    allow_cpu_torchvision()
+    from diffusers import SanaTransformer2DModel
+
+    heads = dict.fromkeys(("num_attention_heads", "num_cross_attention_heads"), 2)
+    widths = dict.fromkeys(("attention_head_dim", "cross_attention_head_dim"), 8) | {"cross_attention_dim": 16}
+    small = {"num_layers": 1, "sample_size": 4, "patch_size": 1, "caption_channels": 8, "in_channels": 4}
+    torch.manual_seed(0)
+    model = SanaTransformer2DModel(out_channels=4, **heads, **widths, **small).bfloat16().eval()
+
+    def run(model: nn.Module) -> torch.Tensor:
+        x, caption = torch.ones(2, 4, 4, 4).bfloat16(), torch.linspace(-1, 1, 48).view(2, 3, 8).bfloat16()
+        return model(x, encoder_hidden_states=caption, timestep=torch.tensor([3, 500])).sample
+
+    before = run(model)
+    quantize_(model, QuantConfig((Rule("*", recipe_for("rtn")),)), run)
+    for other in (model, accelerate(model)):
+        y = run(other)
+        assert y.dtype == torch.bfloat16 and 0 < float((y - before).norm() / before.norm()) < 0.05
+    with pytest.raises(UserError, match="an accelerated model cannot be saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @torch.no_grad()
