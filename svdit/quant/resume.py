@@ -90,11 +90,12 @@ class Results:
                 metadata = file.metadata() or {}
                 header: dict[str, Any] = json.loads(metadata["result"])
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            checksum, plan = digest(header, state), header["plan"]
         except Exception as error:  # a damaged file can raise anything
             raise DamagedError(str(error)) from None
-        if metadata.get("sha256") != digest(header, state):
+        if metadata.get("sha256") != checksum:
             raise DamagedError("it does not match its checksum")
-        if header["plan"] != self.plan:
+        if plan != self.plan:
             raise UserError(f"{path} is from a run with other settings or another version; delete {self.folder}")
         O, I, bias = header["shape"]
         layer = SVDLinear(I, O, bias, spec=LinearSpec.from_dict(header["spec"]))

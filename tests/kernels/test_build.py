@@ -159,6 +159,15 @@ def test_a_bad_override_is_one_sentence(
     assert message in str(caught.value)
 
 
+def test_a_truncated_installed_library_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "_library.so").write_bytes(Path(build.library()._name).read_bytes()[:5000])
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    assert build._installed() is None
+    assert "_library.so cannot be loaded (it is truncated); install svdit again" in capsys.readouterr().err
+
+
 def test_float_models_need_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a float model asked for a backend")

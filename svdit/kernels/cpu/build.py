@@ -95,8 +95,11 @@ def check_whole(path: Path) -> None:
 
 def _installed() -> ctypes.CDLL | None:
     for path in Path(__file__).parent.glob("_library*.so"):
-        if lib := _load(path):
-            return lib
+        try:
+            if lib := _load(path):
+                return lib
+        except MissingKernelsError as error:
+            warn(f"{error}; install svdit again")
     return None
 
 
