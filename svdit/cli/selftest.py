@@ -28,9 +28,11 @@ def run(args: argparse.Namespace) -> None:
     from svdit.errors import UserError
 
     if (args.adm_samples is None) != (args.adm_reference is None):
-        raise UserError("--adm-samples and --adm-reference must be passed together")
+        present, absent = ("samples", "reference") if args.adm_samples else ("reference", "samples")
+        value = args.adm_samples or args.adm_reference
+        raise UserError(f"--adm-{present} is {value}; pass --adm-{absent} together with it")
     if args.feature_extractor_weights and args.adm_samples is None:
-        raise UserError("--feature-extractor-weights has no effect without --adm-samples and --adm-reference")
+        raise UserError("--feature-extractor-weights has no effect without --adm-samples and --adm-reference; omit it")
     from svdit.evaluation.selftest import formulas, regression
 
     checks = list(formulas())

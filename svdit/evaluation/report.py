@@ -174,6 +174,16 @@ def read_report(path: str | Path) -> dict[str, Any]:
     valid = isinstance(report, dict) and report.get("schema") == SCHEMA
     if not valid or not all(isinstance(report.get(key), dict) for key in ("metrics", "protocol")):
         raise UserError(f"{path} is not a metrics.json of schema {SCHEMA}; run svdit evaluate --output again")
+    if broken := [key for key, entry in report["metrics"].items() if not is_estimate(entry)]:
+        raise UserError(f"{broken[0]} in {path} has no usable value; run svdit evaluate --output again")
     if report.get("sha256") not in (None, digest(report, {})):
         raise UserError(f"{path} does not match its checksum; restore it, or run svdit evaluate --output again")
     return report
+
+
+def is_estimate(entry: object) -> bool:
+    """Whether an entry of `metrics.json` has a value, leave-one-block-out values and a reason of the right types."""
+    match entry:
+        case {"value": int() | float() | None, "leave_out": list(values), "reason": str() | None}:
+            return all(isinstance(value, int | float) for value in values)
+    return False

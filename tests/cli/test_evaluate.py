@@ -159,7 +159,7 @@ def test_an_unavailable_named_metric_ends_with_code_1(tmp_path: Path, capsys: py
 
 def test_selftest_needs_both_adm_files(capsys: pytest.CaptureFixture[str]):
     assert run("selftest", "--adm-samples", "x.npz") == 2
-    assert "passed together" in capsys.readouterr().err
+    assert "pass --adm-reference together with it" in capsys.readouterr().err
 
 
 def test_selftest_weights_need_the_adm_files(capsys: pytest.CaptureFixture[str]):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from svdit.errors import UserError
 from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.report import Report, markdown_table, number, read_report
 
@@ -63,3 +64,14 @@ def test_digits_follow_the_error(value: float | None, error: float | None, text:
 def test_columns_are_aligned():
     lines = markdown_table(("a", "bb"), [("long", "1")])
     assert lines == ["| a    | bb |", "| ---- | -- |", "| long | 1  |"]
+
+
+@pytest.mark.parametrize("entry", [3, "x", None, [], {}, {"value": "x"}, {"leave_out": 3}, {"leave_out": ["a"]}])
+def test_reports_with_other_values_are_one_sentence(tmp_path: Path, entry: object):
+    report().save(tmp_path)
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    del content["sha256"]
+    content["metrics"]["fid"] = content["metrics"]["fid"] | entry if entry and isinstance(entry, dict) else entry
+    (tmp_path / "metrics.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"fid in .*metrics\.json has no usable value; run svdit evaluate"):
+        read_report(tmp_path)
