@@ -58,6 +58,11 @@ def new_list(*_: object) -> list[Any]:
     return []
 
 
+def placeholder(name: str) -> type[Placeholder]:
+    """A placeholder called like the class, for messages about what a file holds."""
+    return type(name.rpartition(".")[2].replace("_reconstruct", "ndarray"), (Placeholder,), {})
+
+
 STAND_INS = {"collections.defaultdict": new_dict, "collections.deque": new_list}
 
 
@@ -67,7 +72,7 @@ def load(path: Path) -> Any:
     Raises UserError for other files, damaged ones, and those with objects that are neither tensors nor descriptive.
     """
     names = check(path)
-    stand_ins = [(STAND_INS.get(name, Placeholder), name) for name in names if DESCRIPTIVE.fullmatch(name)]
+    stand_ins = [(STAND_INS.get(name) or placeholder(name), name) for name in names if DESCRIPTIVE.fullmatch(name)]
     try:
         with reading(path), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

@@ -358,3 +358,11 @@ def test_inception_weights_download_in_the_same_way(
     assert not list(tmp_path.glob("*.pth"))
     monkeypatch.setattr(weights, "SHA256", hashlib.sha256(server.body).hexdigest())
     assert find_weights(None, tmp_path, download=True).read_bytes() == server.body
+
+
+def test_a_silent_server_is_not_waited_for(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.05)
+    monkeypatch.setattr(weights, "URL", f"http://127.0.0.1:{server.server_port}/{NAME}")
+    server.delay = 0.5
+    with pytest.raises(UserError, match=r"cannot download .*timed out"):
+        find_weights(None, tmp_path, download=True)

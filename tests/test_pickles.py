@@ -38,7 +38,7 @@ def test_descriptive_objects_do_not_hide_the_tensors(value: object, is_zip: bool
     torch.save({"args": [value], "ema": {"a": torch.ones(3)}}, path, _use_new_zipfile_serialization=is_zip)
     loaded = pickles.load(path)
     assert loaded["ema"]["a"].tolist() == [1, 1, 1]
-    assert type(loaded["args"][0]) in (pickles.Placeholder, dict, list, set)
+    assert isinstance(loaded["args"][0], pickles.Placeholder | dict | list | set)
 
 
 class Level(enum.Enum):

@@ -14,6 +14,7 @@ from torch import Tensor
 from svdit.errors import UserError
 from svdit.model.embeddings import position_embedding
 
+MAX_SIZE = 1024  # of the input; the table of positions grows with its square, and no tensor bounds it
 OUTSIDE = {
     "x_embedder.proj": "pos_embed.proj",
     "final_layer.adaLN_modulation.1": "proj_out_1",
@@ -37,7 +38,8 @@ REPEATED = {
 
 def is_diffusers(state: Mapping[str, Tensor]) -> bool:
     """Whether tensors (…) of these names belong to diffusers' DiT."""
-    return "transformer_blocks.0.norm1.linear.weight" in state
+    name = REPEATED["y_embedder.embedding_table.weight"]  # which SD3 and Flux lack
+    return f"transformer_blocks.0.{name}" in state
 
 
 def from_diffusers(state: Mapping[str, Tensor], input_size: int) -> dict[str, Tensor]:
@@ -46,6 +48,8 @@ def from_diffusers(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
     `input_size` is diffusers' `sample_size`, which no tensor shows. Raises UserError for missing, unknown or misshapen
     tensors, and where the blocks' embedders differ.
     """
+    if not 0 < input_size <= MAX_SIZE:
+        raise UserError(f"the input size (sample_size) is {input_size}; it must be from 1 to {MAX_SIZE}")
     left, depth = dict(state), count(state, "transformer_blocks")
     try:
         result = {ours: torch.cat([left.pop(name) for name in theirs]) for ours, theirs in layout(depth).items()}

@@ -25,9 +25,7 @@ def in_folder(folder: Path) -> Path:
     """The checkpoint in a folder. Raises UserError for none, several, and pipelines of other models."""
     if (folder / "snapshots").is_dir():
         return in_folder(snapshot(folder))
-    pipeline = class_of(folder / "model_index.json")
-    if pipeline and DIT not in json.dumps(foreign.json_object(folder / "model_index.json").get("transformer")):
-        raise UserError(f"{folder} is a {pipeline} of diffusers, which has no {DIT}; pass a DiT")
+    check_pipeline(folder)
     files = candidates(folder)
     if not files and (folder / "transformer").is_dir():
         return in_folder(folder / "transformer")
@@ -47,12 +45,22 @@ def in_folder(folder: Path) -> Path:
     raise UserError(f"the folder {folder} has no {DIFFUSERS}.safetensors or other checkpoint, {content}; pass a file")
 
 
+def check_pipeline(folder: Path) -> None:
+    """Raises UserError for a folder with another pipeline than a DiT's."""
+    index = folder / "model_index.json"
+    name = class_of(index)
+    if name not in ("", "DiTPipeline") and DIT not in json.dumps(foreign.json_object(index).get("transformer")):
+        raise UserError(f"{folder} is a {name} of diffusers, which has no {DIT}; pass a DiT")
+
+
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints in a folder: neither shards of an index, nor .bin files that also exist as .safetensors."""
     files = [
         file
         for file in sorted(folder.iterdir())
-        if (file.suffix in SUFFIXES or foreign.is_index(file)) and not file.name.startswith((".", *NO_WEIGHTS))
+        if (file.suffix in SUFFIXES or foreign.is_index(file))
+        and not file.is_dir()
+        and not file.name.startswith((".", *NO_WEIGHTS))
     ]
     parts = {shard for file in files if foreign.is_index(file) for shard in foreign.weight_map(file).values()}
     whole = [file for file in files if file.name not in parts]

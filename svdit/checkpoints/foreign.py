@@ -27,6 +27,7 @@ def state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     """
     for nested in dicts(content, set()):
         if tensors := weights(nested):
+            check_floats(tensors, path)
             return tensors
     if isinstance(content, dict) and content and all(isinstance(value, Tensor) for value in content.values()):
         return {str(key): value for key, value in content.items()}
@@ -55,6 +56,15 @@ def weights(content: dict[Any, Any]) -> dict[str, Tensor]:
         return {}
     prefix = min(prefixes, key=lambda prefix: ("ema" not in prefix.lower(), len(prefix), prefix))
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def check_floats(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises UserError for tensors (…) of integers: codes of another quantization, which mean nothing alone."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{path} has {name} as {tensor.dtype}, as other tools quantize; pass the full-precision checkpoint"
+            )
 
 
 def summary(content: Any) -> str:

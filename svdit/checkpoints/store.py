@@ -98,7 +98,7 @@ def published(tensors: Mapping[str, Tensor], claims: dict[str, Any], path: Path)
     Raises UserError where they are not a DiT's or leave the configuration open.
     """
     kind = class_of(path.with_name("config.json"))
-    if kind not in ("", DIT) and PUBLISHED_NAME not in tensors:
+    if kind not in ("", DIT) and not (PUBLISHED_NAME in tensors or is_diffusers(tensors)):
         raise UserError(f"{path} contains a {kind}, not a DiT; pass a published DiT or a {DIT} of diffusers")
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
     if is_diffusers(tensors):

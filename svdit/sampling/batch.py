@@ -82,7 +82,7 @@ def generate(
     denoise = guided(model, y, model.null_class, config.cfg_scale, config.cfg_channels, config.cfg_interval)
     sampler, schedule = SAMPLERS[config.sampler], make_schedule(config.steps)
     x = sampler(denoise, noise(), schedule, noise=noise, prediction=model.config.prediction, callback=callback)
-    _check_finite(x, labels, config)
+    _check_finite(x, labels, f"; choose a smaller guidance scale than {config.cfg_scale:g}, or another checkpoint")
     return x
 
 
@@ -99,7 +99,7 @@ def generate_images(
     """As `generate`, decoded to uint8 (N, H, W, 3). Raises UserError also for a latent model without autoencoder."""
     check_autoencoder(model, autoencoder)
     decoded = autoencoder.decode(generate(model, labels, config, seed=seed, noise=noise, callback=callback))
-    _check_finite(decoded, labels, config)
+    _check_finite(decoded, labels, f" after the autoencoder {autoencoder.name}; choose another one")
     return to_uint8(decoded)
 
 
@@ -124,15 +124,11 @@ def check_autoencoder(model: DiT, autoencoder: Autoencoder) -> None:
         )
 
 
-def _check_finite(x: Tensor, labels: Sequence[int] | Tensor, config: SamplingConfig | None) -> None:
+def _check_finite(x: Tensor, labels: Sequence[int] | Tensor, advice: str) -> None:
     """Raises UserError for NaN and Inf in images or latents (N, C, H, W), which would become black."""
     for i, finite in enumerate(x.flatten(1).isfinite().all(1).tolist()):
         if not finite:
-            scale = (config or SamplingConfig()).cfg_scale
-            raise UserError(
-                f"image {i} of the batch (class {int(labels[i])}) has NaN or Inf; choose a smaller guidance scale than "
-                f"{scale:g}, or another checkpoint"
-            )
+            raise UserError(f"image {i} of the batch (class {int(labels[i])}) has NaN or Inf{advice}")
 
 
 def _check_labels(labels: Sequence[int], num_classes: int) -> None:

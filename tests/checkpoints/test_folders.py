@@ -151,3 +151,28 @@ def test_a_pipeline_has_its_autoencoder_beside_it(tmp_path: Path) -> None:
     (tmp_path / "vae" / "config.json").touch()
     assert vae_beside(file) == tmp_path / "vae"
     assert vae_beside(tmp_path / "other" / "x.safetensors") is None
+
+
+def test_the_published_pipeline_has_the_older_name_of_the_class(
+    tiny: DiT, theirs: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """facebook/DiT-XL-2-256 was saved before diffusers split DiTTransformer2DModel off."""
+    folder_of(tmp_path / "transformer", theirs)
+    old = "Transformer2DModel"
+    (tmp_path / "transformer" / "config.json").write_text(json.dumps({**CONFIG, "_class_name": old}))
+    index = {"_class_name": "DiTPipeline", "transformer": ["diffusers", old]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert same(load_model(tmp_path), tiny)
+
+
+def test_folders_named_like_checkpoints_are_none(tiny: DiT, tmp_path: Path) -> None:
+    (tmp_path / "old.pt").mkdir()
+    save_model(tiny, tmp_path / "new.safetensors")
+    assert locate(tmp_path).name == "new.safetensors"
+
+
+@pytest.mark.parametrize("size", [0, -4, 10**6])
+def test_input_sizes_out_of_range_are_errors(theirs: dict[str, torch.Tensor], tmp_path: Path, size: int) -> None:
+    (folder_of(tmp_path, theirs) / "config.json").write_text(json.dumps({**CONFIG, "sample_size": size}))
+    with pytest.raises(UserError, match=rf"sample_size\) is {size}; it must be from 1 to 1024"):
+        load_model(tmp_path)

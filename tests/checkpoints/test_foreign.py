@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -137,3 +138,17 @@ def test_other_json_is_no_index(tmp_path: Path, text: str) -> None:
     path.write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match="is not an index of shards"):
         contents(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.complex64])
+def test_weights_quantized_by_other_tools_are_refused(tiny: DiT, tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {**tiny.state_dict(), "blocks.0.mlp.fc1.weight": torch.ones(256, 64, dtype=dtype)}
+    torch.save(state, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=rf"has blocks\.0\.mlp\.fc1\.weight as {dtype}, as other tools quantize; pass"):
+        load_model(tmp_path / "x.pt", num_heads=2)
+
+
+def test_placeholders_have_the_names_of_their_classes(tmp_path: Path) -> None:
+    torch.save({"params": np.ones(3), "out": Path("x")}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"'params' \(ndarray\), 'out' \(PosixPath\)"):
+        load_model(tmp_path / "x.pt")

@@ -138,7 +138,7 @@ def test_images_that_are_not_finite_are_an_error(value: float) -> None:
 def test_a_decoder_that_returns_nan_is_an_error() -> None:
     decoder = Squash()
     decoder.decode = lambda x: x / 0 * 0  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"image 0 .* has NaN or Inf"):
+    with pytest.raises(UserError, match=r"image 0 .* has NaN or Inf after the autoencoder none; choose"):
         generate_images(pixel_model(), [0], SamplingConfig("ddim", "2"), autoencoder=decoder)  # type: ignore[arg-type]
 
 
