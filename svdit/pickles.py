@@ -9,7 +9,7 @@ import pickletools
 import re
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from svdit import filetype
 from svdit.errors import UserError
-from svdit.files import reading
+from svdit.files import check_zip, reading
 
 # Harmless by what they are, but never imported: a placeholder stands for each.
 DESCRIPTIVE = re.compile(
@@ -189,6 +189,16 @@ def check_nesting(path: Path, content: Any) -> None:
         if depth > DEPTH or entries > ENTRIES:
             raise UserError(f"{path} nests its entries without end, so it was not loaded; save a plain state dict")
         stack.extend((child, depth + 1) for child in children if isinstance(child, dict | list | tuple | set))
+
+
+def check_sums(paths: Iterable[Path]) -> None:
+    """Raises UserError for an archive whose checksums do not match its content; torch compares them with nothing."""
+    for path in paths:
+        try:
+            if zipfile.is_zipfile(path):
+                check_zip(path)
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            raise UserError(f"{path} is damaged: its content does not match its checksum; {filetype.AGAIN}") from error
 
 
 def check_memory(path: Path, tensors: Mapping[str, Tensor], nbytes: int) -> None:

@@ -54,6 +54,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], Header | None]:
     Raises UserError for files that are damaged, incomplete, foreign or newer than this version.
     """
     tensors, header = contents(path)
+    if header is None:
+        pickles.check_sums(parts(path))
     tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     if header is not None and header.get("sha256") != digest(header, tensors):
         raise UserError(f"{path} is damaged: its content does not match its checksum; copy or download it again")
@@ -122,7 +124,8 @@ def from_torch(path: Path) -> tuple[Any, Header | None]:
     if not (isinstance(loaded, dict) and KEY in loaded):
         return loaded, None
     header, tensors = checked(path, loaded[KEY]), loaded.get("model")
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise UserError(f"{path} contains no state dict of tensors; copy or download it again")
     return tensors, header
 

@@ -152,3 +152,18 @@ def test_placeholders_have_the_names_of_their_classes(tmp_path: Path) -> None:
     torch.save({"params": np.ones(3), "out": Path("x")}, tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"'params' \(ndarray\), 'out' \(PosixPath\)"):
         load_model(tmp_path / "x.pt")
+
+
+def test_a_changed_byte_of_another_tools_archive_is_found(tiny: DiT, tmp_path: Path) -> None:
+    torch.save(tiny.state_dict(), tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.index(tiny.pos_embed.numpy().tobytes()) + 40] ^= 1
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: its content does not match its checksum; copy or download"):
+        load_model(tmp_path / "x.pt", num_heads=2)
+
+
+def test_names_that_are_no_strings_are_an_error(tiny: DiT, tmp_path: Path) -> None:
+    torch.save({"svdit": {"format_version": 1}, "model": {1: torch.ones(1), "a": torch.ones(1)}}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="contains no state dict of tensors"):
+        load_model(tmp_path / "x.pt")
