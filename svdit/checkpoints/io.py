@@ -124,8 +124,8 @@ def from_torch(path: Path) -> tuple[Any, Header | None]:
     if not (isinstance(loaded, dict) and KEY in loaded):
         return loaded, None
     header, tensors = checked(path, loaded[KEY]), loaded.get("model")
-    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
-    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    entries = tensors.items() if isinstance(tensors, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in entries):
         raise UserError(f"{path} contains no state dict of tensors; copy or download it again")
     return tensors, header
 
