@@ -6,6 +6,7 @@ a file declares is checked before it is decoded; EXIF rotation, colour profiles 
 """
 
 import io
+import math
 import os
 import re
 import stat
@@ -217,13 +218,20 @@ def is_whole_png(path: str | Path, size: int) -> bool:
         return False
 
 
-def center_crop(pixels: Pixels, size: int) -> Pixels:
-    """(H, W, 3) to (size, size, 3) as ADM prepares ImageNet: box filters by 2, bicubic to `size`, center crop."""
+def center_crop(pixels: Pixels, size: int, name: str | Path = "an image") -> Pixels:
+    """(H, W, 3) to (size, size, 3) as ADM prepares ImageNet: box filters by 2, bicubic to `size`, center crop.
+
+    Raises UserError, with `name`, for a strip that would be scaled to more pixels than Pillow's limit.
+    """
     image = Image.fromarray(pixels)
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        shape = f"{pixels.shape[1]}×{pixels.shape[0]} pixels (width×height)"
+        raise UserError(f"{name} has {shape}, too long a strip to be scaled and cropped to {size}; crop or remove it")
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

@@ -256,6 +256,12 @@ def test_hostile_files_start_no_program_and_are_not_decoded(
     assert "\n" not in str(caught.value)
 
 
+def test_a_strip_is_not_scaled_to_gigabytes():
+    with pytest.raises(UserError, match=r"x\.png has 60000×1 pixels .*cropped to 256; crop or remove it"):
+        center_crop(np.zeros((1, 60000, 3), np.uint8), 256, "x.png")
+    assert center_crop(np.zeros((1, 60, 3), np.uint8), 256).shape == (256, 256, 3)
+
+
 def test_no_damage_of_a_file_is_a_traceback(tmp_path: Path):
     """Cut, and with random bytes in the place of others, in every format."""
     random, messages = np.random.default_rng(0), []

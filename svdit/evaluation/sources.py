@@ -70,11 +70,12 @@ class Source:
 
     def read(self, index: int) -> Pixels:
         """One image, uint8 (H, W, 3)."""
+        name = self.files[index] if self.files else f"image {index} of {self.path}"
         if self.array is None:
-            pixels = read_image(self.files[index])
+            pixels = read_image(name)
         else:
             pixels = np.repeat(self.array[index], 4 - self.array.shape[3], axis=2)[..., :3]
-        return pixels if self.resize_to is None else center_crop(pixels, self.resize_to)
+        return pixels if self.resize_to is None else center_crop(pixels, self.resize_to, name)
 
     def check(self, indices: Indices) -> tuple[tuple[int, int], bool, list[str]]:
         """The common size (H, W) of the chosen images, whether any is lossy, and warnings; reads headers only."""

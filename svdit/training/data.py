@@ -170,7 +170,7 @@ def archive(path: Path, image_size: int, num_classes: int | None = None) -> Labe
         pixels = map_npz(path)
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
             raise UserError(f"arr_0 of {path} is {pixels.dtype} {pixels.shape}; it must be uint8 (N, H, W, 3)")
-        read, count = partial(_read_array, pixels, image_size), len(pixels)
+        read, count = partial(_read_array, pixels, path, image_size), len(pixels)
     else:
         jpeg, offsets = map_npz(path, "jpeg"), _offsets(path)
         if jpeg.dtype != np.uint8 or jpeg.ndim != 1 or offsets[-1] > len(jpeg):
@@ -212,20 +212,21 @@ def _labels(path: Path, key: str, count: int, num_classes: int | None) -> Labels
 
 
 def _read_file(paths: tuple[Path, ...], size: int, i: int) -> Tensor:
-    return _cropped(read_image(paths[i]), size)
+    return _cropped(read_image(paths[i]), size, paths[i])
 
 
-def _read_array(pixels: Any, size: int, i: int) -> Tensor:
-    return _cropped(pixels[i], size)
+def _read_array(pixels: Any, path: Path, size: int, i: int) -> Tensor:
+    return _cropped(pixels[i], size, f"image {i} of {path}")
 
 
 def _read_jpeg(files: Any, offsets: Any, path: Path, size: int, i: int) -> Tensor:
-    return _cropped(decode_image(files[offsets[i] : offsets[i + 1]].tobytes(), f"image {i} of {path}"), size)
+    name = f"image {i} of {path}"
+    return _cropped(decode_image(files[offsets[i] : offsets[i + 1]].tobytes(), name), size, name)
 
 
-def _cropped(pixels: Pixels, size: int) -> Tensor:
+def _cropped(pixels: Pixels, size: int, name: str | Path) -> Tensor:
     """The middle square of (H, W, 3) as float32 (3, size, size)."""
-    return to_float(np.array(center_crop(pixels, size))[None])[0]
+    return to_float(np.array(center_crop(pixels, size, name))[None])[0]
 
 
 def flip(x: Tensor, random: np.random.Generator) -> Tensor:

@@ -262,6 +262,14 @@ def test_images_of_any_size_are_halved_and_cropped(tmp_path: Path) -> None:
     assert load(str(tmp_path / "a.npz"), 16).read(0).shape == (3, 16, 16)
 
 
+def test_a_strip_is_named(tmp_path: Path) -> None:
+    write_png(tmp_path / "a" / "x.png", np.zeros((1, 60000, 3), np.uint8))
+    np.savez(tmp_path / "a.npz", arr_0=np.zeros((1, 1, 60000, 3), np.uint8), labels=[0])
+    for source, name in ((tmp_path, r"a/x\.png"), (tmp_path / "a.npz", r"image 0 of .*a\.npz")):
+        with pytest.raises(UserError, match=rf"{name} has 60000×1 pixels"):
+            load(str(source), 256).read(0)
+
+
 def test_a_damaged_jpeg_is_an_error(tmp_path: Path) -> None:
     rubbish = np.arange(64, dtype=np.uint8)
     np.savez(tmp_path / "a.npz", jpeg=rubbish, offsets=np.array([0, 64]), labels=np.zeros(1))
