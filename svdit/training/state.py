@@ -6,7 +6,6 @@ the number of the example.
 
 import copy
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from svdit.errors import UnreadableError, UserError
 from svdit.files import atomic_path, check_zip, reading
 from svdit.model.dit import DiT
 
-CONTENT = {"model": OrderedDict, "ema": OrderedDict, "opt": dict, "step": int, "seconds": float, "binding": dict}
+CONTENT = {"model": dict, "ema": dict, "opt": dict, "step": int, "seconds": float, "binding": dict}
 
 
 @dataclass
@@ -80,6 +79,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (UserError, zipfile.BadZipFile) as error:
         reason = str(error).rpartition("; ")[0] or f"{path} is damaged: {error}"
         raise UserError(f"{reason}; move it away to start again, or choose another folder") from None
-    if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in CONTENT.items()):
+    if not isinstance(content, dict) or any(not isinstance(content.get(key), kind) for key, kind in CONTENT.items()):
         raise UserError(f"{path} was not written by `svdit train`; choose another folder")
     return content
