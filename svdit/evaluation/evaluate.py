@@ -85,7 +85,8 @@ def _from_features(
         raise UserError("these metrics need a network and real images; only --metrics paired does not")
     for module in ("scipy.linalg", "torch_fidelity"):  # a missing one must not end a long run
         require(module)
-    network = network.to(options.device)
+    if hasattr(network, "to"):  # others compute where their input is
+        network = network.to(options.device)
     try:
         estimates = _estimates(inputs.real, fakes, network, options, blocks)
     except NotFiniteError as error:

@@ -43,7 +43,7 @@ class NotFiniteError(UserError):
 
 
 class FeatureNetwork(Protocol):
-    """The interface of `inception.Extractor` that `extract` uses."""
+    """The interface of `inception.Extractor` that `extract` uses; `to(device)`, which returns it there, is optional."""
 
     name: str
     digest: str
@@ -52,9 +52,6 @@ class FeatureNetwork(Protocol):
 
     def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
         """uint8 (N, 3, H, W) to features (N, D) by layer."""
-
-    def to(self, device: torch.device) -> FeatureNetwork:
-        """The network on `device`."""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,14 @@ def test_all_available_metrics_are_measured_in_one_pass(real: Path, fake: Path, 
     assert tiny_network.seen == 56  # one pass
 
 
+def test_a_network_that_cannot_be_moved(real: Path, fake: Path, tiny_network: TinyNetwork):
+    class Unmovable(TinyNetwork):
+        to = property()  # type: ignore[assignment]
+
+    options = Options(("fid", "kid"))
+    assert values(evaluate(real, fake, Unmovable(), options)) == values(evaluate(real, fake, tiny_network, options))
+
+
 class Overflowing(TinyNetwork):
     """Bright images have features that are not finite."""
 
