@@ -60,12 +60,18 @@ def restore_(state: State, path: Path, binding: dict[str, Any]) -> None:
     try:
         state.model.load_state_dict(content["model"])
         state.ema.load_state_dict(content["ema"])
-        state.optimizer.load_state_dict(copy.deepcopy(content["opt"]))  # it would keep tensors that map the file
+        state.optimizer.load_state_dict(_cloned(content["opt"]))  # it would keep tensors that map the file
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} does not fit the model ({str(error).splitlines()[0]}); choose another folder"
         ) from None
     state.step, state.seconds = content["step"], content["seconds"]
+
+
+def _cloned(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _cloned(value) for key, value in tree.items()}
+    return tree.clone() if isinstance(tree, torch.Tensor) else tree
 
 
 def _read(path: Path) -> dict[str, Any]:
