@@ -379,8 +379,8 @@ def test_mistakes_in_a_process_of_their_own(line: str, inputs: dict[str, str], w
     ("script", "line", "part"),
     [
         ("sample_ddp.py", "--num-fid-samples 0", "'0' is not an integer from 1"),
-        ("quantize_ptq.py", "--ckpt {tiny} --output {tiny}", "also the input"),
-        ("evaluate_metrics.py", "--fake_dir nowhere --paired_dir {real} --metrics paired", "nowhere"),
+        ("quantize_ptq.py", "--ckpt {tiny} --rank-ratio 0.5 --rank 4", "--rank excludes --rank-ratio"),
+        ("evaluate_metrics.py", "--fake_dir {set} --output {set}", "inside the images of"),
     ],
 )
 def test_mistakes_under_torchrun(script: str, line: str, part: str, inputs: dict[str, str], workplace: Path) -> None:
