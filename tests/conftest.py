@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import hard_inputs
+from hypothesis import HealthCheck, settings
 from safetensors import safe_open
 from torch import nn
 
@@ -16,6 +17,8 @@ from svdit.quant.observe import Statistics
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)  # tests run two processes side by side
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 class Golden:

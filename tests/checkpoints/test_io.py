@@ -132,7 +132,7 @@ def test_no_changed_byte_changes_a_model(tmp_path: Path, suffix: str) -> None:
     save_model(model, path)
     whole = path.read_bytes()
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(st.integers(0, len(whole) - 1), st.integers(1, 255))
     def check(at: int, change: int) -> None:
         path.write_bytes(whole[:at] + bytes([whole[at] ^ change]) + whole[at + 1 :])

@@ -83,7 +83,7 @@ def numbers(form: Format, rows: int, seed: int) -> torch.Tensor:
 
 
 @given(form=forms, seed=seeds)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_round_trip(form: Format, seed: int) -> None:
     """Codes survive packing; a number is off by half a step, and by what its group's range loses at the ends.
 
@@ -114,7 +114,7 @@ def weight_layer(form: Format, act: Format | None, seed: int) -> Any:
 
 @pytest.mark.parametrize("name", ["torch-int8", "dequant", *(f"cpu {isa}" for isa in ffi.isas())])
 @given(form=forms, act=st.sampled_from(ACTS), seed=seeds)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_backend_computes_the_definition(name: str, form: Format, act: Format | None, seed: int) -> None:
     """Within the bound of two sums of K = 128 products in any order: 2 (K + 8) U times the sum of magnitudes.
 

@@ -20,7 +20,7 @@ matrices = st.integers(0, 2**31).map(
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(x=matrices)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_error_is_at_most_half_a_step_inside_the_range(name: str, x: torch.Tensor) -> None:
     form = FORMATS[name]
     codes, scales = ref.quantize(x, form)
@@ -37,7 +37,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(name: str, x: torch.Tenso
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(x=matrices)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_quantized_numbers_stay_what_they_are(name: str, x: torch.Tensor) -> None:
     form = FORMATS[name]
     codes, scales = ref.quantize(x, form)
@@ -47,7 +47,7 @@ def test_quantized_numbers_stay_what_they_are(name: str, x: torch.Tensor) -> Non
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @given(columns=st.integers(1, 70), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_packing_is_exact_and_tight(bits: int, columns: int, seed: int) -> None:
     form = Format(bits, span="full")
     generator = torch.Generator().manual_seed(seed)

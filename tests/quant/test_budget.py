@@ -30,7 +30,7 @@ offered = st.lists(st.tuples(st.integers(1, 50), st.integers(1, 10**6)), min_siz
 
 
 @given(st.lists(offered, min_size=1, max_size=4), st.integers(0, 120))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_choice_is_the_best_there_is(choices: list[list[Option]], slack: int) -> None:
     budget = sum(options[0].nbytes for options in choices) + slack
     every = (c for c in product(*choices) if sum(o.nbytes for o in c) <= budget)

@@ -23,7 +23,7 @@ def moment(features: int, seed: int = 5) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (30, 30)])
 @given(rank=st.integers(1, 24))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_truncated_svd_leaves_the_tail(shape: tuple[int, int], rank: int) -> None:
     A = matrix(*shape)
     l1, l2 = truncated_svd(A, rank)
@@ -44,7 +44,7 @@ def test_weighted_svd_equals_qeras_closed_form(shape: tuple[int, int]) -> None:
 
 
 @given(seed=st.integers(0, 1000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_output_error_never_rises_with_rank_and_weighting_never_hurts(seed: int) -> None:
     A, R = matrix(20, 16, seed), moment(16, seed + 1)
     errors = [output_error(A - l1 @ l2, R) for l1, l2 in (weighted_svd(A, R, r) for r in range(1, 17))]
