@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svdit.checkpoints.store import load_model, save_model
+    from svdit.checkpoints.store import load_model, load_quantized, save_model, save_quantized
     from svdit.evaluation.compare import compare
     from svdit.evaluation.evaluate import evaluate
     from svdit.holdout import held_out
@@ -36,6 +36,8 @@ _MODULES = {
     "held_out": "holdout",
     "load_model": "checkpoints.store",
     "save_model": "checkpoints.store",
+    "load_quantized": "checkpoints.store",
+    "save_quantized": "checkpoints.store",
     "accelerate": "runtime.accelerate",
     "generate": "sampling.batch",
     "generate_dataset": "sampling.dataset",
@@ -47,7 +49,8 @@ _MODULES = {
 
 __all__ = [
     "DiT", "DiT_models", "Format", "QuantConfig", "Rule", "accelerate", "compare", "evaluate", "generate",
-    "generate_dataset", "held_out", "load_model", "quantize_", "recipe_for", "save_model",
+    "generate_dataset", "held_out", "load_model", "load_quantized", "quantize_", "recipe_for", "save_model",
+    "save_quantized",
 ]  # fmt: skip
 
 

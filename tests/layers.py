@@ -43,8 +43,10 @@ def layer_of(
 
 
 def with_spec(layer: Layer, **changes: Any) -> Layer:
-    """The layer with some fields of its spec replaced."""
-    return replace(layer, spec=replace(layer.spec, **changes))
+    """The layer with some fields of its spec replaced, and without the tensors that the new one does not store."""
+    spec = replace(layer.spec, **changes)
+    tensors = {name: tensor for name, tensor in layer.tensors.items() if name in spec.tensors(*layer.shape)}
+    return replace(layer, spec=spec, tensors=tensors)
 
 
 def random_layer(O: int, I: int, R: int, weight: Format, seed: int, hadamard: int = 0) -> Layer:

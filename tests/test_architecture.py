@@ -10,11 +10,12 @@ from benchmarks import structure
 
 ROOT = Path(__file__).parents[1]
 GROUND = {
-    *("errors", "files", "holdout", "images", "npz", "manifest", "distributed", "download", "peers"),
+    *("errors", "fields", "files", "holdout", "images", "npz", "manifest", "distributed", "download", "peers"),
     *("extras", "printing", "progress", "shims", "checksum", "filetype", "pickles"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "fields": {"errors"},
     "files": {"errors", "printing"},
     "holdout": set(),
     "shims": set(),

@@ -27,6 +27,11 @@ from svdit.filetype import check_regular
 FORMAT_VERSION = 1
 KEY = "svdit"
 Header = dict[str, Any]
+FIELDS: dict[str, type] = {  # of a header; all but the first may be absent
+    "format_version": int, "tool_version": str, "name": str, "config": dict, "layers": dict, "provenance": dict,
+    "shared": dict, "classes": list, "sha256": str,
+}  # fmt: skip
+DEPTH = 20  # of nested values in a header
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: Header) -> None:
@@ -111,7 +116,7 @@ def from_safetensors(path: Path) -> tuple[dict[str, Tensor], Header | None]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return tensors, checked(path, json.loads(metadata[KEY])) if KEY in metadata else None
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise pickles.unreadable(path, error) from None
 
 
@@ -131,10 +136,21 @@ def from_torch(path: Path) -> tuple[Any, Header | None]:
 
 
 def checked(path: Path, header: object) -> Header:
-    """The header, if it has a format version. Raises UserError otherwise."""
-    if isinstance(header, dict) and isinstance(header.get("format_version"), int):
-        return header
+    """The header, if it is JSON with fields of the expected types. Raises UserError otherwise."""
+    if isinstance(header, dict) and is_json(header):
+        wrong = [key for key, kind in FIELDS.items() if type(header.get(key, kind())) is not kind]
+        if not wrong and header.get("format_version", 0) > 0:
+            return header
     raise UserError(f"{path} has a damaged header; copy or download it again")
+
+
+def is_json(value: object, depth: int = 0) -> bool:
+    """Whether a value consists of JSON's types only, with names that are strings, and is not nested without end."""
+    if isinstance(value, dict | list) and depth < DEPTH:
+        names = value if isinstance(value, dict) else ()
+        values = value.values() if isinstance(value, dict) else value
+        return all(type(name) is str for name in names) and all(is_json(each, depth + 1) for each in values)
+    return type(value) in (str, int, float, bool, type(None))
 
 
 def compact(tensor: Tensor) -> Tensor:

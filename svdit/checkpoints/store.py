@@ -5,36 +5,57 @@ published files the configuration is inferred from the shapes. A model is built 
 the file's tensors. Missing or extra tensors, other shapes, and integers in place of floats are errors.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdit.checkpoints import foreign, io
 from svdit.checkpoints.convert import from_diffusers, is_diffusers
 from svdit.checkpoints.folders import DIT, class_of, in_folder
 from svdit.checkpoints.infer import config_from_shapes
+from svdit.checkpoints.restore import distinct, naming, restore_, unfolded
 from svdit.errors import UserError
+from svdit.fields import from_json
 from svdit.filetype import check_regular
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS, config_for
-from svdit.quant.linear import Format, LinearSpec, layer_specs, quantized_layers, rebuild_
+from svdit.quant.linear import SVDLinear, layer_specs
 
 EMBEDDED = Path(__file__).parents[1] / "pretrained"
 PUBLISHED_NAME = foreign.ANCHORS[0]
-FOLDED = ("absorbed", "out_scaled")  # earlier versions could fold smoothing into other layers; false means not folded
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_model(model: DiT, path: str | Path, *, name: str = "", provenance: dict[str, Any] | None = None) -> None:
     """Write a .safetensors or .pt file with a header; `provenance` is JSON-able: where the weights come from."""
-    header = {"name": name, "config": asdict(model.config), "layers": layer_specs(model)}
-    if model.class_names:
+    save(model, path, {"name": name, "config": asdict(model.config)}, provenance)
+
+
+def save_quantized(model: nn.Module, path: str | Path, *, provenance: dict[str, Any] | None = None) -> None:
+    """Write the tensors (…) of any module and the specs of its quantized layers, for `load_quantized`.
+
+    Raises UserError for accelerated models, and for other suffixes than .safetensors and .pt.
+    """
+    config = {"config": asdict(model.config)} if isinstance(model, DiT) else {}
+    save(model, path, {"name": type(model).__name__, **config}, provenance)
+
+
+def save(model: nn.Module, path: str | Path, header: io.Header, provenance: dict[str, Any] | None) -> None:
+    """Write a model with its layers' specs. A tensor under several names is stored once; `shared` has the others.
+
+    Raises UserError for a model that is itself a quantized layer.
+    """
+    if isinstance(model, SVDLinear):
+        raise UserError("the model is itself a quantized layer, which has no name; save nn.Sequential(layer)")
+    tensors, shared = distinct(model)
+    header = {**header, "layers": layer_specs(model), "provenance": provenance or {}}
+    if isinstance(model, DiT) and model.class_names:
         header["classes"] = list(model.class_names)
-    io.write(path, model.state_dict(), {**header, "provenance": provenance or {}})
+    io.write(path, tensors, {**header, "shared": shared} if shared else header)
 
 
 def load_model(
@@ -51,18 +72,36 @@ def load_model(
     path = locate(path)
     tensors, header = io.read(path)
     claims = {**CONFIGS.get(name or "", {}), **overrides}
-    specs = {}
     if header is None:
         tensors, config = published(tensors, claims, path)
     else:
-        config, specs = config_from_header(header, path), specs_from_header(header, path)
+        config = config_from_header(header, path)
     check_claims(config, name, claims, path)
-    model = empty(config, specs, path)
-    check_fit(model.state_dict(), tensors, path)
+    model = empty(config, tensors, path)
     check_finite(tensors, path)
-    model.load_state_dict(tensors, strict=True, assign=True)
+    restore_(model, tensors, header or {}, path)
     model.class_names = class_names(header or {}, config, path)
     return model.to(device).eval()
+
+
+def load_quantized(model: Model, path: str | Path) -> Model:
+    """Load a file of `save_quantized` into a float model of the same architecture, in place, and return the model.
+
+    Its linears are replaced by the file's quantized layers; all other tensors get the file's values and float types.
+    Raises UserError, with the model unchanged, for damaged files and where a name, shape or type differs.
+    """
+    path = locate(path)
+    tensors, header = io.read(path)
+    if header is None:
+        raise UserError(f"{path} was not written by svdit; pass a file of save_quantized or save_model")
+    names: tuple[str, ...] = ()
+    if isinstance(model, DiT):
+        check_claims(config_from_header(header, path), None, asdict(model.config), path)
+        names = class_names(header, model.config, path)
+    restore_(model, tensors, header, path)
+    if isinstance(model, DiT):
+        model.class_names = names
+    return model
 
 
 def read_header(path: str | Path) -> io.Header | None:
@@ -119,13 +158,18 @@ def diffusers_claims(path: Path) -> dict[str, Any]:
     with naming(path, "no usable sample_size and num_attention_heads", "download it again"):
         content = foreign.json_object(path)
         options = {"input_size": content["sample_size"], "num_heads": content["num_attention_heads"]}
-        return known(DiTConfig, options)
+        if any(type(value) is not int for value in options.values()):
+            raise UserError(f"they are {options}")
+        return options
 
 
 def config_from_header(header: io.Header, path: Path) -> DiTConfig:
     """The configuration in a header. Raises UserError, naming the file, for unusable values."""
+    if "config" not in header:
+        problem = "a header without a usable configuration: it is not a DiT's"
+        raise UserError(f"{path} has {problem}; pass the file of a DiT, or call svdit.load_quantized(module, path)")
     with naming(path, "a header without a usable configuration", "save or quantize the model again"):
-        return DiTConfig(**known(DiTConfig, header["config"]))
+        return from_json(DiTConfig, unfolded(header["config"], "absorbed"))
 
 
 def class_names(header: io.Header, config: DiTConfig, path: Path) -> tuple[str, ...]:
@@ -138,52 +182,14 @@ def class_names(header: io.Header, config: DiTConfig, path: Path) -> tuple[str, 
     return tuple(names)
 
 
-def specs_from_header(header: io.Header, path: Path) -> dict[str, LinearSpec]:
-    """Specs of the quantized layers in a header, by name. Raises UserError, naming the file, for unusable values."""
-    with naming(path, "a quantized layer that is not supported", "quantize the model again, or upgrade svdit"):
-        return {name: LinearSpec(**known(LinearSpec, spec)) for name, spec in header.get("layers", {}).items()}
-
-
-def empty(config: DiTConfig, specs: Mapping[str, LinearSpec], path: Path) -> DiT:
-    """A model with these quantized layers on the meta device. Raises UserError for specs that do not fit it."""
-    with naming(path, "a configuration or layers that cannot be built", "quantize the model again, or upgrade svdit"):
+def empty(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) -> DiT:
+    """A float model on the meta device. Raises UserError for a configuration that cannot be built from tensors (…)."""
+    blocks = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    with naming(path, "a configuration that cannot be built", "quantize the model again, or upgrade svdit"):
+        if config.depth != blocks:  # before a billion blocks are built
+            raise UserError(f"depth is {config.depth}, but there are {blocks} blocks")
         with torch.device("meta"):
-            model = DiT(config)
-            rebuild_(model, {name: spec.to_dict() for name, spec in specs.items()})
-        for name, layer in quantized_layers(model).items():
-            if layer.in_features % max(layer.spec.hadamard, 1):
-                raise UserError(f"{name} has {layer.in_features} inputs and Hadamard blocks of {layer.spec.hadamard}")
-            if layer.spec.act:
-                layer.spec.act.groups(layer.in_features)  # raises if groups do not divide a row
-    return model
-
-
-@contextmanager
-def naming(path: Path, problem: str, advice: str) -> Iterator[None]:
-    """Turn any error that values of a file cause into a UserError that names the file."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, UserError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} has {problem} ({reason.replace('; ', ', ')}); {advice}") from None
-
-
-def known(kind: type[DiTConfig | LinearSpec | Format], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a dataclass from JSON. Raises UserError for wrong types and for what earlier versions folded."""
-    values = {
-        key: Format(**known(Format, value)) if isinstance(value, dict) else value for key, value in values.items()
-    }
-    folded = [values.pop(key, False) for key in FOLDED]
-    if any(folded):
-        raise UserError("it was written by an earlier version, which folded smoothing into other layers")
-    for field in fields(kind):
-        types = {
-            option if isinstance(option, type) else type(option) for option in get_args(field.type) or [field.type]
-        }
-        value = values.get(field.name, field.default)
-        if type(value) not in types | ({int} if float in types else set()):
-            raise UserError(f"{field.name} is {value!r}, a {type(value).__name__}")
-    return values
+            return DiT(config)
 
 
 def check_claims(config: DiTConfig, name: str | None, claims: Mapping[str, Any], path: Path) -> None:
@@ -197,25 +203,6 @@ def check_claims(config: DiTConfig, name: str | None, claims: Mapping[str, Any],
     if wrong:
         reason = f", so it is not {name}" if name else ""
         raise UserError(f"{path} has {', '.join(wrong)}{reason}; pass the options of the file")
-
-
-def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Compare the names, shapes (…) and kinds of number of a file's tensors with the model's.
-
-    Raises UserError where they differ.
-    """
-    missing = [key for key in wanted if key not in tensors]
-    extra = [key for key in tensors if key not in wanted]
-    wrong = [
-        f"{key} is {tuple(tensors[key].shape)} {tensors[key].dtype} and not {tuple(want.shape)} {want.dtype}"
-        for key, want in wanted.items()
-        if key in tensors
-        and (tensors[key].shape != want.shape or tensors[key].is_floating_point() != want.is_floating_point())
-    ]
-    reports = [("lacks", missing), ("has unknown", extra), ("has another shape or type of", wrong)]
-    problems = [f"{what} {len(keys)} tensors (first: {keys[0]})" for what, keys in reports if keys]
-    if problems:
-        raise UserError(f"{path} does not fit its model: it {' and '.join(problems)}; pass an unchanged checkpoint")
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -27,7 +27,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Print the table of quantized layers, the configuration and the provenance."""
-    from svdit.checkpoints import io, store
+    from svdit.checkpoints import io, restore, store
     from svdit.kernels import ops
     from svdit.model.zoo import CONFIGS
     from svdit.report.tables import console, spec_table
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         config = store.config_from_header(header, path)
     store.check_claims(config, args.model, claims, path)
     header = header or {}
-    specs = store.specs_from_header(header, path)
+    specs = restore.specs_from_header(header, path)
     names = store.class_names(header, config, path)
     layers = {name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}
     out = console()

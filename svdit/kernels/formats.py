@@ -6,9 +6,10 @@ expand exactly to INT8, so the product remains one INT8 product.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from svdit.errors import UserError
+from svdit.fields import check_types
 
 ScaleType = Literal["fp32", "bf16", "int8", "e4m3", "e8m0"]
 Span = Literal["symmetric", "full", "unsigned", "affine"]
@@ -36,14 +37,7 @@ class Format:
     element: Element = "int"
 
     def __post_init__(self) -> None:
-        closed = {"scale": (self.scale, ScaleType), "span": (self.span, Span), "element": (self.element, Element)}
-        for name, (value, kind) in closed.items():
-            if value not in get_args(kind):
-                raise UserError(f"{name} is {value!r}; choose one of {', '.join(get_args(kind))}")
-        if type(self.bits) is not int or type(self.group) is not int:
-            raise UserError(
-                f"bits {self.bits!r} and group {self.group!r} must be whole numbers; pass 4 and 64, for example"
-            )
+        check_types(self)
         if not 2 <= self.bits <= 8:
             raise UserError(f"{self.bits} bits cannot be stored; choose 2 to 8")
         if self.group < 0:

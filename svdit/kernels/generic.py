@@ -101,8 +101,9 @@ def with_float_factors(layer: Layer, dtype: torch.dtype = torch.float32) -> Laye
     if layer.spec.factors is None or not layer.spec.rank:
         return layer
     factors = {name: ref.matrix(layer, name).to(dtype) for name in ("l1", "l2")}
+    spec = replace(layer.spec, factors=None, factor_dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
     rest = layer.without("l1_").without("l2_")
-    return replace(rest, spec=replace(layer.spec, factors=None), tensors={**rest.tensors, **factors})
+    return replace(rest, spec=spec, tensors={**rest.tensors, **factors})
 
 
 def with_whole_codes(layer: Layer) -> Layer:

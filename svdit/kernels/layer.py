@@ -1,6 +1,7 @@
 """A quantized linear as data, and how a packed one is called. What it computes: `reference.linear`."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -8,12 +9,40 @@ import torch
 from torch import Tensor
 
 from svdit.errors import UserError
-from svdit.kernels.formats import Format
+from svdit.fields import check_types, from_json
+from svdit.kernels.formats import TWO_LEVEL, Format
+
+Shape = tuple[int, ...]
+SCALE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "int8": torch.int8,
+    "e4m3": torch.float8_e4m3fn,
+    "e8m0": torch.float8_e8m0fnu,
+}
+
+
+def stored(form: Format, rows: int, columns: int) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Shape and type of the parts of a quantized matrix (rows, columns): codes, scales, steps, zeros."""
+    whole = {"e4m3": torch.float8_e4m3fn}.get(form.element, torch.uint8 if form.span == "unsigned" else torch.int8)
+    grouped = (rows, form.groups(columns))
+    parts: dict[str, tuple[Shape, torch.dtype]] = {
+        "codes": ((rows, -(-columns * form.bits // 8)), whole if form.bits == 8 else torch.uint8),
+        "scales": (grouped, SCALE_DTYPES[form.scale]),
+    }
+    if form.scale in TWO_LEVEL:
+        parts["steps"] = ((rows, 1), torch.float32)
+    if form.span == "affine":
+        parts["zeros"] = (grouped, torch.int8)
+    return parts
 
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """What a quantized linear stores; enough to build an empty one. Raises UserError for impossible combinations."""
+    """What a quantized linear stores; enough to build an empty one.
+
+    Raises UserError for fields of other types and for impossible combinations.
+    """
 
     rank: int = 0
     factors: Format | None = None  # None: floats of `factor_dtype`
@@ -26,35 +55,59 @@ class LinearSpec:
     rank_ratio: float | None = None  # recorded, where the rank was computed from one
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.rank < 0 or (not self.rank and self.weight is None):
             raise UserError(
                 f"rank {self.rank} and weight {self.weight} store no weight; pass a format or a rank above 0"
             )
-        if self.factor_dtype not in ("float32", "bfloat16"):
-            raise UserError(f"factor_dtype is {self.factor_dtype!r}; choose float32 or bfloat16")
         if self.hadamard < 0 or self.hadamard & (self.hadamard - 1):
             raise UserError(f"a Hadamard block of {self.hadamard} does not exist; choose 0 or a power of two")
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> "LinearSpec":
-        """The inverse of `to_dict`."""
-        formats = {k: Format(**fields[k]) for k in ("factors", "weight", "act") if fields.get(k)}
-        return cls(**{**fields, **formats})
+    def from_dict(cls, fields: Mapping[str, Any]) -> "LinearSpec":
+        """The inverse of `to_dict`. Raises UserError for fields that are unknown or have other values."""
+        formats = {
+            name: from_json(Format, fields[name])
+            for name in ("factors", "weight", "act")
+            if fields.get(name) is not None
+        }
+        return from_json(cls, {**fields, **formats})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, as checkpoints hold it."""
         return asdict(self)
 
+    def matrices(self, O: int, I: int) -> Iterator[tuple[str, int, int, Format | None]]:
+        """Name, rows, columns and format of every matrix of a layer (O, I)."""
+        if self.weight:
+            yield "residual", O, I, self.weight
+        if self.rank:
+            yield "l1", O, self.rank, self.factors
+            yield "l2", self.rank, I, self.factors
+
+    def tensors(self, O: int, I: int) -> dict[str, tuple[Shape, torch.dtype]]:
+        """Shape and type of every tensor of a layer (O, I); the bias is optional.
+
+        Raises UserError where groups or Hadamard blocks do not divide a row.
+        """
+        if self.hadamard and I % self.hadamard:
+            raise UserError(f"{I} inputs cannot be cut into Hadamard blocks of {self.hadamard}; choose another size")
+        if self.act:
+            self.act.groups(I)
+        tensors: dict[str, tuple[Shape, torch.dtype]] = {"bias": ((O,), torch.float32)}
+        tensors |= {"in_scale": ((I,), torch.float32)} if self.scaled else {}
+        tensors |= {"in_shift": ((I,), torch.float32)} if self.shifted else {}
+        for name, rows, columns, form in self.matrices(O, I):
+            if form:
+                tensors |= {f"{name}_{part}": what for part, what in stored(form, rows, columns).items()}
+            else:
+                tensors[name] = (rows, columns), getattr(torch, self.factor_dtype)
+        return tensors
+
     def nbytes(self, out_features: int, in_features: int, bias: bool = True) -> int:
         """Bytes of all tensors of such a layer, on disk and in memory."""
-        total = 4 * out_features * bias + 4 * in_features * (self.scaled + self.shifted)
-        if self.weight:
-            total += self.weight.nbytes(out_features, in_features)
-        if self.rank and self.factors:
-            total += self.factors.nbytes(out_features, self.rank) + self.factors.nbytes(self.rank, in_features)
-        elif self.rank:
-            total += (out_features + in_features) * self.rank * getattr(torch, self.factor_dtype).itemsize
-        return total
+        tensors = self.tensors(out_features, in_features).items()
+        return sum(math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors if bias or name != "bias")
 
 
 @dataclass(frozen=True)
@@ -66,7 +119,8 @@ class Layer:
                                                     two levels and …_zeros (O, G) int8 where the format is affine
     l1 (O, R), l2 (R, I)                            float factors, in place of codes
     bias (O,), in_scale (I,), in_shift (I,)         each optional
-    Raises UserError where Hadamard blocks do not divide the input.
+    Raises UserError for tensors of other names, shapes or types than the spec's. Parts of a layer may be missing,
+    until `check` is called.
     """
 
     spec: LinearSpec
@@ -74,11 +128,16 @@ class Layer:
     tensors: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
-        if self.spec.hadamard and self.shape[1] % self.spec.hadamard:
-            raise UserError(
-                f"{self.shape[1]} inputs cannot be cut into Hadamard blocks of {self.spec.hadamard}; "
-                "choose another block size"
-            )
+        if min(self.shape) < 1:
+            raise UserError(f"a layer of shape {self.shape} has no weight; pass one of at least (1, 1)")
+        wanted = self.spec.tensors(*self.shape)
+        for name, tensor in self.tensors.items():
+            if name not in wanted:
+                raise UserError(f"a layer of this format stores no tensor {name!r}; pass {', '.join(wanted)}")
+            shape, dtype = wanted[name]
+            if tensor.shape != shape or tensor.dtype != dtype or tensor.layout != torch.strided:
+                actual = f"{tuple(tensor.shape)} {tensor.dtype}"
+                raise UserError(f"{name} is {actual} and not {shape} {dtype}; pass the tensors of the format")
 
     @property
     def nbytes(self) -> int:

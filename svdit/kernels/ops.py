@@ -21,6 +21,7 @@ from torch import Tensor
 from svdit.errors import UserError
 from svdit.kernels import generic
 from svdit.kernels import reference as ref
+from svdit.kernels.checks import check
 from svdit.kernels.cpu import ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cuda import backend as cuda
@@ -100,7 +101,9 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
     """The layer as `backend` computes it; decoded to fp32 where it is not supported. Its tensors may be freed then.
 
     `inner`: only layers and attention of this backend read the output, so it may be bfloat16.
+    Raises UserError for tensors that its format does not have.
     """
+    check(layer)
     layer = generic.with_whole_codes(layer)
     return BACKENDS[backend].pack(layer, inner) or generic.dequantized(layer)
 

@@ -14,16 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.kernels.formats import ELEMENT_MAX, TWO_LEVEL, Format
+from svdit.kernels.layer import SCALE_DTYPES as SCALE_DTYPES
 from svdit.kernels.layer import Layer, Linear, Modulation, Residual
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of FP4; code c stands for sign(c) · E2M1[|c|]
-SCALE_DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "int8": torch.int8,
-    "e4m3": torch.float8_e4m3fn,
-    "e8m0": torch.float8_e8m0fnu,
-}
 
 
 class Scales(NamedTuple):

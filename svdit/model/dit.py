@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from svdit.errors import UserError
+from svdit.fields import check_types
 from svdit.model.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding, sinusoids
 from svdit.model.layers import Block, FinalLayer
 
@@ -34,7 +35,8 @@ class DiTConfig:
     has_null_class: bool = True  # false after training without label dropout: such a model cannot be guided
 
     def __post_init__(self) -> None:
-        """Raises UserError for sizes that do not divide and for an unknown prediction."""
+        """Raises UserError for fields of other types, sizes that do not divide, and an unknown prediction."""
+        check_types(self)
         if self.prediction not in PREDICTIONS:
             raise UserError(f"prediction is {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
         for value, by, what in (
@@ -44,6 +46,8 @@ class DiTConfig:
         ):
             if by < 1 or value < by or value % by:
                 raise UserError(f"cannot divide {what.format(value, by)}; choose a multiple")
+        if min(self.depth, self.in_channels, self.num_classes, int(self.hidden_size * self.mlp_ratio)) < 1:
+            raise UserError(f"{self} has a size below 1; choose larger depth, in_channels, num_classes and mlp_ratio")
 
 
 class DiT(nn.Module):

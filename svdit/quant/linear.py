@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from svdit.errors import UserError
 from svdit.kernels import reference as ref
+from svdit.kernels.checks import check
 from svdit.kernels.formats import Format as Format  # part of a spec
 from svdit.kernels.layer import Layer
 from svdit.kernels.layer import LinearSpec as LinearSpec  # what `spec` is
@@ -79,6 +80,14 @@ class SVDLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight (O, I) in the model's type, as of an nn.Linear. It is decoded at every access, which is slow."""
         return self.effective_weight().detach().to(self.dtype)
+
+    @classmethod
+    def from_tensors(cls, spec: LinearSpec, O: int, I: int, tensors: Mapping[str, Tensor]) -> "SVDLinear":
+        """The layer (O, I) of these tensors. Raises UserError where they do not fit the spec or hold other values."""
+        check(Layer(spec, (O, I), tensors))
+        module = cls(I, O, bias=False, spec=spec, device=torch.device("meta"))
+        module.store(tensors)
+        return module
 
     def forward(self, x: Tensor) -> Tensor:
         return ref.linear(self.layer(), x).to(x.dtype)  # (…, O)

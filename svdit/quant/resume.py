@@ -97,7 +97,6 @@ class Results:
             raise DamagedError("it does not match its checksum")
         if plan != self.plan:
             raise UserError(f"{path} is from a run with other settings or another version; delete {self.folder}")
-        O, I, bias = header["shape"]
-        layer = SVDLinear(I, O, bias, spec=LinearSpec.from_dict(header["spec"]))
-        layer.load_state_dict(state, assign=True)
+        O, I, _ = header["shape"]
+        layer = SVDLinear.from_tensors(LinearSpec.from_dict(header["spec"]), O, I, state)
         return layer, LayerReport(**header["report"])

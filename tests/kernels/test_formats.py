@@ -65,9 +65,10 @@ def test_exactly_the_representable_formats_exist() -> None:
         ({"bits": 1}, "1 bits cannot be stored"),
         ({"bits": 9}, "9 bits cannot be stored"),
         ({"group": -64}, "groups of -64 are impossible"),
-        ({"bits": 4.5}, "bits 4.5 and group 0 must be whole numbers"),
-        ({"bits": "4"}, "bits '4' and group 0 must be whole numbers"),
-        ({"group": 64.0}, "group 64.0 must be whole numbers"),
+        ({"bits": 4.5}, "bits is 4.5, a float; pass a value of type int"),
+        ({"bits": "4"}, "bits is .4., a str; pass"),
+        ({"group": 64.0}, "group is 64.0, a float; pass"),
+        ({"bits": True}, "bits is True, a bool; pass"),
     ],
 )
 def test_what_cannot_be_represented_is_a_sentence(fields: dict[str, Any], message: str) -> None:

@@ -55,7 +55,7 @@ def test_every_format_on_every_backend(backend: str, weight: str, act: str | Non
 def test_every_width_of_planned_codes(backend: str, form: Format, act: str | None) -> None:
     stored, x = layer("int8", act), torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(1))
     tensors = ref.encoded("residual", *ref.quantize(ref.matrix(stored), form), form)
-    rest = with_spec(stored, weight=form).without("residual")
+    rest = with_spec(stored.without("residual"), weight=form)
     stored = replace(rest, tensors={**rest.tensors, **tensors})
     packed = ops.pack(stored, backend)
     assert relative(packed(x), generic.dequantized(stored)(x)) < 1e-3

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from svdit.kernels import generic
 from svdit.kernels import reference as ref
+from svdit.kernels.checks import check
 from svdit.kernels.cpu.ffi import (
     DEPTH_STEP,
     Attention,
@@ -27,6 +28,7 @@ from svdit.kernels.formats import Format
 from svdit.kernels.layer import Layer, Linear, LinearSpec, Modulation, Residual
 
 GROUPS = (16, 32, 64, 128, 256)  # group sizes that are summed in fp32
+LONGEST = 2**16  # columns, of which the products of codes, 255 · 128 at most, sum to less than 2³¹
 CHUNK = 32  # columns that the weight-only kernel reads at once
 
 
@@ -37,12 +39,14 @@ def unsupported(spec: LinearSpec, shape: tuple[int, int], device: torch.device) 
         return generic.FACTORS_ONLY
     if form.element != "int" or form.span == "unsigned" or form.bits not in (4, 8):
         return f"the CPU kernels read signed integer weights, not {form}"
+    if shape[1] > LONGEST:
+        return f"the sums of the CPU kernels hold {LONGEST} products, not {shape[1]}"
     return _integer(spec, spec.act, form) if spec.act else _weight_only(form, shape[1])
 
 
 def _integer(spec: LinearSpec, act: Format, form: Format) -> str:
     """Integers of 4 or 8 bits, with one scale per row or scales per group that bf16 represents."""
-    if act != Format(8) and (act.element, act.bits, act.scale) != ("int", 4, "bf16"):
+    if act != Format(8) and (not act.group or (act.element, act.bits, act.scale) != ("int", 4, "bf16")):
         return f"the CPU kernels read INT8 activations or INT4 groups, not {act}"
     if "affine" in (act.span, form.span):
         return "the CPU kernels have no zero points beside quantized activations"
@@ -70,7 +74,8 @@ def pack(layer: Layer, inner: bool = False) -> Linear | None:
 
 
 def require(layer: Layer) -> None:
-    """Raises ValueError where the kernels do not support the layer: they would read past the end of its codes."""
+    """Raises ValueError where the kernels do not support the layer, UserError where its tensors do not fit it."""
+    check(layer)
     if reason := unsupported(layer.spec, layer.shape, layer.device):
         raise ValueError(reason)
 
