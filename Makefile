@@ -33,11 +33,12 @@ lint: $(READY)
 SANITIZED := $(CURDIR)/build/kernels-sanitized.so
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 
-# The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The C kernels under AddressSanitizer and UndefinedBehaviorSanitizer: known layers, every format, hostile files.
 sanitize: $(READY)
 	$(BIN)/python -c "from svdit.kernels.cpu.build import *; compile_library(Path('$(SANITIZED)'), '-O1 -g $(SANITIZE)'.split())"
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	SVDIT_KERNELS=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/python -m pytest tests/kernels/test_cpu.py
+	SVDIT_KERNELS=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m 'not gpu' \
+	  tests/kernels/test_cpu.py tests/kernels/test_fuzz.py tests/checkpoints/test_hostile.py
 
 types: $(READY)
 	$(BIN)/mypy

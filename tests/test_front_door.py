@@ -21,7 +21,7 @@ def test_every_name_is_there(name: str) -> None:
 
 def test_the_documented_names_are_the_front_door() -> None:
     documented = "quantize_ QuantConfig Rule recipe_for Format load_model save_model load_quantized save_quantized"
-    documented += " accelerate generate generate_dataset evaluate compare DiT DiT_models"
+    documented += " held_out accelerate generate generate_dataset evaluate compare DiT DiT_models"
     assert set(svdit.__all__) == set(documented.split())
 
 
