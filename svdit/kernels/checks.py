@@ -23,7 +23,8 @@ def check(layer: Layer) -> None:
             check_scales(name, ref.layer_scales(layer, name), form)
             check_codes(name, layer, form)
     for name, tensor in layer.tensors.items():
-        expect(name, "NaN or Inf", tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.isfinite())
+        if tensor.dtype in (torch.float32, torch.bfloat16):
+            expect(name, "NaN or Inf", tensor.isfinite())
     if layer.in_scale is not None:
         expect(
             "in_scale", "numbers that are not positive", (layer.in_scale > 0) & layer.in_scale.reciprocal().isfinite()
@@ -49,7 +50,7 @@ def check_codes(name: str, layer: Layer, form: Format) -> None:
         expect(f"{name}_codes", "codes out of range", ref.layer_codes(layer, name).amin() >= form.lo)
 
 
-def expect(name: str, problem: str, good: Tensor | bool) -> None:
+def expect(name: str, problem: str, good: Tensor) -> None:
     """Raises UserError unless `good` (…) is true everywhere."""
-    if not torch.as_tensor(good).all():
+    if not good.all():
         raise UserError(f"{name} contains {problem}; quantize the model again")
