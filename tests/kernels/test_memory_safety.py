@@ -119,7 +119,7 @@ def run(*command: str, **environment: str) -> str:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, **paths, **environment},
     )
     assert done.returncode == 0, done.stderr[-2000:]
