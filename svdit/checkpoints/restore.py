@@ -53,15 +53,14 @@ def distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    first: dict[Any, str] = {}
+    first: dict[int, str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             raise UserError(f"{key} has no data to save; save the model before accelerating it, with tensors only")
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else key
-        if first.setdefault(place, key) == key:
+        if first.setdefault(id(tensor), key) == key:
             tensors[key] = tensor
         else:
-            shared[key] = first[place]
+            shared[key] = first[id(tensor)]
     return tensors, shared
 
 
