@@ -83,7 +83,9 @@ def restore_(model: nn.Module, tensors: dict[str, Tensor], header: Header, path:
                 rest[first] = nn.Parameter(rest[first], parameters[first].requires_grad)
             rest[name] = rest[first]
     device = next((tensor.device for tensor in model.state_dict().values() if not tensor.is_meta), None)
+    dtype = next((tensor.dtype for tensor in rest.values() if tensor.dtype in FLOATS), torch.float32)
     for name, layer in layers.items():
+        layer.dtype = dtype  # of `weight`
         swap(model, name, layer)
     model.load_state_dict(rest, strict=False, assign=True)  # the layers have their tensors
     if device is not None:

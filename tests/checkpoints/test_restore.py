@@ -98,7 +98,7 @@ def test_any_module_returns_bit_for_bit(
     assert state.keys() == expected.keys()
     assert all(state[key].dtype == want.dtype and torch.equal(state[key], want) for key, want in expected.items())
     assert again.second is again.first and again.head.weight is again.embed.weight
-    assert again.embed.weight.dtype == dtype
+    assert again.embed.weight.dtype == again.first.weight.dtype == dtype
     assert torch.equal(again(Y), model(Y)) and again(Y).abs().max() > 0
 
 
