@@ -21,6 +21,7 @@ FROZEN, ABSENT = 60, 300  # looks at the same count until a process counts as fr
 PATIENCE = 3.0  # seconds in which a process ends by itself after another one failed
 POLL = 0.05
 TOGETHER = 10.0  # seconds in which all end; torchrun terminates the others when the first one exits
+REPORT = 30.0  # seconds that a failed process has to print its message, while it still cleans up
 
 
 def processes() -> int:
@@ -47,10 +48,18 @@ def _first_of_several() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def fail(line: str) -> NoReturn:
-    """Print the line, unless another process has failed before, and exit with code 2, together with the others."""
+def report(line: str) -> None:
+    """Print the line, unless another process has failed before."""
     if first_to_fail():
         write_error(line)
+        if processes() > 1:
+            with suppress(RuntimeError):
+                connect().add("reported", 1)
+
+
+def fail(line: str) -> NoReturn:
+    """Print the line, unless another process has failed before, and exit with code 2, together with the others."""
+    report(line)
     end = time.monotonic() + TOGETHER
     with suppress(RuntimeError):
         store = connect()
@@ -85,16 +94,23 @@ class Watch(threading.Thread):
                 silent = silent + 1 if count == last else 0  # not by the clock: all may have been suspended
                 last = count
                 if store.add("failed", 0):
+                    self.await_report(store)
                     self.end("")
                 if silent >= (FROZEN if count else ABSENT):
                     self.end(f"process {neighbour} of {processes()} does not respond; end it, then")
         except RuntimeError:
             self.end("the first process of this run is gone; see its messages, then")
 
+    def await_report(self, store: Store) -> None:
+        """Wait until the process that failed has printed its message: when this one ends, torchrun ends that one."""
+        end = time.monotonic() + REPORT
+        while not store.add("reported", 0) and not self.done.wait(POLL) and time.monotonic() < end:
+            pass
+
     def end(self, problem: str) -> None:
         """End the process, unless it does so by itself; without a problem another process has reported it."""
         if self.done.wait(PATIENCE):
             return
-        if first_to_fail() and problem:
-            write_error(f"svdit: {problem} run the same command again")
+        if problem:
+            report(f"svdit: {problem} run the same command again")
         exit_now()

@@ -113,6 +113,20 @@ def test_an_error_of_one_process_ends_the_others(failing: int, tmp_path: Path) -
     assert ours(lines) == [f"svdit: process {failing} cannot write"]
 
 
+def test_the_others_wait_for_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process that has failed and cleans up for longer than they wait otherwise."""
+
+    def work() -> None:
+        if rank() == 1:
+            monkeypatch.setattr("svdit.distributed.gc.collect", lambda: time.sleep(3 * peers.PATIENCE))
+            raise UserError("process 1 cannot write")
+
+    run = Run(in_session(work), tmp_path)
+    run.members[0].join(60)
+    run.kill(1, signal.SIGKILL)  # as torchrun does when a process ends
+    assert ours(run.end()[1]) == ["svdit: process 1 cannot write"]
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_nobody_waits_for_a_process_that_is_dead_or_frozen(lost: int, number: signal.Signals, tmp_path: Path) -> None:
