@@ -45,6 +45,9 @@ class Server(ThreadingHTTPServer):
     redirect = ""  # where to go instead
     requests: list[dict[str, str]]
 
+    def handle_error(self, *_: object) -> None:
+        """Print no traceback of clients that left: in a thread it would meet another use of the parser."""
+
 
 class Handler(BaseHTTPRequestHandler):
     server: Server
