@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from svdit.errors import UserError
 from svdit.holdout import is_held_out
+from svdit.quant.report import FEW
 
 ForwardLoop = Callable[[nn.Module], Any]
 SAMPLE = 512  # rows kept to base choices on, and as many held out
@@ -135,8 +136,11 @@ class Statistics:
         """`second_moment` for unseen rows: few rows correlate by chance, so covariances are shrunk towards zero.
 
         The weight has the least expected squared error for normal rows (Schäfer and Strimmer, 2005, target D):
-        Σ Var(s_ij) / Σ s_ij² over i ≠ j, with Var(s_ij) = (s_ii s_jj + s_ij²) / rows.
+        Σ Var(s_ij) / Σ s_ij² over i ≠ j, with Var(s_ij) = (s_ii s_jj + s_ij²) / rows. From FEW rows per feature on
+        nothing is shrunk.
         """
+        if self.count >= FEW * len(self.total):
+            return self.second_moment(shift)
         mean = self.total / self.count
         S = self.second_moment(mean)
         variances = S.diagonal().clone()

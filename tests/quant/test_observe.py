@@ -95,7 +95,7 @@ def test_held_out_rows_are_in_no_statistic() -> None:
     assert torch.equal(before.second_moment(None), after.second_moment(None))
 
 
-@pytest.mark.parametrize("rows", [16, 256, 65536])
+@pytest.mark.parametrize("rows", [16, 256])
 def test_few_rows_shrink_covariances_towards_zero(rows: int) -> None:
     true = hard_inputs(1 << 17, seed=5).double()
     mean = true.mean(0)
@@ -108,9 +108,10 @@ def test_few_rows_shrink_covariances_towards_zero(rows: int) -> None:
     variances = truth.diagonal()
     off = truth.square().sum() - variances.square().sum()
     best = float((variances.sum() ** 2 - variances.square().sum() + off) / off / rows)
-    assert weight == pytest.approx(min(best, 1), rel=0.5 if rows < 1000 else 0.2)  # by the outliers
-    if rows < 1000:
-        assert relative(shrunk, truth) < 0.99 * relative(sample, truth)
+    assert weight == pytest.approx(min(best, 1), rel=0.5)
+    assert relative(shrunk, truth) < 0.99 * relative(sample, truth)
+    found._include(hard_inputs(256, seed=7), torch.rand(256))  # 4 rows per feature
+    assert torch.equal(found.expected_moment(None), found.second_moment(None)) == (rows == 256)
 
 
 def test_independent_inputs_have_a_diagonal_moment_and_one_row_its_square() -> None:
