@@ -20,7 +20,6 @@ FID and other metrics of Inception features in one pass, with error bars; PSNR, 
 full-precision counterparts of the same names. Run it with torchrun to share the images among processes."""
 EXTRACTORS = ("inception", "random")
 VARIABLE, CACHE = "SVDIT_INCEPTION_WEIGHTS", "~/.cache/svdit"
-OF_FEATURES = ("feature_extractor", "feature_extractor_weights", "download", "cache_dir", "batch_size")
 
 
 def parser() -> Parser:
@@ -39,7 +38,13 @@ def parser() -> Parser:
     add("--feature-extractor", choices=EXTRACTORS, help="random: offline, NOT comparable (default: inception)")
     add("--feature-extractor-weights", type=path, metavar="FILE", help=f"2015 Inception weights (or set {VARIABLE})")
     add("--download", action="store_true", help="download the Inception weights (95.6 MB) if they are not found")
-    add("--cache-dir", type=path_or_none, metavar="DIR", help=f"feature cache; '' disables it (default: {CACHE})")
+    add(
+        "--cache-dir",
+        type=path_or_none,
+        default=CACHE,
+        metavar="DIR",
+        help="feature cache; '' disables it (default: %(default)s)",
+    )
     add(
         "--save-stats",
         type=output,
@@ -48,9 +53,9 @@ def parser() -> Parser:
     )
     add("--resize-to", type=pixels, metavar="SIZE", help="crop and resize every image, as ADM prepares ImageNet")
     add("--allow-fewer", action="store_true", help="use all images where there are fewer than --num_images")
-    add("--batch-size", type=batch, help="default: 32")
+    add("--batch-size", type=batch, default=32, help="default: %(default)s")
     add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    add("--seed", type=integer(0, 2**32 - 1), help="of the choice of images (default: 0)")
+    add("--seed", type=integer(0, 2**32 - 1), default=0, help="of the choice of images (default: %(default)s)")
     add("--output", type=output, metavar="DIR", help="write metrics.json, metrics.md and image grids to this folder")
     return p
 
@@ -61,22 +66,22 @@ def run(args: argparse.Namespace) -> None:
     from svdit.evaluation.evaluate import evaluate
     from svdit.evaluation.options import Options
 
-    cache = CACHE if args.cache_dir is None else args.cache_dir
     options = Options(
         metrics=tuple(args.metrics) if args.metrics else None,
         num_images=args.num_images,
         paired=args.paired_dir,
         compare=args.compare_dir,
-        seed=args.seed or 0,
+        seed=args.seed,
         resize_to=args.resize_to,
         allow_fewer=args.allow_fewer,
-        batch_size=args.batch_size or 32,
+        batch_size=args.batch_size,
         device=device(args.device),
-        cache=Path(cache).expanduser() if cache else None,
+        cache=Path(args.cache_dir).expanduser() if args.cache_dir else None,
         save_stats=args.save_stats,
         progress=True,
     )
-    check_effects(args, options)
+    if args.feature_extractor == "random" and args.feature_extractor_weights:
+        raise UserError("--feature-extractor-weights has no effect on --feature-extractor random; omit one of them")
     check_outputs(args, options)
     with session(options.device), reserved(*filter(None, (args.output, options.save_stats))):
         report = evaluate(args.real_dir, args.fake_dir, _network(args, options), options)
@@ -87,28 +92,6 @@ def run(args: argparse.Namespace) -> None:
     if report.failed:
         write_error(f"svdit evaluate: requested but unavailable: {', '.join(report.failed)}")
         sys.exit(1)
-
-
-def check_effects(args: argparse.Namespace, options: "Options") -> None:
-    """Raises UserError for an option that the others leave without effect."""
-    cases = {
-        "without --num_images": (not args.num_images, ("seed", "allow_fewer")),
-        f"on --metrics {','.join(args.metrics or ())}": (not options.network_metrics, OF_FEATURES),
-        "with --paired_dir, which has the counterparts": (
-            not options.network_metrics and args.paired_dir,
-            ("real_dir",),
-        ),
-        "on --feature-extractor random": (
-            args.feature_extractor == "random",
-            ("feature_extractor_weights", "download"),
-        ),
-        "with --feature-extractor-weights": (args.feature_extractor_weights, ("download",)),
-    }
-    for reason, (applies, without) in cases.items():
-        for name in without:
-            if applies and getattr(args, name):
-                option = name if name == "real_dir" else name.replace("_", "-")
-                raise UserError(f"--{option} has no effect {reason}; omit it")
 
 
 def check_outputs(args: argparse.Namespace, options: "Options") -> None:

@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> None:
     device = setup.device(args.device)
     backend = ops.choose(device)
     with distributed.session(device), distributed.reserved(args.output, args.output.with_suffix(".report.json")):
+        for sentence in settings.unused() if distributed.rank() == 0 else ():
+            setup.note(sentence)
         source = setup.load_checkpoint(args, device)
         outputs.check_distinct("--output", args.output, source.path)
         if settings.calibrates or settings.figures:

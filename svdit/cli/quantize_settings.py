@@ -1,6 +1,6 @@
 """What `svdit quantize` was asked to do: one frozen object, made from the arguments and checked once.
 
-Options that contradict each other, or leave one without effect, are errors that name them.
+Options that contradict each other are errors that name them; options without effect are reported.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class QuantizeSettings:
         if self.whiten and self.rank_ratio is None:
             yield "--whiten requires --rank-ratio; omit it"
         yield from self.format_problems()
-        yield from self.ignored()
+        yield from self.branch_problems()
         if target := self.given & {"target_size", "target_sqnr"}:
             yield from self.target_problems(flag(*target))
 
@@ -93,17 +93,19 @@ class QuantizeSettings:
         if "adaln" in self.given and self.adaln != "fp16":
             yield f"--adaln {self.adaln} excludes {target}, which chooses bits; omit it, or use fp16"
 
-    def ignored(self) -> Iterator[str]:
-        """A sentence for every option without effect."""
+    def branch_problems(self) -> Iterator[str]:
+        """A sentence for every option of the low-rank branch where there is none."""
         branchless = "--rank 0" if self.rank == 0 else f"--preset {self.preset}"
         if self.rank == 0 or (self.rank_ratio is None and RECIPES[self.preset].low_rank == "none"):
             for option in sorted(self.given & ({"factors", "rank"} if self.rank else {"factors"})):
                 yield f"{flag(option)} has no effect: there is no low-rank branch with {branchless}; omit one of them"
+
+    def unused(self) -> Iterator[str]:
+        """A sentence for every option without effect that contradicts none."""
         if not self.calibrates:
             seeds = set() if self.figures else {"seed", "cfg_scale"}  # figures are measured on other images
             for option in sorted(self.given & {"calib_images", "calib_steps", "max_memory", *seeds}):
-                mode = "--rank-ratio" if self.rank_ratio else f"--preset {self.preset}"
-                yield f"{flag(option)} has no effect: nothing is calibrated with {mode}; omit it"
+                yield f"{flag(option)} has no effect: nothing is calibrated"
 
     @property
     def recipe(self) -> Recipe:

@@ -130,7 +130,7 @@ def sampling_config(args: argparse.Namespace) -> SamplingConfig:
 
     for option, passed in (("--cfg-channels", args.cfg_channels), ("--cfg-interval", args.cfg_interval)):
         if passed and args.cfg_scale == 1:
-            raise UserError(f"{option} has no effect with --cfg-scale 1, which turns guidance off; omit one of them")
+            note(f"{option} has no effect with --cfg-scale 1, which turns guidance off")
     channels, interval = CFG_CHANNELS[args.cfg_channels or "three"], args.cfg_interval and tuple(args.cfg_interval)
     return SamplingConfig(args.sampler, args.num_sampling_steps, args.cfg_scale, channels, interval)
 

@@ -66,22 +66,12 @@ def names_by_linear(model: nn.Module) -> dict[nn.Linear, list[str]]:
 
 
 def check_patterns(config: QuantConfig, names: list[str]) -> None:
-    """Raises UserError for a rule that changes nothing, unless it is optional: it matches none of the names, or only
-    names that earlier rules match, or skips what the rules after it do not quantize."""
-    for i, rule in enumerate(config.rules):
-        if rule.optional:
-            continue
-        matched = [name for name in names if fnmatchcase(name, rule.pattern)]
-        if not matched:
+    """Raises UserError for a rule whose pattern matches none of the names, unless it is optional."""
+    for rule in config.rules:
+        if not rule.optional and not any(fnmatchcase(name, rule.pattern) for name in names):
             close = get_close_matches(rule.pattern, names, 3, 0.5) or names[-2:]
             problem = f"{rule.pattern!r} matches no linear layer of this model"
             raise UserError(f"{problem}; did you mean one of {', '.join(close)}?")
-        before, after = QuantConfig(config.rules[:i]), QuantConfig(config.rules[i + 1 :])
-        left = [name for name in matched if not before.rule(name)]
-        if not left:
-            raise UserError(f"{rule.pattern!r} has no effect: earlier patterns match {matched[0]} too; omit it")
-        if rule.recipe is None and after.rules and not any(after.recipe(name) for name in left):
-            raise UserError(f"{rule.pattern!r} has no effect: {left[0]} is not quantized without it either; omit it")
 
 
 def shared_recipe(config: QuantConfig, names: list[str]) -> Recipe | None:
