@@ -61,7 +61,7 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, save, print; exit code 1 if a named metric is unavailable."""
+    """Evaluate, save, print; exit code 1 if a named metric is unavailable. Raises UserError for two extractors."""
     from svdit.distributed import rank, reserved, session
     from svdit.evaluation.evaluate import evaluate
     from svdit.evaluation.options import Options

@@ -99,7 +99,8 @@ def effect(asked: QuantizeSettings) -> dict[str, Any]:
 def test_every_option_is_covered() -> None:
     options = {o for action in parser()._actions for o in action.option_strings if o.startswith("--")}
     assert options - set(VALUES) == {
-        "--whiten", "--help", "--ckpt", "--model", "--image-size", "--num-classes", "--num-heads", "--device", "--output"
+        "--whiten", "--help", "--ckpt", "--model", "--image-size", "--num-classes", "--num-heads", "--device",
+        "--output",
     }  # fmt: skip
 
 
