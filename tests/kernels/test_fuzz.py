@@ -40,7 +40,10 @@ def constructible() -> list[Format]:
 
 
 FORMATS = constructible()
-COMMON = [None, Format(8), Format(4, 64, "bf16", "full"), Format(4, 32, "bf16"), Format(4, 16, "bf16", "unsigned")]
+COMMON = [
+    *(None, Format(8), Format(8, scale="bf16"), Format(4, scale="bf16"), Format(4, 64, "bf16", "full")),
+    *(Format(4, 32, "bf16"), Format(4, 16, "bf16", "unsigned")),
+]
 READ = [  # weights that the C kernels may read
     form for form in FORMATS
     if (form.element, form.group % 16) == ("int", 0) and form.span != "unsigned" and form.scale != "e4m3"
@@ -110,6 +113,18 @@ def swapped(layer: Layer, draw: random.Random) -> str:
         return outcome(replace(layer, spec=spec), draw)
     except UserError:
         return "refused"
+
+
+@pytest.mark.parametrize(("columns", "act"), [(2**16, Format(8)), (2**18, Format(8)), (2**18, None)])
+def test_rows_longer_than_int32_sums_are_declined(columns: int, act: Format | None) -> None:
+    spec = LinearSpec(weight=Format(8), act=act)
+    tensors = {
+        "residual_codes": torch.full((1, columns), 127, dtype=torch.int8),
+        "residual_scales": torch.ones(1, 1),
+    }
+    layer, x = Layer(spec, (1, columns), tensors), torch.full((1, 1, columns), 127.0)
+    assert bool(ops.unsupported(spec, layer.shape, "cpu")) == (columns > 2**16)
+    assert ops.pack(layer, "cpu")(x).item() == pytest.approx(127 * 127 * columns, rel=1e-4)
 
 
 @pytest.mark.parametrize("isa", ffi.isas())
