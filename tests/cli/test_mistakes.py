@@ -368,7 +368,7 @@ def test_mistakes_in_a_process_of_their_own(line: str, inputs: dict[str, str], w
 @pytest.mark.parametrize(
     ("script", "line", "part"),
     [
-        ("sample_ddp.py", "--num-fid-samples 0", "'0' is not an integer from 1"),
+        ("sample_ddp.py", "--ckpt {text} --sample-dir new --device cpu", "is not a checkpoint"),
         ("quantize_ptq.py", "--ckpt {tiny} --rank-ratio 0.5 --rank 4", "--rank excludes --rank-ratio"),
         ("evaluate_metrics.py", "--fake_dir {set} --output {set}", "inside the images of"),
     ],
@@ -378,4 +378,4 @@ def test_mistakes_under_torchrun(script: str, line: str, part: str, inputs: dict
     done = process(torchrun, line, inputs)
     assert done.returncode != 0
     assert done.stderr.count(part) == 1  # one process prints it
-    assert f'File "{ROOT}' not in done.stderr  # torchrun prints its own traceback
+    assert f'File "{ROOT / "svdit"}' not in done.stderr  # torchrun prints its own traceback
