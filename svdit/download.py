@@ -18,8 +18,8 @@ from urllib.request import Request, urlopen
 
 from svdit.errors import UserError
 from svdit.files import exclusive
-from svdit.filetype import describe
 from svdit.progress import progress
+from svdit.storage.filetype import describe
 
 ATTEMPTS = 5  # in a row without a new byte
 FIRST_WAIT = 1.0  # seconds, doubled from one attempt to the next

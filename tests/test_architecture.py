@@ -10,8 +10,8 @@ from benchmarks import structure
 
 ROOT = Path(__file__).parents[1]
 GROUND = {
-    *("errors", "fields", "files", "holdout", "images", "npz", "manifest", "distributed", "download", "peers"),
-    *("extras", "printing", "progress", "shims", "checksum", "filetype", "pickles"),
+    *("errors", "fields", "files", "holdout", "images", "distributed", "download", "peers"),
+    *("extras", "printing", "progress", "shims", "storage"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -19,18 +19,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors", "printing"},
     "holdout": set(),
     "shims": set(),
-    "checksum": set(),
     "extras": {"errors", "shims"},
     "printing": set(),
     "progress": {"printing"},
-    "download": {"errors", "files", "filetype", "progress"},
-    "filetype": {"errors"},
-    "pickles": {"errors", "files", "filetype"},
+    "download": {"errors", "files", "progress", "storage"},
+    "storage": {"errors", "files"},
     "images": {"errors", "files"},
-    "npz": {"errors", "files"},
     "peers": {"files", "printing"},
     "distributed": {"errors", "files", "peers"},
-    "manifest": {"checksum", "errors", "files"},
     "kernels": GROUND,
     "model": GROUND,
     "diffusion": GROUND,

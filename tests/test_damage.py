@@ -19,7 +19,6 @@ import torch
 from pixels import draw, pixel_model
 
 from svdit.checkpoints.store import load_model, save_model
-from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.evaluation.evaluate import evaluate
 from svdit.evaluation.features import Extraction, extract
@@ -29,10 +28,11 @@ from svdit.evaluation.report import read_report
 from svdit.evaluation.statistics import save_statistics
 from svdit.images import list_images, read_image, write_png
 from svdit.kernels.cpu import build
-from svdit.manifest import read_manifest
-from svdit.npz import map_npz
 from svdit.quant.config import rank_ratio_config
 from svdit.quant.quantize import quantize_
+from svdit.storage.checksum import digest
+from svdit.storage.manifest import read_manifest
+from svdit.storage.npz import map_npz
 from svdit.training.state import fresh, restore_, save
 
 Use = Callable[[], object]  # reads the file and returns everything that it determines

@@ -17,11 +17,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svdit import images, npz
+from svdit import images
 from svdit.checkpoints import io as checkpoints
 from svdit.errors import UserError
 from svdit.evaluation.statistics import save_statistics
 from svdit.files import atomic_path, exclusive, reading
+from svdit.storage import npz
 
 HOLD = """
 import sys

@@ -10,11 +10,11 @@ import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from svdit import pickles
 from svdit.download import download
 from svdit.errors import UserError
 from svdit.files import atomic_path, sha256
 from svdit.printing import write_error
+from svdit.storage import pickles
 
 BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 PUBLISHED = {256: "DiT-XL-2-256x256.pt", 512: "DiT-XL-2-512x512.pt"}

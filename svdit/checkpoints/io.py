@@ -17,12 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from svdit import __version__, pickles
+from svdit import __version__
 from svdit.checkpoints import foreign
-from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.files import atomic_path, reading, sha256
-from svdit.filetype import check_regular
+from svdit.storage import pickles
+from svdit.storage.checksum import digest
+from svdit.storage.filetype import check_regular
 
 FORMAT_VERSION = 1
 KEY = "svdit"

@@ -20,10 +20,10 @@ from svdit.checkpoints.infer import config_from_shapes
 from svdit.checkpoints.restore import distinct, naming, restore_, unfolded
 from svdit.errors import UserError
 from svdit.fields import from_json
-from svdit.filetype import check_regular
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS, config_for
 from svdit.quant.linear import SVDLinear, layer_specs
+from svdit.storage.filetype import check_regular
 
 EMBEDDED = Path(__file__).parents[1] / "pretrained"
 PUBLISHED_NAME = foreign.ANCHORS[0]

@@ -32,7 +32,7 @@ def check_outside(option: str, path: Path, *inputs: str | Path, itself: bool = T
 
     `itself`: also where the output is that folder.
     """
-    from svdit.manifest import read_manifest
+    from svdit.storage.manifest import read_manifest
 
     place, folders = path.resolve(), [Path(each).resolve() for each in inputs]
     for folder in (place, *place.parents) if itself else place.parents:

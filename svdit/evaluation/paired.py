@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svdit import pickles
 from svdit.distributed import gather, rank, shard
 from svdit.errors import UserError
 from svdit.evaluation.jackknife import Blocks, Estimate, Estimates
@@ -26,6 +25,7 @@ from svdit.evaluation.sources import ImageSet
 from svdit.extras import require
 from svdit.images import Pixels
 from svdit.progress import progress
+from svdit.storage import pickles
 
 Distance = Callable[[Pixels, Pixels], float]
 Scores = npt.NDArray[np.float64]

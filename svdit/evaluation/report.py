@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.evaluation.jackknife import Estimate, Estimates
 from svdit.evaluation.metrics import METRICS, RANDOM
 from svdit.files import atomic_path, reading
 from svdit.images import Pixels, write_png
 from svdit.printing import printable
+from svdit.storage.checksum import digest
 
 SCHEMA = 1
 NOT_COMPARABLE = "random features: NOT comparable with any published number, nor with Inception's"

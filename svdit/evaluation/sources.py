@@ -31,9 +31,9 @@ from svdit.images import (
     relative_names,
     scan_images,
 )
-from svdit.manifest import read_manifest
-from svdit.npz import map_npz, npz_keys
 from svdit.printing import warn
+from svdit.storage.manifest import read_manifest
+from svdit.storage.npz import map_npz, npz_keys
 
 Indices = npt.NDArray[np.int64]
 

@@ -22,7 +22,7 @@ from svdit.distributed import all_sum
 from svdit.errors import UserError
 from svdit.extras import require
 from svdit.files import atomic_path
-from svdit.npz import map_npz, npz_keys
+from svdit.storage.npz import map_npz, npz_keys
 
 T = TypeVar("T", int, str)
 Array = npt.NDArray[np.float64]

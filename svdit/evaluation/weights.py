@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from svdit import pickles
 from svdit.download import download as download_file
 from svdit.errors import UnreadableError, UserError
 from svdit.files import sha256
+from svdit.storage import pickles
 
 NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{NAMES[0]}"

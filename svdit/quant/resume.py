@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from svdit import __version__, distributed
-from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.files import atomic_path
 from svdit.printing import warn
 from svdit.quant.config import Recipe
 from svdit.quant.linear import LinearSpec, SVDLinear
 from svdit.quant.report import LayerReport
+from svdit.storage.checksum import digest
 
 
 class DamagedError(Exception):

@@ -20,12 +20,12 @@ from svdit.diffusion.schedule import make_schedule
 from svdit.distributed import barrier, on_first, rank, world_size
 from svdit.errors import UserError
 from svdit.files import exclusive, writable_folder
-from svdit.manifest import read_manifest, write_manifest
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
-from svdit.npz import map_npz, write_npz
 from svdit.printing import warn
 from svdit.sampling.batch import SamplingConfig, check_autoencoder, check_guidance, generate_images
+from svdit.storage.manifest import read_manifest, write_manifest
+from svdit.storage.npz import map_npz, write_npz
 
 Progress = Callable[[float, int], None]
 

@@ -35,7 +35,7 @@ from svdit.images import (
     to_float,
     visible_folders,
 )
-from svdit.npz import map_npz, npz_digest, npz_keys
+from svdit.storage.npz import map_npz, npz_digest, npz_keys
 
 ORDER, AUGMENT = 2, 3  # purposes of random streams; 0 and 1 are sampling's
 HELD_OUT = 0.2  # share of the digits

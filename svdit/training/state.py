@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from svdit import pickles
 from svdit.errors import UnreadableError, UserError
 from svdit.files import atomic_path, check_zip, reading
 from svdit.model.dit import DiT
+from svdit.storage import pickles
 
 CONTENT = {"model": dict, "ema": dict, "opt": dict, "step": int, "seconds": float, "binding": dict}
 

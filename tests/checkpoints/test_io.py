@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdit.checkpoints.store import load_model, read_header, save_model
-from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.model.dit import DiT, DiTConfig
+from svdit.storage.checksum import digest
 
 SUFFIXES = (".safetensors", ".pt")
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from svdit import pickles
 from svdit.checkpoints.store import load_model
 from svdit.errors import UserError
+from svdit.storage import pickles
 
 LEGACY = {"zip": True, "legacy": False}
 DESCRIPTIVE = {

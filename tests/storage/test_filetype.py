@@ -16,7 +16,7 @@ from PIL import Image
 from svdit.checkpoints.store import load_model
 from svdit.errors import UserError
 from svdit.evaluation.weights import load_weights
-from svdit.filetype import describe
+from svdit.storage.filetype import describe
 
 
 def npz() -> bytes:

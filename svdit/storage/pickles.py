@@ -16,9 +16,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from svdit import filetype
 from svdit.errors import UserError
 from svdit.files import check_zip, reading
+from svdit.storage import filetype
 
 # Harmless by what they are, but never imported: a placeholder stands for each.
 DESCRIPTIVE = re.compile(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svdit.errors import UserError
-from svdit.manifest import read_manifest, write_manifest
+from svdit.storage.manifest import read_manifest, write_manifest
 
 FIELDS = {
     "tool": "svdit",

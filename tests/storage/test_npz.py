@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from svdit.errors import UserError
-from svdit.npz import map_npz, npz_keys, write_npz
+from svdit.storage.npz import map_npz, npz_keys, write_npz
 
 
 def random_image(height: int = 5, width: int = 7, seed: int = 0) -> np.ndarray:

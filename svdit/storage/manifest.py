@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from svdit.checksum import digest
 from svdit.errors import UserError
 from svdit.files import atomic_path, reading
+from svdit.storage.checksum import digest
 
 CHECKSUM = "manifest_sha256"
 MARKS = (b'"tool": "svdit"', CHECKSUM.encode())  # a damaged file has one of them
