@@ -7,6 +7,7 @@ sees the same examples for any world size. Pixels are float32 (C, H, W) in [−1
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from svdit.images import (
 from svdit.storage.npz import map_npz, npz_digest, npz_keys
 
 ORDER, AUGMENT = 2, 3  # purposes of random streams; 0 and 1 are sampling's
+SPLITS = {"train", "training", "val", "valid", "validation", "eval", "test", "testing"}
 HELD_OUT = 0.2  # share of the digits
 LARGEST = 1000  # classes that more labels than images may name; more need num_classes
 Labels = np.ndarray[Any, np.dtype[np.int64]]
@@ -125,13 +127,18 @@ def folder(path: Path, image_size: int) -> LabelledImages:
 
 
 def _refuse_folders_of_folders(path: Path, parts: list[list[str]]) -> None:
-    inner: dict[str, set[str]] = {}
+    inner: dict[str, Counter[str]] = {}
     for name, *rest in parts:
-        inner.setdefault(name, set()).add(rest[0] if len(rest) > 1 else "")
-    for name, folders in inner.items():
-        if "" not in folders and len(folders) > 1:
-            found = f"no images of its own but {len(folders)} folders of images ({min(folders)}, …)"
+        inner.setdefault(name, Counter())[rest[0] if len(rest) > 1 else ""] += 1
+    for name, counts in inner.items():
+        own, folders = counts[""], sorted(set(counts) - {""})
+        if len(folders) > 1 and own < counts.total() / 2:
+            found = f"{own or 'no'} images of its own but {len(folders)} folders of images ({folders[0]}, …)"
             raise UserError(f"{path / name} has {found}, so it is not one class; pass the folder of the class folders")
+    nested = any(set(counts) - {""} for counts in inner.values())
+    if {name.lower() for name in inner} <= SPLITS and (nested or len(inner) > 1):
+        parts_found = ", ".join(sorted(inner))
+        raise UserError(f"the folders in {path} are parts of a data set ({parts_found}), not classes; pass one of them")
 
 
 def _folder_notes(path: Path, classes: tuple[str, ...], outside: int, skipped: str) -> Iterator[str]:

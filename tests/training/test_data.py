@@ -152,6 +152,13 @@ def test_the_parent_of_train_and_val_is_refused(tmp_path: Path) -> None:
         load(str(tmp_path), 8)
     with pytest.raises(UserError, match="train has no images of its own"):
         load(str(write(tmp_path / "more", "x/1.png", "train/cat/1.png", "train/dog/1.png")), 8)
+    stray = write(tmp_path / "stray", *(f"a/{name}.png" for name in ("cat/1", "cat/2", "dog/1", "preview")), "b/1.png")
+    with pytest.raises(UserError, match=r"a has 1 images of its own but 2 folders of images"):
+        load(str(stray), 8)
+    for names in (("train/cat/1", "val/cat/2"), ("train/1", "Test/2")):
+        splits = write(tmp_path / names[0].replace("/", "-"), *(f"{name}.png" for name in names))
+        with pytest.raises(UserError, match=r"are parts of a data set \(.*\), not classes; pass one of them"):
+            load(str(splits), 8)
     nested = write(tmp_path / "nested", "cat/images/1.png", "dog/images/2.png")  # as in Tiny ImageNet
     assert load(str(nested), 8).classes == ("cat", "dog")
 
