@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from svdit.training.loop import TrainOptions
 
 VAE = "ema"
+RESULTS = ("last.pt", "ema.safetensors", "loss.csv", "loss.png")
 EPOCHS = 1400
 
 
@@ -105,7 +106,11 @@ def run(args: argparse.Namespace) -> None:
     device = setup.device(args.device)
     image_size, pixel_space = image_space(args)
     outputs.check_outside("--results-dir", args.results_dir, args.data)
-    writable_folder(args.results_dir)
+    for folder in (args.results_dir, args.results_dir / "samples"):
+        writable_folder(folder)
+    for name in RESULTS:
+        if (args.results_dir / name).is_dir():
+            raise UserError(f"{args.results_dir / name} is a folder where a file belongs; remove or rename it")
     with session(device), reserved(args.results_dir):
         images = data.load(args.data, image_size, args.num_classes)
         if rank() == 0:
@@ -124,6 +129,7 @@ def run(args: argparse.Namespace) -> None:
 
         def export(state: State) -> None:
             provenance = {"data": Path(args.data).name, "step": state.step, "training": options.binding()}
+            provenance["vae"] = autoencoder.name
             save_model(state.ema, args.results_dir / "ema.safetensors", name=name, provenance=provenance)
 
         model = DiT(config).to(device)

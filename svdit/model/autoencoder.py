@@ -12,11 +12,12 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdit.download import redacted
 from svdit.errors import UserError
 from svdit.extras import require
+from svdit.storage.checksum import digest
 
 REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 TIMEOUT = 5.0  # seconds for an answer of Hugging Face
@@ -39,6 +40,13 @@ class Autoencoder:
     def channels(self) -> int | None:
         """Channels of the latents; None for pixels."""
         return None if self.vae is None else int(self.vae.config.latent_channels)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the VAE's weights; empty for pixels."""
+        if not isinstance(self.vae, nn.Module):
+            return ""
+        return digest({}, {name: tensor.cpu() for name, tensor in self.vae.state_dict().items()})[:16]
 
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor) -> Tensor:

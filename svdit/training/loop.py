@@ -94,6 +94,8 @@ def train(
     binding = {**asdict(model.config), **options.binding(), "images": len(images)}
     if images.fingerprint:
         binding["data"] = f"{images.summary()} ({images.fingerprint[:16]})"
+    if autoencoder.fingerprint:
+        binding["vae"] = autoencoder.fingerprint
     if (folder / "last.pt").exists():
         restore_(state, folder / "last.pt", binding)
     chief = distributed.rank() == 0

@@ -1,5 +1,6 @@
 """An interrupted run resumes bit for bit; every draw is its example's own; the loss falls."""
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,23 @@ def test_a_resumed_run_keeps_its_options(tmp_path: Path) -> None:
     run(tmp_path, steps=3, images=known)  # which earlier versions did not record
     with pytest.raises(UserError, match=r"trained with data 10 images in 3 classes: cat … dog \(0123\), not 10 .*4567"):
         run(tmp_path, images=replace(known, fingerprint="4567"))
+
+
+def test_a_run_is_bound_to_its_autoencoder(tmp_path: Path) -> None:
+    """By the VAE's weights: its folder may have moved."""
+
+    def resume(vae: torch.nn.Module) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "encoded", lambda autoencoder, pixels, *rest: pixels)
+            patch.setattr(loop, "sample_grid", lambda *arguments: None)
+            options = TrainOptions(**{**OPTIONS, "steps": 1})
+            train(small(), IMAGES, options, tmp_path, autoencoder=Autoencoder("x", vae))
+
+    vae = torch.nn.Linear(2, 2)
+    resume(vae)
+    resume(deepcopy(vae))
+    with pytest.raises(UserError, match=r"trained with vae [0-9a-f]{16}, not [0-9a-f]{16}"):
+        resume(torch.nn.Linear(2, 3))
 
 
 def test_a_run_interrupted_before_its_checkpoint_exports_again(tmp_path: Path) -> None:
