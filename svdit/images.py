@@ -98,6 +98,9 @@ def scan_images(folder: str | Path) -> tuple[list[Path], str]:
                 if kind.is_dir():
                     (links if kind is path else folders).append(path)
                 elif not kind.is_file() and not path.exists():
+                    if path.suffix and path.suffix.lower() not in EXTENSIONS:
+                        skipped["broken link"] += 1
+                        continue
                     raise UserError(f"{path} is a broken link; repair or remove it")
                 elif path.suffix.lower() in EXTENSIONS and kind.is_file():
                     files.append(path)

@@ -126,6 +126,12 @@ def test_broken_links_are_named(tmp_path: Path, name: str):
         list_images(tmp_path)
 
 
+def test_broken_links_to_other_files_are_counted(tmp_path: Path):
+    make(tmp_path, "1.png")
+    (tmp_path / "notes.txt").symlink_to("nowhere")
+    assert scan_images(tmp_path)[1] == "1 broken link"
+
+
 def test_files_that_are_not_read_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     make(tmp_path, "1.png")
     for name in ("a.gif", "b.GIF", "c/d.avif", "e.txt", ".f.gif"):
