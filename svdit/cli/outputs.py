@@ -27,6 +27,11 @@ def check_distinct(option: str, path: Path, *inputs: str | Path) -> None:
             raise UserError(f"{option} is {path}, which is also the input {each}; choose another name")
 
 
+def with_links(folder: Path) -> list[Path]:
+    """The folder and the links in it, as to folders of classes."""
+    return [folder, *(path for path in folder.iterdir() if path.is_symlink())] if folder.is_dir() else [folder]
+
+
 def check_outside(option: str, path: Path, *inputs: str | Path, itself: bool = True) -> None:
     """Raises UserError for an output in a folder of inputs or of generated images, which would become one of them.
 
@@ -34,7 +39,7 @@ def check_outside(option: str, path: Path, *inputs: str | Path, itself: bool = T
     """
     from svdit.storage.manifest import read_manifest
 
-    place, folders = path.resolve(), [Path(each).resolve() for each in inputs]
+    place, folders = path.resolve(), [folder.resolve() for each in inputs for folder in with_links(Path(each))]
     for folder in (place, *place.parents) if itself else place.parents:
         if folder.is_dir() and (folder in folders or read_manifest(folder / "manifest.json")):
             raise UserError(f"{option} is {path}, inside the images of {folder}; choose a folder outside of it")

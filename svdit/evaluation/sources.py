@@ -151,6 +151,8 @@ def _open_folder(path: Path, resize_to: int | None) -> Source:
     names = tuple(name[: name.rindex(".")] for name in relative_names(path, files))
     manifest = _read_manifest(path / "manifest.json")
     classes, numbers = class_numbers([name.rpartition("/")[0] or "." for name in names])
+    if (listed := len(manifest.get("files") or names)) > len(names):
+        warn(f"{path} contains {len(names)} of the {listed} images in its manifest; generate the others, or remove it")
     labels = _labels(manifest, names)
     if labels is None and len(classes) > 1:
         labels = tuple(numbers)

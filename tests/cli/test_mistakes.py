@@ -217,6 +217,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--output {set}", "inside the images of", "choose a folder outside"),
         ("--output {set}/report", "set/report", "inside the images of", "choose a folder outside"),
         ("--output {link_to_real}/report", "inside the images of", "choose a folder outside"),
+        ("--real_dir {linked} --output {real}/report", "inside the images of", "choose a folder outside"),
         ("--output {text}", "text", "choose another"),
         ("--output ''", "'' is not a path"),
         ("--save-stats {text}/s.npz", "text", "choose another"),
@@ -263,6 +264,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--ckpt-every 0", "'0' is not an integer from 1"),
         ("--augment crop", "'crop'", "flip"),
         ("--results-dir {text}", "text", "choose another"),
+        ("--results-dir {taken}", "loss.png", "is a folder where a file belongs"),
         ("--results-dir {set}", "inside the images of", "choose a folder outside"),
         ("--data {real} --results-dir {real}/results", "inside the images of", "choose a folder outside"),
         ("--device meta", "'meta' is not supported; choose cpu"),
@@ -296,11 +298,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     np.savez(root / "real.npz", arr_0=images, labels=np.arange(4))
     (root / "alias.npz").symlink_to(root / "real.npz")
     (root / "link").symlink_to(root / "real")
+    (root / "linked").mkdir()
+    (root / "taken" / "loss.png").mkdir(parents=True)
+    (root / "linked" / "class").symlink_to(root / "real")
     special = {"fifo": "fifo.png", "link_to_real": "link", "tiny": "tiny.safetensors", "long": "a" * 5000}
     special |= {f"{name}_npz": f"{name}.npz" for name in ("real", "text", "alias")}
     special |= {"quantized": "quantized.safetensors", "alias": "alias.safetensors", "hard": "hard.safetensors"}
     special |= {"tiny_png": "tiny.png", "folder_pt": "folder.pt"}
-    return {name: str(root / special.get(name, name)) for name in ("empty", "text", "real", "set", *special)}
+    return {
+        name: str(root / special.get(name, name))
+        for name in ("empty", "text", "real", "set", "linked", "taken", *special)
+    }
 
 
 def words(line: str, inputs: dict[str, str]) -> list[str]:

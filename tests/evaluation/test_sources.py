@@ -54,6 +54,13 @@ def test_a_foreign_manifest_is_ignored(tmp_path: Path, content: str, capsys: pyt
     assert "manifest.json is not a manifest of svdit and is ignored" in capsys.readouterr().err
 
 
+def test_an_unfinished_set_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_folder(tmp_path, make_images(2))
+    (tmp_path / "manifest.json").write_text(json.dumps({"tool": "svdit", "files": ["a.png", "b.png", "c.png"]}))
+    open_source(tmp_path)
+    assert f"{tmp_path} contains 2 of the 3 images in its manifest; generate the others" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npz_equals_its_images_however_it_is_stored(tmp_path: Path, save: Callable[..., None], order: str):
