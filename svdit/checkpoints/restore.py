@@ -21,9 +21,12 @@ ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
 
 def specs_from_header(header: Header, path: Path) -> dict[str, LinearSpec]:
     """Specs of the quantized layers in a header, by name. Raises UserError, naming the file, for unusable values."""
-    with naming(path, "a quantized layer that is not supported", "quantize the model again, or upgrade svdit"):
-        layers = header.get("layers", {}).items()
-        return {name: LinearSpec.from_dict(unfolded(spec, "out_scaled")) for name, spec in layers}
+    specs: dict[str, LinearSpec] = {}
+    for name, spec in header.get("layers", {}).items():
+        what = f"a quantized layer that is not supported, {name}"
+        with naming(path, what, "quantize the model again, or upgrade svdit"):
+            specs[name] = LinearSpec.from_dict(unfolded(spec, "out_scaled") if isinstance(spec, dict) else spec)
+    return specs
 
 
 def unfolded(values: Any, flag: str) -> dict[str, Any]:

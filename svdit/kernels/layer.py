@@ -66,6 +66,8 @@ class LinearSpec:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "LinearSpec":
         """The inverse of `to_dict`. Raises UserError for fields that are unknown or have other values."""
+        if not isinstance(fields, Mapping):
+            raise UserError(f"a spec is {fields!r}; pass a mapping of the fields of LinearSpec")
         formats = {
             name: from_json(Format, fields[name])
             for name in ("factors", "weight", "act")

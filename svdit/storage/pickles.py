@@ -98,6 +98,8 @@ def check(path: Path) -> set[str]:
         if isinstance(error, zipfile.BadZipFile) and "CRC" in str(error):
             raise UserError(f"{path} is damaged: its content does not match its checksum; {filetype.AGAIN}") from None
         raise unreadable(path, error) from None
+    if "torch.storage._load_from_bytes" in names:
+        raise not_a_checkpoint(path, "a pickle of Python's own", "save the state dict with torch.save")
     known = {name for name in names if TORCH.fullmatch(name) or DESCRIPTIVE.fullmatch(name)}
     if foreign := {name for name in names if name not in known or REFUSED.fullmatch(name)}:
         raise refusal(path, foreign)
