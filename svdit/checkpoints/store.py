@@ -90,6 +90,8 @@ def load_quantized(model: Model, path: str | Path) -> Model:
     Its linears are replaced by the file's quantized layers; all other tensors get the file's values and float types.
     Raises UserError, with the model unchanged, for damaged files and where a name, shape or type differs.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"load_quantized got a {type(model).__name__}; pass the model first, then the path")
     path = locate(path)
     tensors, header = io.read(path)
     if header is None:

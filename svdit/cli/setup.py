@@ -190,7 +190,7 @@ def accelerated(model: DiT, args: argparse.Namespace) -> DiT:
     if fast is model:
         ignored = [flag for flag, used in (("--backend", args.backend), ("--debug", args.debug)) if used]
         if ignored:
-            note(f"{' and '.join(ignored)} have no effect: the checkpoint is not quantized")
+            note(f"{' and '.join(ignored)} without effect: the checkpoint is not quantized")
         return model
     device = model.pos_embed.device
     reason = ops.reasons(device)[{"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")]

@@ -89,8 +89,10 @@ class SVDLinear(nn.Module):
         module.store(tensors)
         return module
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ref.linear(self.layer(), x).to(x.dtype)  # (…, O)
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear has
+        if not input.numel():
+            return input.new_zeros(*input.shape[:-1], self.out_features)
+        return ref.linear(self.layer(), input).to(input.dtype)  # (…, O)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SVDLinear":
         """Move tensors, but keep their types: `.half()` and the like would change what the codes stand for."""

@@ -239,7 +239,7 @@ def chunks(sizes: dict[str, int], max_memory: float) -> list[list[str]]:
 
     Raises UserError where `max_memory` is not positive.
     """
-    if not max_memory > 0:
+    if not isinstance(max_memory, int | float) or not max_memory > 0:
         raise UserError(f"max_memory is {max_memory}; pass a positive number of bytes")
     pieces: list[list[str]] = []
     held = 0

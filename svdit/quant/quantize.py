@@ -46,8 +46,12 @@ def quantize_(
     `statistics` are those of an earlier run of the loop; they are consumed. `run_id` identifies the weights and the
     loop: work of another run is refused. `progress(done, total)` counts layers. Under torchrun the processes share
     the layers and end with the same model.
-    Raises UserError for what `select` and `observe` refuse, for a missing loop, and for work of another run.
+    Raises UserError for what `select` and `observe` refuse, for arguments of other types, for a missing loop, and for
+    work of another run.
     """
+    for value, kind in ((model, nn.Module), (config, QuantConfig)):
+        if not isinstance(value, kind):
+            raise UserError(f"quantize_ got a {type(value).__name__}; pass a {kind.__name__}")
     selection = select(model, config)
     names = list(selection.recipes)
     report = QuantReport(bytes_before=model_bytes(model), skipped=selection.skipped)

@@ -58,10 +58,15 @@ class FastLinear(nn.Module):
         LAYERS[self.number] = self
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            y = self.fused(x.reshape(1, -1, x.shape[-1]).float())
-        return y.view(*x.shape[:-1], -1).to(x.dtype)  # (…, O)
+    def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear has
+        """(…, I) to (…, O), without gradients. Raises UserError for another width."""
+        if input.shape[-1] != self.in_features:
+            raise UserError(f"the input of layer {self.name} has {input.shape[-1]} columns, not {self.in_features}")
+        if not input.numel():
+            return input.new_zeros(*input.shape[:-1], self.out_features)
+        with torch.autocast(input.device.type, enabled=False):
+            y = self.fused(input.reshape(1, -1, self.in_features).float())
+        return y.view(*input.shape[:-1], self.out_features).to(input.dtype)  # (…, O)
 
     def fused(
         self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None

@@ -125,7 +125,7 @@ def test_quantized_models_are_accelerated_or_a_note_says_why_not(
     assert setup.accelerated(tiny, arguments()) is tiny
     assert capsys.readouterr().err == ""
     assert setup.accelerated(tiny, arguments("--backend=dequant", "--debug")) is tiny
-    assert "--backend and --debug have no effect: the checkpoint is not quantized" in capsys.readouterr().err
+    assert "--backend and --debug without effect: the checkpoint is not quantized" in capsys.readouterr().err
     config = dit_config(recipe_for("rtn"))
     fast = setup.accelerated(quantized(deepcopy(tiny), config), arguments("--backend=dequant"))
     assert isinstance(fast, FastDiT) and fast.backend == "dequant"

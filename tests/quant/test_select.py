@@ -301,3 +301,37 @@ def test_no_hooks_are_left(message: str | None) -> None:
         quantize_(model, ALL, failing)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     assert bool(quantized_layers(model)) == (message is None)
+
+
+class Keyed(nn.Module):
+    """Calls its linear by keyword, as nn.Linear allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(input=x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a4", "w4a16", "fp8"])
+@torch.no_grad()
+def test_quantized_layers_are_called_as_a_linear_is(name: str) -> None:
+    model = Keyed()
+    quantize_(model, QuantConfig((Rule("*", replace(RECIPES[name], rank=4)),)), loop)
+    expected = model(BATCHES[0])
+    for each in (model, accelerate(model)):
+        assert relative(each(BATCHES[0]), expected) < 0.1
+        for shape in ((0, 64), (3, 0, 64)):
+            assert each(torch.zeros(shape)).shape == (*shape[:-1], 32)
+    with pytest.raises(UserError, match="the input of layer linear has 63 columns, not 64"):
+        model(torch.zeros(2, 63))
+
+
+def test_arguments_of_other_types_are_sentences() -> None:
+    with pytest.raises(UserError, match="quantize_ got a str; pass a QuantConfig"):
+        quantize_(two(), "w8a8", loop)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="quantize_ got a list; pass a Module"):
+        quantize_([1], ALL, loop)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="max_memory is 8; pass a positive number of bytes"):
+        quantize_(two(), ALL, loop, max_memory="8")  # type: ignore[arg-type]
