@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
 
     from svdit.checkpoints.store import save_model
     from svdit.distributed import rank, reserved, session
-    from svdit.files import writable_folder
+    from svdit.files import creatable_folder, writable_folder
     from svdit.model.autoencoder import load_autoencoder
     from svdit.model.dit import DiT
     from svdit.model.zoo import CONFIGS
@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> None:
     device = setup.device(args.device)
     image_size, pixel_space = image_space(args)
     outputs.check_outside("--results-dir", args.results_dir, args.data)
-    for folder in (args.results_dir, args.results_dir / "samples"):
-        writable_folder(folder)
+    writable_folder(args.results_dir)
+    creatable_folder(args.results_dir / "samples")
     for name in RESULTS:
         if (args.results_dir / name).is_dir():
             raise UserError(f"{args.results_dir / name} is a folder where a file belongs; remove or rename it")

@@ -265,6 +265,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--augment crop", "'crop'", "flip"),
         ("--results-dir {text}", "text", "choose another"),
         ("--results-dir {taken}", "loss.png", "is a folder where a file belongs"),
+        ("--results-dir {blocked}", "blocked/samples", "remove or rename the file"),
         ("--results-dir {set}", "inside the images of", "choose a folder outside"),
         ("--data {real} --results-dir {real}/results", "inside the images of", "choose a folder outside"),
         ("--device meta", "'meta' is not supported; choose cpu"),
@@ -300,6 +301,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "link").symlink_to(root / "real")
     (root / "linked").mkdir()
     (root / "taken" / "loss.png").mkdir(parents=True)
+    (root / "blocked").mkdir()
+    (root / "blocked" / "samples").touch()
     (root / "linked" / "class").symlink_to(root / "real")
     special = {"fifo": "fifo.png", "link_to_real": "link", "tiny": "tiny.safetensors", "long": "a" * 5000}
     special |= {f"{name}_npz": f"{name}.npz" for name in ("real", "text", "alias")}
@@ -307,7 +310,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     special |= {"tiny_png": "tiny.png", "folder_pt": "folder.pt"}
     return {
         name: str(root / special.get(name, name))
-        for name in ("empty", "text", "real", "set", "linked", "taken", *special)
+        for name in ("empty", "text", "real", "set", "linked", "taken", "blocked", *special)
     }
 
 
