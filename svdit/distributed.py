@@ -2,6 +2,7 @@
 
 with session():                  # joins torchrun's process group, if there is one
     for i in shard(n): ...       # rank, rank + world size, …: no padding, no duplicates
+    for i in claimed(n): ...     # the same numbers, as many of them as this process has time for
     barrier()
 """
 
@@ -10,8 +11,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from itertools import repeat, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from svdit.errors import UserError, sentence
 from svdit.files import exclusive
-from svdit.peers import Watch, first_to_fail
+from svdit.peers import Watch, connect, first_to_fail
 
 T = TypeVar("T")
 
@@ -78,6 +81,25 @@ def barrier() -> None:
 def shard(count: int) -> range:
     """The indices below `count` that this process computes."""
     return range(rank(), count, world_size())
+
+
+class Counter:
+    """A number that every process of the session adds to; all create it together. It starts at 0."""
+
+    def __init__(self) -> None:
+        self.key, self.value = on_first(lambda: uuid4().hex), 0
+        self.store = connect() if world_size() > 1 else None
+
+    def add(self, n: int) -> int:
+        """The sum after adding n; 0 reads it."""
+        self.value = self.value + n if self.store is None else self.store.add(self.key, n)
+        return self.value
+
+
+def claimed(count: int) -> Iterator[int]:
+    """The numbers below `count` that this process is the first to claim: a faster one gets more of them."""
+    claims = Counter()
+    return takewhile(lambda n: n < count, (claims.add(1) - 1 for _ in repeat(None)))
 
 
 def all_sum(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from svdit.distributed import all_sum, barrier, gather, on_first, rank, session, shard, world_size
+from svdit.distributed import Counter, all_sum, barrier, claimed, gather, on_first, rank, session, shard, world_size
 from svdit.errors import UserError
 
 
@@ -81,3 +81,30 @@ def one_fails() -> tuple[int, str]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_process_gets_the_first_ones_result_or_error(world: int):
     assert in_world(world, one_fails) == [(7, "another process is writing")] * world
+
+
+def claims() -> tuple[list[int], list[int], int]:
+    """Of two rounds; the first process takes part in the second one after the others have finished it."""
+    first = list(claimed(7))
+    barrier()
+    second: list[int] = []
+    finished = Counter()
+    if rank() > 0:
+        second = list(claimed(5))
+    else:
+        claims = claimed(5)
+        while finished.add(0) < world_size() - 1:
+            pass
+        second = list(claims)
+    finished.add(1)
+    barrier()
+    return first, second, finished.add(0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_claimed_numbers_go_to_those_who_have_time(world: int):
+    found = in_world(world, claims)
+    for numbers, count in (([each[0] for each in found], 7), ([each[1] for each in found], 5)):
+        assert sorted(n for mine in numbers for n in mine) == list(range(count))
+    assert found[0][1] == ([] if world > 1 else list(range(5)))
+    assert {each[2] for each in found} == {world}
