@@ -96,7 +96,7 @@ def quantized(runs: list[str], name: str, images: int | None, note: Callable[[st
         config = config_of(run)
         if run.isdigit():
             selection = select(model, config)
-            options = options_of(selection, {name: statistics[name] for name in selection.recipes})
+            options = dict(options_of(selection, {name: statistics[name] for name in selection.recipes}))
             config = allot(model, selection, options, calls, int(run) * 10**6, None).config
             note(run, "plan", (time.perf_counter() - start) / 60, "min")
         report = quantize_(model, config, statistics=dict(statistics))

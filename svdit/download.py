@@ -18,14 +18,13 @@ from urllib.request import Request, urlopen
 
 from svdit.errors import UserError
 from svdit.files import exclusive
-from svdit.progress import progress
+from svdit.progress import Update, progress
 from svdit.storage.filetype import describe
 
 ATTEMPTS = 5  # in a row without a new byte
 FIRST_WAIT = 1.0  # seconds, doubled from one attempt to the next
 TIMEOUT = 30.0  # seconds without a response
 CHUNK = 1 << 20
-Update = Callable[[float, float | None], None]
 
 
 class DroppedError(Exception):
@@ -56,7 +55,7 @@ def fetch(url: str, path: Path, problem: Callable[[Path], str], alternative: str
     if part.is_symlink():  # somebody else's: it would be followed
         part.unlink()
     try:
-        with progress(path.name, unit="bytes") as update:
+        with progress(f"downloading {path.name}", unit="MB") as update:
             complete(url, part, update)
     except (DroppedError, URLError, HTTPException, ValueError) as error:
         raise UserError(
@@ -100,7 +99,7 @@ def extend(url: str, part: Path, update: Update) -> None:
         note_version(response, part)
         while chunk := receive(response):
             file.write(chunk)
-            update(file.tell(), total)
+            update(file.tell() / 1e6, None if total is None else total / 1e6)
     if total is not None and size(part) != total:
         raise DroppedError(f"the connection ended after {size(part)} of {total} bytes")
 

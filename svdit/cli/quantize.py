@@ -15,6 +15,7 @@ from svdit.quant.config import ADALN, RECIPES
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from svdit.model.dit import DiT
     from svdit.quant.budget import Plan
@@ -134,7 +135,7 @@ def quantize(
     start = time.perf_counter()
     plan = planned(settings, model, loop, record) if loop else None
     planning = time.perf_counter() - start
-    with progress("calibrating and quantizing", shown=distributed.rank() == 0) as tick:
+    with progress("quantizing", distributed.rank() == 0, "layers") as tick:
         report = quantize_(
             model,
             plan.config if plan else settings.config,
@@ -161,6 +162,8 @@ def unsupported(model: "DiT", backend: str, device: "torch.device") -> str:
 
 def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]) -> "ForwardLoop | None":
     """The forward loop, recorded in `record`; None if nothing is calibrated."""
+    from svdit.distributed import rank
+    from svdit.progress import progress
     from svdit.sampling.calibration import calibration_loop, calibration_size
 
     if not settings.calibrates:
@@ -168,11 +171,18 @@ def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]
     images, steps = calibration_size(model, settings.calib_images, settings.calib_steps)
     options: dict[str, Any] = {"images": images, "steps": steps, "cfg_scale": settings.cfg_scale, "seed": settings.seed}
     record["calibration"] = {"sampler": "ddim", **options}
-    return calibration_loop(**options)
+
+    def loop(model: "nn.Module") -> None:
+        with progress("calibrating", rank() == 0, "steps") as tick:
+            calibration_loop(**options, progress=tick)(model)
+
+    return loop
 
 
 def planned(settings: QuantizeSettings, model: "DiT", loop: "ForwardLoop", record: dict[str, Any]) -> "Plan | None":
     """Bits and rank for every layer by --target-size or --target-sqnr, recorded in `record`; None without either."""
+    from svdit.distributed import rank
+    from svdit.progress import progress
     from svdit.quant.budget import plan_
 
     size, sqnr = settings.target_size, settings.target_sqnr
@@ -180,7 +190,10 @@ def planned(settings: QuantizeSettings, model: "DiT", loop: "ForwardLoop", recor
         return None
     target = None if size is None else round(size * 1e6)
     memory = settings.max_memory * 1e9
-    plan = plan_(model, settings.config, loop, target_bytes=target, target_sqnr=sqnr, max_memory=memory)
+    with progress("choosing formats", rank() == 0, "layers") as tick:
+        plan = plan_(
+            model, settings.config, loop, target_bytes=target, target_sqnr=sqnr, max_memory=memory, progress=tick
+        )
     record["plan"] = {"target_mb": size, "target_sqnr": sqnr, "sqnr": plan.sqnr}
     return plan
 

@@ -62,7 +62,7 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> None:
     autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
     noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, doubled=True)
     steps = len(make_schedule(config.steps))
-    with progress("sampling") as tick:
+    with progress("sampling", unit="steps") as tick:
         samples = generate_images(
             model, labels, config, autoencoder=autoencoder, noise=noise, callback=lambda done, x: tick(done, steps)
         )

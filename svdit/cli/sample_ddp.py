@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         model = setup.accelerated(checkpoint.model, args)
         autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
         first = rank() == 0
-        with progress("generating", shown=first) as tick:
+        with progress("generating", first, "images") as tick:
             npz = generate_dataset(
                 model,
                 args.sample_dir,

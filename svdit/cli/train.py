@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
     from svdit.model.autoencoder import load_autoencoder
     from svdit.model.dit import DiT
     from svdit.model.zoo import CONFIGS
+    from svdit.progress import progress
     from svdit.training import data
     from svdit.training.loop import train
     from svdit.training.state import State
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     with session(device), reserved(args.results_dir):
         images = data.load(args.data, image_size, args.num_classes)
         if rank() == 0:
-            progress(images.summary())
+            report(images.summary())
             for remark in images.notes:
                 setup.note(remark)
         autoencoder = load_autoencoder("none" if pixel_space else VAE if args.vae == "auto" else args.vae, device)
@@ -134,21 +135,23 @@ def run(args: argparse.Namespace) -> None:
 
         model = DiT(config).to(device)
         model.class_names = images.classes
-        train(
-            model,
-            images,
-            options,
-            args.results_dir,
-            autoencoder=autoencoder,
-            held_out=data.digits()[1] if args.data == "digits" else None,
-            export=export,
-            report=progress,
-        )
+        with progress("training", rank() == 0, "steps") as tick:
+            train(
+                model,
+                images,
+                options,
+                args.results_dir,
+                autoencoder=autoencoder,
+                held_out=data.digits()[1] if args.data == "digits" else None,
+                export=export,
+                report=report,
+                progress=tick,
+            )
         if rank() == 0:
             write_out(args.results_dir / "ema.safetensors")
 
 
-def progress(line: str) -> None:
+def report(line: str) -> None:
     """Print a line of progress; training continues if the reader of stdout is gone."""
     with suppress(BrokenPipeError):
         write_out(line)

@@ -24,6 +24,7 @@ from svdit.evaluation.report import NOT_COMPARABLE, Report
 from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.statistics import save_statistics
 from svdit.extras import require
+from svdit.progress import progress
 
 REAL_ROWS, FAKE_ROWS = ("pool",), ("pool", "spatial", "logits")
 
@@ -109,7 +110,8 @@ def _estimates(
         if rank() != 0:
             return []
         data = partial(Data, real, blocks=blocks, device=options.device)
-        return [compute_metrics(options.network_metrics, data(fake=fake)) for fake in features]
+        with progress("computing", options.progress, "metrics") as update:
+            return [compute_metrics(options.network_metrics, data(fake=fake), update) for fake in features]
 
 
 def _reference(real: ImageSet, network: FeatureNetwork, how: Extraction) -> Features:

@@ -169,7 +169,7 @@ def _extract_into(
     pixels, done, broken = _Pixels(images), 0, list[int]()
     with (
         torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False),
-        progress(images.source.path.name, how.progress and rank() == 0) as update,
+        progress(f"features of {images.source.path.name}", how.progress and rank() == 0, "images") as update,
     ):
         for places, batch in _batches(pixels, how.batch_size, _workers(len(pixels), how.device)):
             features = network(batch.to(how.device))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from svdit.distributed import rank
 from svdit.errors import UserError
 from svdit.evaluation.options import Options
 from svdit.evaluation.sources import ImageSet, Indices, Source, choose, open_source
@@ -62,29 +63,30 @@ def open_set(path: str | Path, options: Options) -> ImageSet:
     if len(source) == 0 and source.gaussians:
         return ImageSet(source, np.arange(0), (0, 0), sha256(source.path))
     if source.gaussians:  # no choice among images that are stored beside the statistics of a larger set
-        return _checked(source, np.arange(len(source)))
+        return _checked(source, np.arange(len(source)), options)
     indices = choose(source, options.num_images, options.seed, options.allow_fewer)
     fewer = options.num_images is not None and len(indices) < options.num_images
     warnings = (f"{path} contains only {len(indices)} of the {options.num_images} requested images",) if fewer else ()
-    return _checked(source, indices, warnings)
+    return _checked(source, indices, options, warnings)
 
 
 def open_counterparts(path: str | Path, fakes: ImageSet, options: Options) -> ImageSet:
     """The images of `path` with the names of the chosen fake ones, in their order. Raises UserError on a mismatch."""
     source = open_source(path, options.resize_to)
-    image_set = _checked(source, pair(fakes, source))
+    image_set = _checked(source, pair(fakes, source), options)
     if image_set.size != fakes.size:
         sizes = f"the images of {path} are {image_set.size}, those of {fakes.source.path} {fakes.size}"
         raise UserError(f"{sizes} (H, W); counterparts must have one size")
     return image_set
 
 
-def _checked(source: Source, indices: Indices, warnings: tuple[str, ...] = ()) -> ImageSet:
+def _checked(source: Source, indices: Indices, options: Options, warnings: tuple[str, ...] = ()) -> ImageSet:
     if len(indices) < 2:
         raise UserError(f"{source.path} contains {len(indices)} images; at least 2 images are needed")
-    size, lossy, remarks = source.check(indices)
+    shown = options.progress and rank() == 0
+    size, lossy, remarks = source.check(indices, shown)
     warnings += tuple(f"{source.path}: {remark}" for remark in remarks)
-    content, copies = source.content(indices)
+    content, copies = source.content(indices, shown)
     return ImageSet(source, indices, size, content, lossy, copies, warnings)
 
 

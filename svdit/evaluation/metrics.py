@@ -7,7 +7,7 @@ that leave-one-block-out values leave out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from svdit.evaluation.neighbours import neighbour_metrics
 from svdit.evaluation.paired import Distance, load_lpips, psnr, relative_l2, ssim
 from svdit.evaluation.statistics import Gaussian, Moments
 from svdit.extras import require
+from svdit.progress import Update
 
 SEED = 2020
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -107,12 +108,13 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def compute_metrics(names: Iterable[str], data: Data) -> Estimates:
+def compute_metrics(names: Sequence[str], data: Data, update: Update = lambda done, total: None) -> Estimates:
     """The estimates of the named metrics; an unavailable metric has an empty one under its name, with the reason."""
     gaussians, rows = data.real.gaussians, data.real.rows
     available = {"", *(f"{layer} statistics" for layer in gaussians), *(f"{layer} rows" for layer in rows)}
     estimates: Estimates = {}
-    for name in names:
+    for done, name in enumerate(names):
+        update(done, len(names))
         metric = METRICS[name]
         layer, _, kind = metric.needs.partition(" ")
         try:
@@ -124,6 +126,7 @@ def compute_metrics(names: Iterable[str], data: Data) -> Estimates:
                 raise ValueError("the reference has statistics only, no images")
         except ValueError as error:
             estimates[name] = Estimate(None, reason=str(error))
+    update(len(names), len(names))
     return estimates
 
 

@@ -47,7 +47,7 @@ def paired_metrics(
     """
     scores = np.zeros((len(distances), fake.count), np.float32)
     mine = shard(fake.count)
-    with progress("pairs", show_progress and rank() == 0) as update:
+    with progress("comparing", show_progress and rank() == 0, "pairs") as update:
         for done, n in enumerate(mine):
             a, b = fake.read(n), other.read(n)
             scores[:, n] = [distance(a, b) for distance in distances.values()]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ from svdit.images import (
     scan_images,
 )
 from svdit.printing import warn
+from svdit.progress import Update, progress
 from svdit.storage.manifest import read_manifest
 from svdit.storage.npz import map_npz, npz_keys
 
@@ -77,24 +78,28 @@ class Source:
             pixels = np.repeat(self.array[index], 4 - self.array.shape[3], axis=2)[..., :3]
         return pixels if self.resize_to is None else center_crop(pixels, self.resize_to, name)
 
-    def check(self, indices: Indices) -> tuple[tuple[int, int], bool, list[str]]:
+    def check(self, indices: Indices, show_progress: bool = False) -> tuple[tuple[int, int], bool, list[str]]:
         """The common size (H, W) of the chosen images, whether any is lossy, and warnings; reads headers only."""
         if self.array is not None:
             size, lossy, warnings = self.array.shape[1:3], False, list[str]()
         else:
-            size, lossy, warnings = _check_files([self.files[i] for i in indices], self.resize_to)
+            with progress(f"checking {self.path.name}", show_progress, "images") as update:
+                size, lossy, warnings = _check_files([self.files[i] for i in indices], self.resize_to, update)
         if self.skipped:
             warnings.append(f"skipped {self.skipped}")
         return (size if self.resize_to is None else (self.resize_to, self.resize_to)), lossy, warnings
 
-    def content(self, indices: Indices) -> tuple[str, int]:
+    def content(self, indices: Indices, show_progress: bool = False) -> tuple[str, int]:
         """A SHA-256 of the chosen images' stored bytes and names, in order; and how many are copies of others."""
         digest = hashlib.sha256(f"{self.kind} {self.resize_to}".encode())
         if self.array is not None:
             digest.update(sha256(self.path).encode() + indices.astype("<i8").tobytes())
             return digest.hexdigest(), len(indices) - len({hash(self.array[i].tobytes()) for i in indices})
-        with ThreadPoolExecutor() as pool:
-            file_hashes = list(pool.map(sha256, (self.files[i] for i in indices)))
+        file_hashes: list[str] = []
+        with ThreadPoolExecutor() as pool, progress(f"reading {self.path.name}", show_progress, "images") as update:
+            for file_hash in pool.map(sha256, (self.files[i] for i in indices)):
+                file_hashes.append(file_hash)
+                update(len(file_hashes), len(indices))
         for index, file_hash in zip(indices, file_hashes, strict=True):
             digest.update(os.fsencode(f"{self.names[index]} {file_hash}"))
         return digest.hexdigest(), len(indices) - len(set(file_hashes))
@@ -206,16 +211,19 @@ def _labels(manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[int, ...]
     return tuple(labels) if len(labels) == len(names) else None
 
 
-def _check_files(files: Iterable[Path], resize_to: int | None) -> tuple[tuple[int, int], bool, list[str]]:
+def _check_files(
+    files: Sequence[Path], resize_to: int | None, update: Update
+) -> tuple[tuple[int, int], bool, list[str]]:
     first: dict[tuple[int, int], Path] = {}
     modes: Counter[str] = Counter()
     lossy, animated = False, 0
-    for file in files:
+    for done, file in enumerate(files, 1):
         header = image_header(file)
         first.setdefault(header.size, file)
         modes[header.mode] += 1
         lossy |= header.lossy
         animated += header.more_frames
+        update(done, len(files))
     if len(first) > 1 and resize_to is None:
         (a, file_a), (b, file_b) = list(first.items())[:2]
         sizes = f"{file_a} is {a[1]}×{a[0]} and {file_b} is {b[1]}×{b[0]} (width×height)"

@@ -6,6 +6,7 @@ nearest on the calibration sample, times the share that GPTQ leaves, times the s
 the model's (`sensitivities`).
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -78,11 +79,13 @@ def plan_(
     target_bytes: int | None = None,
     target_sqnr: float | None = None,
     max_memory: float = 8e9,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """The best configuration for a file of at most `target_bytes`, or the smallest with `target_sqnr` dB.
 
     `config` selects the layers and all of their recipes but weight formats and ranks, which are chosen here. The
     model is not changed. `max_memory` bounds the bytes of calibration statistics held at once, as in `quantize_`.
+    `progress(done, total)` counts layers.
     Raises UserError for a target that cannot be reached, for none or two, and for what `select` and `observe` refuse.
     """
     if (target_bytes is None) == (target_sqnr is None):
@@ -92,7 +95,9 @@ def plan_(
     pieces = chunks(sizes, max_memory)
     for piece in pieces:
         statistics = observe(model, piece, loop if calls else recording(loop, calls))
-        options |= options_of(selection, statistics)
+        for name, choices in options_of(selection, statistics):
+            options[name] = choices
+            progress(len(options), len(sizes))
     plan = allot(model, selection, options, calls, target_bytes, target_sqnr)
     return replace(plan, statistics=statistics) if len(pieces) == 1 else plan
 
@@ -138,13 +143,12 @@ def decibels(energy: float, error: float) -> float:
     return 10 * float(np.log10(max(energy, 1e-30) / max(error, 1e-30)))
 
 
-def options_of(selection: Selection, statistics: dict[str, Statistics]) -> Options:
-    """The options of the layers with these statistics, their errors per unit of sensitivity."""
-    options = Options()
+def options_of(selection: Selection, statistics: dict[str, Statistics]) -> Iterator[tuple[str, list[Option]]]:
+    """Each layer with statistics, and its options, their errors per unit of sensitivity."""
     for name, each in statistics.items():
         with full_precision(each.total.device):
-            options[name] = layer_options(selection.linears[name], selection.recipes[name], each)
-    return options
+            options = layer_options(selection.linears[name], selection.recipes[name], each)
+        yield name, options
 
 
 def layer_options(linear: nn.Linear, recipe: Recipe, statistics: Statistics) -> list[Option]:

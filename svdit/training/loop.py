@@ -80,11 +80,13 @@ def train(
     held_out: LabelledImages | None = None,
     export: Callable[[State], None] = lambda state: None,
     report: Callable[[str], None] = print,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> State:
     """Train `model`, on its device, into `folder`; resumes from `folder/last.pt` if it exists.
 
     The model learns the latents of `autoencoder`. Every `checkpoint_every` steps and at the end, rank 0 measures the
     error on `held_out`, writes `loss.png` and a grid of samples, calls `export` and writes `last.pt`.
+    `report` gets a line every `log_every` steps; `progress(done, total)` counts steps.
     Raises UserError if the loss is not finite or the options differ from those of `last.pt`.
     """
     if not model.config.has_null_class:
@@ -106,6 +108,7 @@ def train(
     examples, steps = Examples(images, options.seed, options.augment), range(state.step, options.steps)
     for pixels, labels in batches(examples, steps, options.global_batch_size, options.workers):
         losses.append(take_step(pixels, labels))
+        progress(state.step, options.steps)
         saving = state.step % options.checkpoint_every == 0 or state.step == options.steps
         if not saving and state.step % options.log_every:
             continue
