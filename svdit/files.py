@@ -173,6 +173,12 @@ def _locked(place: Path, wait: float) -> Iterator[None]:
         lock.release()
 
 
+def to_disk(path: str | Path) -> None:
+    """Wait until the file is on the disk, before what it was made from is deleted."""
+    with Path(path).open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's content, read in chunks."""
     digest = hashlib.sha256()

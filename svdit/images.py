@@ -211,10 +211,10 @@ def _rgb(image: Image.Image) -> Pixels:
     return np.repeat((255 - levels if tags.get(WHITE_IS_ZERO) == 0 else levels)[..., None], 3, axis=2)
 
 
-def is_whole_png(path: str | Path, size: int) -> bool:
-    """Whether the file is a PNG of size × size pixels whose checksums match."""
+def is_whole_png(file: str | Path | io.BytesIO, size: int) -> bool:
+    """Whether a file, or its content, is a PNG of size × size pixels whose checksums match."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(file, formats=["PNG"]) as image:
             image.verify()
             return image.size == (size, size)
     except Exception:  # as in `_opened`
@@ -243,6 +243,13 @@ def write_png(path: str | Path, pixels: Pixels) -> None:
     """Write one uint8 (H, W, 3) image."""
     with atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """The content of a PNG file of one uint8 (H, W, 3) image."""
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, format="PNG")
+    return content.getvalue()
 
 
 def grid(images: Pixels, columns: int, pad: int = 2, scale: int = 1) -> Pixels:

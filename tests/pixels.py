@@ -1,6 +1,7 @@
 """A tiny model of pixels with random weights: in memory, in a file, and generating a set of images.
 
-Under torchrun, with the repository on PYTHONPATH: pixels.py FOLDER COUNT BATCH_SIZE also notes every image's noise.
+Under torchrun, with the repository on PYTHONPATH: pixels.py FOLDER COUNT BATCH_SIZE [SINK] also notes every image's
+noise.
 """
 
 import hashlib
@@ -54,6 +55,16 @@ def draw(folder: Path, **options: Any) -> Path:
     return dataset.generate_dataset(pixel_model(), folder, config=CONFIG, autoencoder=Squash(), **options)  # type: ignore[arg-type]
 
 
+def interrupt_at(images: float) -> Callable[[float, int], None]:
+    """A progress callback that interrupts the run, as Ctrl-C does, when so many images are drawn."""
+
+    def progress(done: float, total: int) -> None:
+        if done >= images:
+            raise KeyboardInterrupt
+
+    return progress
+
+
 def noting(notes: dict[int, list[str]]) -> Callable[..., Callable[[], Tensor]]:
     """`image_noise` that also writes down the digest of each draw of each image."""
     genuine = dataset.image_noise
@@ -78,5 +89,5 @@ if __name__ == "__main__":
     dataset.image_noise = noting(notes)
     folder = Path(sys.argv[1])
     with session():
-        draw(folder, count=int(sys.argv[2]), batch_size=int(sys.argv[3]))
+        draw(folder, count=int(sys.argv[2]), batch_size=int(sys.argv[3]), sink=(sys.argv[4:] or ["png"])[0])
         (folder / f"noise-{rank()}.json").write_text(json.dumps(notes))

@@ -44,6 +44,18 @@ def parser() -> Parser:
         metavar="DIR",
         help="writes DIR/000000.png, ..., DIR/manifest.json and DIR.npz; default: %(default)s",
     )
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument(
+        "--tar",
+        dest="sink",
+        action="store_const",
+        const="tar",
+        default="png",
+        help="write WebDataset shards of 1000 images, DIR/000000.tar, ..., instead of single files",
+    )
+    forms.add_argument(
+        "--no-png", dest="sink", action="store_const", const="npz", help="write no image files, only DIR.npz"
+    )
     add(
         "--per-proc-batch-size",
         type=batch,
@@ -67,7 +79,7 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Load the model and generate this process's share; rank 0 writes the .npz and prints the paths."""
+    """Load the model and generate this process's share; the first process prints the paths."""
     from svdit.distributed import rank, session
     from svdit.files import creatable_folder
     from svdit.progress import progress
@@ -97,11 +109,13 @@ def run(args: argparse.Namespace) -> None:
                 seed=args.global_seed,
                 batch_size=args.per_proc_batch_size,
                 label_policy=args.label_policy,
+                sink=args.sink,
                 origin=origin(checkpoint, model, tf32) if first else None,
                 progress=tick,
             )
         if first:
-            write_out(f"{args.num_fid_samples} images in {args.sample_dir} and {npz}")
+            places = [npz] if args.sink == "npz" else [args.sample_dir, npz]
+            write_out(f"{args.num_fid_samples} images in {' and '.join(map(str, places))}")
 
 
 def set_tf32(allowed: bool) -> None:

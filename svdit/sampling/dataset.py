@@ -1,31 +1,34 @@
-"""Many images: a folder of PNGs, one .npz in ADM's layout, and a manifest of the settings that produced them.
+"""Many images: PNG files, WebDataset shards or an .npz in ADM's layout, and a manifest of the settings behind them.
 
 Label and noise of image i depend on (seed, i) alone, so the set does not depend on the batch size or the world size:
-bit for bit for quantized models on a CPU, elsewhere up to a float's last bits, hence one grey level. Files are written
-whole or not at all: an interrupted run resumes, and a finished one can be extended. A second run in the same folder is
-refused, and images that are damaged are generated again. Memory holds one batch.
+bit for bit for quantized models on a CPU, elsewhere up to a float's last bits, hence one grey level. Processes claim
+batches, so a slower one draws fewer. Files are written whole or not at all, by threads: an interrupted run resumes,
+on any number of processes, and a finished one can be extended. A second run in the same folder is refused. Memory
+holds a few batches.
 """
 
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from svdit import __version__, images
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.diffusion.schedule import make_schedule
-from svdit.distributed import barrier, on_first, rank, world_size
+from svdit.distributed import Counter, claimed, on_first, world_size
 from svdit.errors import UserError
 from svdit.files import exclusive, writable_folder
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
-from svdit.printing import warn
 from svdit.sampling.batch import SamplingConfig, check_autoencoder, check_guidance, generate_images
+from svdit.sampling.sinks import SINKS, Sink, npz_path
+from svdit.sampling.writers import Writers
 from svdit.storage.manifest import read_manifest, write_manifest
-from svdit.storage.npz import map_npz, write_npz
 
 Progress = Callable[[float, int], None]
 
@@ -35,6 +38,7 @@ LABEL_POLICIES: dict[str, Callable[[int, Sequence[int], int], list[int]]] = {
 }
 # Fields that may differ between the run that created a folder and the one that resumes it.
 MAY_CHANGE = {"num_images", "labels", "files", "checkpoint"}
+POLL = 0.1  # seconds between two looks at what the other processes have finished
 
 
 def _silent(done: float, total: int) -> None:
@@ -51,14 +55,16 @@ def generate_dataset(
     seed: int = 0,
     batch_size: int = 32,
     label_policy: str = "random",
+    sink: str | Sink = "png",
     origin: dict[str, Any] | None = None,
     progress: Progress = _silent,
-) -> Path:
-    """Generate images 0 … count − 1 into `folder`; returns the path of `<folder>.npz`.
+) -> Any:
+    """Generate images 0 … count − 1 into `folder`; returns the path of `<folder>.npz`, or what another `sink` returns.
 
     `label_policy`: "random" (uniform over the classes) or "balanced" (i modulo the number of classes).
+    `sink`: "png", "tar" or "npz", see `SINKS`. `batch_size`: at most so many images at once.
     `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision).
-    `progress(done, total)` counts this process's images, unfinished ones as fractions.
+    `progress(done, total)` counts the images of all processes, this one's unfinished ones as fractions.
     Raises UserError for a folder of another run, naming the field that differs, for one that another process writes,
     and for options out of range.
     """
@@ -66,24 +72,67 @@ def generate_dataset(
     _check(count, seed, batch_size, label_policy)
     check_autoencoder(model, autoencoder)
     check_guidance(model, config.cfg_scale)
-    folder = Path(folder).resolve()
-    manifest = describe(model, autoencoder, config, count, seed, label_policy) | (origin or {})
+    folder, sink = Path(folder).resolve(), _sink(sink)
+    manifest = describe(model, autoencoder, config, count, seed, label_policy)
+    manifest |= {"storage": sink.form} | (origin or {})
+    sink.open(folder, manifest)
     with ExitStack() as locks:
-        missing = on_first(lambda: _open(folder, manifest, locks))
-        mine, steps = missing[rank() :: world_size()], len(make_schedule(config.steps))
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
+        missing = on_first(lambda: _open(folder, manifest, sink, locks))
+        tally = _Tally(count, len(missing), progress)
 
-            def tick(step: int, x: object, done: int = start, size: int = len(batch)) -> None:
-                progress(done + size * step / steps, len(mine))
-
+        def draw(batch: Sequence[int]) -> images.Pixels:
             labels = [manifest["labels"][i] for i in batch]
             noise = image_noise(seed, batch, model.input_shape, model.pos_embed.device)
-            pixels = generate_images(model, labels, config, autoencoder=autoencoder, noise=noise, callback=tick)
-            for i, image in zip(batch, pixels, strict=True):
-                images.write_png(folder / manifest["files"][i], image)
-        barrier()
-        return _finish(folder, manifest)
+            tick = tally.ticks(len(batch), len(make_schedule(config.steps)))
+            return generate_images(model, labels, config, autoencoder=autoencoder, noise=noise, callback=tick)
+
+        batches = list(split(missing, batch_size, world_size()))
+        with Writers(sink.write) as writers:
+            for k in claimed(len(batches)):
+                writers.submit(batches[k], draw(batches[k]))
+                tally.add(len(batches[k]))
+        tally.wait()
+        return sink.finish()
+
+
+class _Tally:
+    """Reports the progress of all processes, with this one's unfinished images as fractions."""
+
+    def __init__(self, total: int, missing: int, progress: Progress) -> None:
+        self.total, self.before, self.progress = total, total - missing, progress
+        self.drawn, self.ended = Counter(), Counter()
+
+    def add(self, images: int = 0, unfinished: float = 0) -> None:
+        """Count drawn images."""
+        self.progress(self.before + self.drawn.add(images) + unfinished, self.total)
+
+    def ticks(self, size: int, steps: int) -> Callable[[int, Tensor], None]:
+        """The sampler's callback for a batch."""
+        return lambda done, x: self.add(unfinished=size * done / steps)
+
+    def wait(self) -> None:
+        """Wait until every process has called this."""
+        self.ended.add(1)
+        while self.ended.add(0) < world_size():
+            self.add()
+            time.sleep(POLL)
+
+
+def split(missing: Sequence[int], batch_size: int, processes: int) -> Iterator[Sequence[int]]:
+    """Batches to claim one by one: smaller ones at the end, down to a quarter, so that all finish at about one time."""
+    start = 0
+    while (rest := len(missing) - start) > 0:
+        size = min(batch_size, max(-(-rest // processes), batch_size // 4, 1))
+        yield missing[start : start + size]
+        start += size
+
+
+def _sink(sink: str | Sink) -> Sink:
+    if isinstance(sink, str):
+        if sink not in SINKS:
+            raise UserError(f"there is no sink {sink!r}; choose one of {', '.join(SINKS)}")
+        return SINKS[sink]()
+    return sink
 
 
 def describe(
@@ -121,38 +170,23 @@ def _check(count: int, seed: int, batch_size: int, label_policy: str) -> None:
         raise UserError(f"there is no label policy {label_policy!r}; choose one of {', '.join(LABEL_POLICIES)}")
 
 
-def _open(folder: Path, manifest: dict[str, Any], locks: ExitStack) -> list[int]:
+def _open(folder: Path, manifest: dict[str, Any], sink: Sink, locks: ExitStack) -> list[int]:
     """Lock and check the folder, and write the manifest; returns the missing indices. Raises UserError if it cannot."""
-    npz, record = _npz(folder), folder / "manifest.json"
+    npz, record = npz_path(folder), folder / "manifest.json"
     for place in (folder.parent, folder):
         writable_folder(place)
     locks.enter_context(exclusive(folder, npz))
-    present = {str(path.relative_to(folder)) for path in images.list_images(folder)}
+    if npz.is_dir():
+        raise UserError(f"{npz} is a folder where a file belongs; remove or rename it")
     if record.exists():
         _compare(record, manifest)
-    elif present:
+    elif present := images.list_images(folder):
         raise UserError(f"{folder} contains {len(present)} images but no manifest.json; choose an empty folder")
-    if strays := sorted(present - set(manifest["files"])):
-        raise UserError(f"{folder} contains {strays[0]}, which is not an image of this set; move it out of the folder")
-    for path in (npz, *(folder / name for name in manifest["files"] if name not in present)):
-        if path.is_dir():
-            raise UserError(f"{path} is a folder where a file belongs; remove or rename it")
-    present -= _damaged(folder, present, manifest["image_size"])
-    missing = [i for i, name in enumerate(manifest["files"]) if name not in present]
-    if missing:
-        npz.unlink(missing_ok=True)  # it exists only for complete sets
+    elif npz.exists():
+        raise UserError(f"{npz} exists, but {folder} has no manifest.json of it; choose another folder")
+    missing = sink.missing()
     write_manifest(record, manifest)
     return missing
-
-
-def _damaged(folder: Path, names: set[str], size: int) -> set[str]:
-    """The images that are not whole, with a warning: they are generated again."""
-    with ThreadPoolExecutor() as pool:
-        whole = pool.map(lambda name: images.is_whole_png(folder / name, size), names)
-        damaged = {name for name, is_whole in zip(names, whole, strict=True) if not is_whole}
-    if damaged:
-        warn(f"{len(damaged)} images in {folder} are damaged and are generated again (first: {min(damaged)})")
-    return damaged
 
 
 def _compare(record: Path, manifest: dict[str, Any]) -> None:
@@ -160,6 +194,7 @@ def _compare(record: Path, manifest: dict[str, Any]) -> None:
     written = read_manifest(record)
     if written is None or written.get("num_images") is None:
         raise UserError(f"{record} is not a manifest written by svdit; choose another folder")
+    written.setdefault("storage", "png")  # earlier versions wrote nothing else
     for field, value in json.loads(json.dumps(manifest)).items():
         if field not in MAY_CHANGE and written.get(field) != value:
             raise UserError(
@@ -171,29 +206,3 @@ def _compare(record: Path, manifest: dict[str, Any]) -> None:
             f"{record.parent} belongs to a run of {written['num_images']} images, not {manifest['num_images']}; "
             "choose another folder or a larger number"
         )
-
-
-def _finish(folder: Path, manifest: dict[str, Any]) -> Path:
-    """Write the .npz on rank 0, unless it is complete; returns its path."""
-    npz, files = _npz(folder), manifest["files"]
-    if rank() == 0 and not _is_complete(npz, len(files), manifest["image_size"]):
-        write_npz(npz, (images.read_image(folder / name) for name in files), len(files))
-    return npz
-
-
-def _is_complete(npz: Path, count: int, size: int) -> bool:
-    """Whether the file exists and contains that many images, by its header and its checksum."""
-    if not npz.exists():
-        return False
-    try:
-        array = map_npz(npz)
-        complete = array.shape == (count, size, size, 3) and array.dtype == "uint8"
-    except UserError:
-        complete = False
-    if not complete:
-        warn(f"{npz} is damaged or incomplete and is written again")
-    return complete
-
-
-def _npz(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.npz")

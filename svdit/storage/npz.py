@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svdit.errors import UserError
-from svdit.files import atomic_path, check_expansion, reading
+from svdit.files import atomic_path, check_expansion, reading, to_disk
 
 Pixels = npt.NDArray[np.uint8]
 MEMBERS = 1000  # at most; ours have 12
@@ -34,22 +34,24 @@ def write_npz(path: str | Path, images: Iterable[Pixels], count: int) -> None:
     """
     shape: tuple[int, ...] | None = None
     written = 0
-    with (
-        atomic_path(path) as temporary,
-        zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as member,
-    ):
-        for image in images:
-            if shape is None:
-                shape = image.shape
-                layout = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-                np.lib.format.write_array_header_1_0(member, layout)
-            if image.shape != shape:
-                raise UserError(f"image {written} is {image.shape} and the first is {shape}; use images of one size")
-            member.write(np.ascontiguousarray(image).tobytes())
-            written += 1
-        if written != count:
-            raise UserError(f"{path} was to contain {count} images and {written} were passed; pass all of them")
+    with atomic_path(path) as temporary:
+        with (
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+            archive.open("arr_0.npy", "w", force_zip64=True) as member,
+        ):
+            for image in images:
+                if shape is None:
+                    shape = image.shape
+                    layout = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+                    np.lib.format.write_array_header_1_0(member, layout)
+                if image.shape != shape:
+                    sizes = f"image {written} is {image.shape} and the first is {shape}"
+                    raise UserError(f"{sizes}; use images of one size")
+                member.write(np.ascontiguousarray(image).tobytes())
+                written += 1
+            if written != count:
+                raise UserError(f"{path} was to contain {count} images and {written} were passed; pass all of them")
+        to_disk(temporary)
 
 
 def npz_keys(path: str | Path) -> set[str]:

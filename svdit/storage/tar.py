@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from svdit.errors import UserError
-from svdit.files import atomic_path, reading
+from svdit.files import atomic_path, reading, to_disk
 
 END = 1024  # zero bytes that end an archive
 
@@ -24,11 +24,13 @@ class Member(NamedTuple):
 
 def write_tar(path: str | Path, files: Iterable[tuple[str, bytes]]) -> None:
     """Write files, (name, content) each, without times and owners, so that equal files make equal archives."""
-    with atomic_path(path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
+    with atomic_path(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
+            for name, content in files:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+        to_disk(temporary)
 
 
 def tar_members(path: str | Path) -> dict[str, Member]:

@@ -57,6 +57,23 @@ def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.
 
 
 @pytest.mark.parametrize(
+    ("option", "files", "message"),
+    [
+        ("--tar", ["000000.tar", "manifest.json"], "2 images in {0} and {0}.npz"),
+        ("--no-png", ["manifest.json"], "2 images in {0}.npz"),
+    ],
+)
+def test_other_forms(
+    tmp_path: Path, quantized: str, option: str, files: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    command("generate", ["--ckpt", quantized, "--num-fid-samples", "2", *FAST, "--sample-dir", str(folder), option])
+    assert capsys.readouterr().out == message.format(folder) + "\n"
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") == files
+    assert np.load(f"{folder}.npz")["arr_0"].shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
     ("ckpt", "argv", "sentence"),
     [
         ("quantized", ["--rank-ratio", "0.95"], "--rank-ratio is 0.95, but {ckpt} was quantized with 0.5"),

@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 import pixels
 import pytest
-from pixels import ROOT, SEED, draw
+from hypothesis import given
+from hypothesis import strategies as st
+from pixels import ROOT, SEED, draw, interrupt_at
 
 from svdit import images
 from svdit.errors import UserError
 from svdit.sampling import dataset
-from svdit.sampling.dataset import LABEL_POLICIES
+from svdit.sampling.dataset import LABEL_POLICIES, split
 
 COUNT = 7
 KEYS = {
     *("tool", "version", "model", "checkpoint", "checkpoint_sha256", "quantization", "precision", "image_size"),
     *("num_images", "num_classes", "label_policy", "labels", "seed", "sampler", "steps", "cfg_scale"),
-    *("cfg_channels", "cfg_interval", "vae", "files", "manifest_sha256"),
+    *("cfg_channels", "cfg_interval", "vae", "files", "storage", "manifest_sha256"),
 }
 
 
@@ -70,7 +72,8 @@ def test_three_processes_draw_what_one_does(reference: Path, tmp_path: Path) -> 
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     notes = [json.loads((folder / f"noise-{r}.json").read_text()) for r in range(3)]
-    assert [list(map(int, note)) for note in notes] == [[0, 3, 6], [1, 4], [2, 5]]
+    drawn = sorted(int(i) for note in notes for i in note)
+    assert drawn == list(range(COUNT))  # none twice, none missing
     alone: dict[int, list[str]] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "image_noise", pixels.noting(alone))
@@ -90,28 +93,19 @@ def test_another_seed_changes_every_image(reference: Path, tmp_path: Path) -> No
     assert not any(same_images(a, b) for a, b in zip(other, arrays(reference), strict=True))
 
 
-def test_an_interrupted_run_resumes_and_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, written = tmp_path / "set", []
-    genuine = images.write_png
-
-    def write_png(path: Path, pixels: images.Pixels) -> None:
-        if len(written) == 4:
-            raise KeyboardInterrupt
-        written.append(path.name)
-        genuine(path, pixels)
-
-    monkeypatch.setattr(images, "write_png", write_png)
+def test_an_interrupted_run_resumes_and_keeps_its_files(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
     with pytest.raises(KeyboardInterrupt):
-        draw(folder)
+        draw(folder, progress=interrupt_at(4.5))
+    assert len(images.list_images(folder)) == 3  # the batch that was finished
     assert not folder.with_suffix(".npz").exists()
-    monkeypatch.setattr(images, "write_png", genuine)
     kept = np.zeros((8, 8, 3), np.uint8)
     images.write_png(folder / "000001.png", kept)  # overwritten if it were generated again
     calls: list[tuple[float, int]] = []
     resumed = arrays(draw(folder, progress=lambda done, total: calls.append((done, total))))
     assert np.array_equal(resumed[1], kept)
-    assert calls[0] == (0.75, 3)
-    assert calls[-1] == (3, 3)
+    assert calls[0] == (3.75, 7)
+    assert calls[-1] == (7, 7)
 
 
 def test_a_set_can_grow_but_not_shrink(reference: Path, tmp_path: Path) -> None:
@@ -218,7 +212,8 @@ def test_an_incomplete_npz_is_written_again(
     shutil.copy(reference, tmp_path / "set.npz")
     damage(tmp_path / "set.npz", kind)
     assert np.array_equal(arrays(draw(tmp_path / "set")), arrays(reference))
-    assert "set.npz is damaged or incomplete and is written again" in capsys.readouterr().err
+    message = "" if kind == "fewer" else f"warning: {tmp_path}/set.npz is damaged and is written again\n"
+    assert capsys.readouterr().err == message
 
 
 def test_damaged_images_are_generated_again(
@@ -262,6 +257,17 @@ def test_invalid_options(tmp_path: Path, options: dict[str, Any], message: str) 
     with pytest.raises(UserError, match=message):
         draw(tmp_path / "set", **options)
     assert not (tmp_path / "set").exists()
+
+
+@given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 9))
+def test_batches_share_the_images_evenly(images: int, batch_size: int, processes: int) -> None:
+    batches = list(split(range(images), batch_size, processes))
+    assert [i for batch in batches for i in batch] == list(range(images))
+    assert all(len(batch) <= batch_size for batch in batches)
+    if images >= processes * batch_size:
+        assert all(len(batch) == batch_size for batch in batches[: images // batch_size - processes])
+    if batches:
+        assert len(batches[-1]) <= max(1, batch_size // 4) or processes == 1
 
 
 def test_balanced_labels_repeat_in_order() -> None:

@@ -1,0 +1,247 @@
+"""Where the images of a set go: PNG files, WebDataset shards, or only the .npz in ADM's layout.
+
+A sink knows which images are there, stores batches, and completes the set. Memory holds a few images.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from svdit import images
+from svdit.distributed import barrier, claimed, rank
+from svdit.errors import UserError
+from svdit.images import Pixels
+from svdit.printing import warn
+from svdit.sampling.parts import Parts, Place, discard_damaged, places
+from svdit.storage.npz import map_npz, write_npz
+from svdit.storage.tar import write_tar
+
+SHARD = 1000  # images in an archive
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Sink(Protocol):
+    """`open` comes first, on every process; then `missing` on the first one, which holds the folder's lock.
+
+    `write` is called in threads, `finish` on every process when all images are written.
+    """
+
+    form: str  # the manifest's field `storage`
+
+    def open(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """Remember the folder and the settings; nothing is read yet."""
+
+    def missing(self) -> list[int]:
+        """The images that are not there yet. Raises UserError for a folder that contains anything else."""
+
+    def write(self, indices: Sequence[int], pixels: Pixels) -> None:
+        """Store a batch, uint8 (N, H, W, 3)."""
+
+    def finish(self) -> Any:
+        """Complete the set."""
+
+
+class ImageSink:
+    """What the sinks of images share: the folder, the names, and the .npz."""
+
+    form = ""
+
+    def open(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """See `Sink`."""
+        self.folder, self.npz, self.parts = folder, npz_path(folder), Parts(folder)
+        self.names: list[str] = manifest["files"]
+        self.labels: list[int] = manifest["labels"]
+        self.size: int = manifest["image_size"]
+
+    def check_strays(self, expected: Iterable[Path] = ()) -> set[Path]:
+        """The images and archives in the folder. Raises UserError for others than those expected."""
+        present = {*images.list_images(self.folder), *self.folder.glob("*.tar")}
+        if strays := sorted(present.difference(expected)):
+            stray = strays[0].relative_to(self.folder)
+            raise UserError(
+                f"{self.folder} contains {stray}, which is not an image of this set; move it out of the folder"
+            )
+        return present
+
+    def without(self, present: Iterable[str]) -> list[int]:
+        """The indices of the images whose names are not present."""
+        names = set(present)
+        return [i for i, name in enumerate(self.names) if name not in names]
+
+    def write_parts(self, indices: Sequence[int], pixels: Pixels) -> None:
+        """Keep a batch (N, H, W, 3) until the set is complete."""
+        files = ((self.names[i], images.encode_png(image)) for i, image in zip(indices, pixels, strict=True))
+        self.parts.write(indices, files)
+
+    def write_npz(self, read: Callable[[int], Pixels]) -> None:
+        """Write the .npz from `read(i)`, (H, W, 3), unless it is complete."""
+        if count_images(self.npz, self.size) != len(self.names):
+            write_npz(self.npz, read_ahead(read, range(len(self.names))), len(self.names))
+
+
+class PngFiles(ImageSink):
+    """DIR/000000.png, …"""
+
+    form = "png"
+
+    def missing(self) -> list[int]:
+        """See `Sink`; damaged images are missing, with a warning. Raises UserError as described there."""
+        files = {self.folder / name: name for name in self.names}
+        present = {files[path] for path in self.check_strays(files)}
+        for path, name in files.items():
+            if name not in present and path.is_dir():
+                raise UserError(f"{path} is a folder where a file belongs; remove or rename it")
+        missing = self.without(present - self.damaged(present))
+        if missing:
+            self.npz.unlink(missing_ok=True)  # it exists only for complete sets
+        return missing
+
+    def damaged(self, names: set[str]) -> set[str]:
+        """The files that are not whole."""
+        with ThreadPoolExecutor() as pool:
+            whole = pool.map(lambda name: images.is_whole_png(self.folder / name, self.size), names)
+            damaged = {name for name, is_whole in zip(names, whole, strict=True) if not is_whole}
+        if damaged:
+            warn(f"{len(damaged)} images in {self.folder} are damaged and are generated again (first: {min(damaged)})")
+        return damaged
+
+    def write(self, indices: Sequence[int], pixels: Pixels) -> None:
+        """See `Sink`."""
+        for i, image in zip(indices, pixels, strict=True):
+            images.write_png(self.folder / self.names[i], image)
+
+    def finish(self) -> Path:
+        """Write the .npz; returns its path."""
+        if rank() == 0:
+            self.write_npz(lambda i: images.read_image(self.folder / self.names[i]))
+        return self.npz
+
+
+class TarShards(ImageSink):
+    """DIR/000000.tar, …, of 1000 images each: 000000.png and its label 000000.cls."""
+
+    form = "tar"
+
+    def shards(self) -> list[Path]:
+        """The archives of the complete set."""
+        return [self.folder / f"{k:06d}.tar" for k in range(-(-len(self.names) // SHARD))]
+
+    def stored(self) -> list[Path]:
+        """The archives that are there: of the set, and of batches."""
+        return [*(path for path in self.shards() if path.exists()), *self.parts.paths()]
+
+    def missing(self) -> list[int]:
+        """See `Sink`; the images of damaged archives are missing. Raises UserError as described there."""
+        self.check_strays(self.shards())
+        for path in self.shards():
+            if path.is_dir():
+                raise UserError(f"{path} is a folder where a file belongs; remove or rename it")
+        discard_damaged(self.stored(), self.size)
+        missing = self.without(places(self.stored()))
+        if missing:
+            self.npz.unlink(missing_ok=True)
+        return missing
+
+    def write(self, indices: Sequence[int], pixels: Pixels) -> None:
+        """See `Sink`."""
+        self.write_parts(indices, pixels)
+
+    def finish(self) -> Path:
+        """Write the shards, each by one process, then the .npz; returns its path."""
+        shards, stored = self.shards(), places(self.stored())
+        for k in claimed(len(shards)):
+            indices = range(k * SHARD, min((k + 1) * SHARD, len(self.names)))
+            if any(stored[self.names[i]].archive != shards[k] for i in indices):
+                write_tar(shards[k], (file for i in indices for file in self.sample(i, stored)))
+        barrier()
+        if rank() == 0:
+            complete = places(shards)
+            self.write_npz(lambda i: complete[self.names[i]].pixels())
+            self.parts.remove()
+        return self.npz
+
+    def sample(self, i: int, stored: dict[str, Place]) -> Iterator[tuple[str, bytes]]:
+        """The two files of an image."""
+        name = self.names[i]
+        yield name, stored[name].content()
+        yield name.replace(".png", ".cls"), str(self.labels[i]).encode()
+
+
+class NpzOnly(ImageSink):
+    """DIR.npz, beside DIR/manifest.json."""
+
+    form = "npz"
+
+    def open(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """See `Sink`."""
+        super().open(folder, manifest)
+        self.earlier = self.npz.with_name(f".{self.npz.name}.earlier")
+
+    def missing(self) -> list[int]:
+        """See `Sink`; the .npz of a set that grows is set aside until the new one is complete."""
+        self.check_strays()
+        stored = count_images(self.npz, self.size)
+        if stored == len(self.names):
+            return []
+        if stored:
+            self.npz.replace(self.earlier)
+        else:
+            self.npz.unlink(missing_ok=True)
+        discard_damaged(self.parts.paths(), self.size)
+        kept = count_images(self.earlier, self.size)
+        return self.without([*self.names[:kept], *places(self.parts.paths())])
+
+    def write(self, indices: Sequence[int], pixels: Pixels) -> None:
+        """See `Sink`."""
+        self.write_parts(indices, pixels)
+
+    def finish(self) -> Path:
+        """Write the .npz; returns its path."""
+        if rank() == 0:
+            parts = places(self.parts.paths())
+            earlier = map_npz(self.earlier) if self.earlier.exists() else ()
+            self.write_npz(lambda i: np.asarray(earlier[i]) if i < len(earlier) else parts[self.names[i]].pixels())
+            self.parts.remove()
+            self.earlier.unlink(missing_ok=True)
+        return self.npz
+
+
+SINKS: dict[str, Callable[[], Sink]] = {"png": PngFiles, "tar": TarShards, "npz": NpzOnly}
+
+
+def npz_path(folder: Path) -> Path:
+    """DIR.npz beside DIR."""
+    return folder.with_name(f"{folder.name}.npz")
+
+
+def count_images(npz: Path, size: int) -> int:
+    """The number of images in an undamaged .npz of size × size pixels; 0 for others, with a warning."""
+    if not npz.exists():
+        return 0
+    try:
+        array = map_npz(npz)  # compares the checksum
+    except UserError:
+        array = None
+    if array is None or array.dtype != "uint8" or array.shape[1:] != (size, size, 3):
+        warn(f"{npz} is damaged and is written again")
+        return 0
+    return len(array)
+
+
+def read_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map` in order, by threads that are a few results ahead."""
+    threads = min(16, os.cpu_count() or 1)
+    pending: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -1,0 +1,248 @@
+"""Every form of a set holds the same images; all resume, grow, and find damage and strays."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pixels
+import pytest
+import webdataset
+from pixels import ROOT, SEED, draw, interrupt_at
+
+from svdit import images
+from svdit.errors import UserError
+from svdit.sampling import sinks
+from svdit.sampling.dataset import LABEL_POLICIES
+from svdit.sampling.sinks import SINKS
+from svdit.storage.tar import tar_members, write_tar
+
+COUNT = 7
+IN_PARTS = sorted(SINKS.keys() - {"png"})
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "SHARD", 4)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    return arrays(draw(tmp_path_factory.mktemp("reference") / "set"))
+
+
+def arrays(npz: Path) -> np.ndarray:
+    with np.load(npz) as archive:
+        return archive["arr_0"]
+
+
+def visible(folder: Path) -> list[str]:
+    """The files of the set, without locks."""
+    everything = [path for path in folder.parent.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return sorted(str(path.relative_to(folder.parent)) for path in everything)
+
+
+def expected(form: str, count: int = COUNT) -> list[str]:
+    """The files of a complete set."""
+    files = {
+        "png": [f"set/{i:06d}.png" for i in range(count)],
+        "tar": [f"set/{k:06d}.tar" for k in range(-(-count // 4))],
+        "npz": [],
+    }
+    return sorted([*files[form], "set/manifest.json", "set.npz"])
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_every_form_holds_the_same_images(tmp_path: Path, reference: np.ndarray, form: str) -> None:
+    folder = tmp_path / "set"
+    assert np.array_equal(arrays(draw(folder, sink=form)), reference)
+    assert visible(folder) == expected(form)
+    assert json.loads((folder / "manifest.json").read_text())["storage"] == form
+    before = folder.with_suffix(".npz").stat().st_mtime_ns
+    draw(folder, sink=form, progress=interrupt_at(0))  # nothing is left to do
+    assert folder.with_suffix(".npz").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("form", IN_PARTS)
+def test_processes_share_a_set(tmp_path: Path, reference: np.ndarray, form: str) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
+    subprocess.run(
+        [*torchrun, pixels.__file__, str(tmp_path / "set"), str(COUNT), "2", form],
+        check=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
+    assert np.abs(arrays(tmp_path / "set.npz").astype(int) - reference).max() <= 1
+    for note in (tmp_path / "set").glob("noise-*.json"):
+        note.unlink()
+    assert [name for name in visible(tmp_path / "set") if "000001.tar" not in name] == expected(form, 4)
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_an_interrupted_set_keeps_its_batches(tmp_path: Path, reference: np.ndarray, form: str) -> None:
+    """The second run draws the rest in batches of another size."""
+    folder, drawn = tmp_path / "set", list[float]()
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, sink=form, progress=interrupt_at(4.5))
+    assert not folder.with_suffix(".npz").exists()
+    resumed = draw(folder, sink=form, batch_size=2, progress=lambda done, total: drawn.append(done))
+    assert drawn[0] == 3.5  # three are there, and a quarter of the steps of two are done
+    assert np.array_equal(arrays(resumed), reference)
+    assert visible(folder) == expected(form)
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_a_set_grows(tmp_path: Path, reference: np.ndarray, form: str) -> None:
+    folder, drawn = tmp_path / "set", list[float]()
+    draw(folder, sink=form, count=5)
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, sink=form, batch_size=1, progress=interrupt_at(6.5))
+    assert not folder.with_suffix(".npz").exists(), "it would be taken for the larger set"
+    grown = draw(folder, sink=form, progress=lambda done, total: drawn.append(done))
+    assert drawn[0] > 6
+    assert np.array_equal(arrays(grown), reference)
+    assert visible(folder) == expected(form)
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_a_set_that_stops_growing_can_be_completed_as_it_was(tmp_path: Path, reference: np.ndarray, form: str) -> None:
+    """Killed after the .npz was set aside and before the manifest was written."""
+    folder = tmp_path / "set"
+    draw(folder, sink=form, count=5)
+    manifest = (folder / "manifest.json").read_text()
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, sink=form, progress=interrupt_at(5))
+    (folder / "manifest.json").write_text(manifest)
+    assert np.array_equal(arrays(draw(folder, sink=form, count=5)), reference[:5])
+    assert visible(folder) == expected(form, 5)
+
+
+@pytest.mark.parametrize(("form", "other"), zip(SINKS, [*list(SINKS)[1:], next(iter(SINKS))], strict=True))
+def test_another_form_is_refused(tmp_path: Path, form: str, other: str) -> None:
+    draw(tmp_path / "set", sink=form, count=1)
+    with pytest.raises(UserError, match=f"belongs to a run with storage '{form}', not '{other}'"):
+        draw(tmp_path / "set", sink=other, count=1)
+
+
+def test_a_set_without_the_field_has_files(tmp_path: Path) -> None:
+    """Of earlier versions."""
+    folder = tmp_path / "set"
+    draw(folder, count=2)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["storage"], manifest["manifest_sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    draw(folder, count=2)
+    with pytest.raises(UserError, match="storage"):
+        draw(folder, count=2, sink="tar")
+
+
+@pytest.mark.parametrize("sink", ["zip", ""])
+def test_an_unknown_sink_is_an_error(tmp_path: Path, sink: str) -> None:
+    with pytest.raises(UserError, match=f"no sink '{sink}'; choose one of png, tar, npz"):
+        draw(tmp_path / "set", sink=sink)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[600] ^= 4  # in the first image of an archive
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:2000])  # within the second image
+
+
+@pytest.mark.parametrize("damage", [flip, cut])
+@pytest.mark.parametrize("form", IN_PARTS)
+def test_damaged_parts_are_drawn_again(
+    tmp_path: Path, reference: np.ndarray, form: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, sink=form, progress=interrupt_at(6.5))
+    first, _ = sorted((folder / ".parts").glob("*.tar"))
+    damage(first)
+    assert np.array_equal(arrays(draw(folder, sink=form)), reference)
+    assert capsys.readouterr().err == f"warning: {first} is damaged; its images are generated again\n"
+    assert visible(folder) == expected(form)
+
+
+def test_a_damaged_shard_is_drawn_again(
+    tmp_path: Path, reference: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, drawn = tmp_path / "set", list[float]()
+    draw(folder, sink="tar")
+    shard = (folder / "000001.tar").read_bytes()
+    flip(folder / "000001.tar")
+    resumed = draw(folder, sink="tar", progress=lambda done, total: drawn.append(done))
+    assert drawn[0] == 4.75
+    assert np.array_equal(arrays(resumed), reference)
+    assert (folder / "000001.tar").read_bytes() == shard
+    assert "000001.tar is damaged; its images are generated again" in capsys.readouterr().err
+
+
+def test_a_damaged_npz_without_files_is_drawn_again(
+    tmp_path: Path, reference: np.ndarray, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "set", sink="npz")
+    flip(tmp_path / "set.npz")
+    assert np.array_equal(arrays(draw(tmp_path / "set", sink="npz")), reference)
+    assert capsys.readouterr().err == f"warning: {tmp_path}/set.npz is damaged and is written again\n"
+
+
+def stray_image(folder: Path) -> None:
+    images.write_png(
+        folder / "000000.png" if (folder / "000000.tar").exists() else folder / "cat.png", np.zeros((8, 8, 3), np.uint8)
+    )
+
+
+def stray_archive(folder: Path) -> None:
+    write_tar(folder / "000009.tar", [("x.txt", b"")])
+
+
+@pytest.mark.parametrize("stray", [stray_image, stray_archive])
+@pytest.mark.parametrize("form", SINKS)
+def test_strays_are_refused(tmp_path: Path, form: str, stray: Callable[[Path], None]) -> None:
+    draw(tmp_path / "set", sink=form)
+    stray(tmp_path / "set")
+    with pytest.raises(UserError, match="which is not an image of this set; move it out of the folder"):
+        draw(tmp_path / "set", sink=form)
+
+
+@pytest.mark.parametrize("form", SINKS)
+def test_the_npz_of_something_else_is_kept(tmp_path: Path, form: str) -> None:
+    """It would be overwritten, or its images taken for those of the set."""
+    np.savez(tmp_path / "set.npz", arr_0=np.zeros((COUNT, 8, 8, 3), np.uint8))
+    with pytest.raises(UserError, match=r"set\.npz exists, but .*set has no manifest\.json of it"):
+        draw(tmp_path / "set", sink=form)
+    assert not arrays(tmp_path / "set.npz").any()
+
+
+def test_webdataset_reads_the_shards(tmp_path: Path, reference: np.ndarray) -> None:
+    draw(tmp_path / "set", sink="tar")
+    shards = str(tmp_path / "set" / "{000000..000001}.tar")
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in samples] == [f"{i:06d}" for i in range(COUNT)]
+    assert [sample["cls"] for sample in samples] == LABEL_POLICIES["random"](SEED, range(COUNT), 5)
+    assert np.array_equal(np.stack([sample["png"] for sample in samples]), reference)
+
+
+def test_shards_do_not_depend_on_the_run(tmp_path: Path) -> None:
+    for name, size in (("a", 2), ("b", 7)):
+        draw(tmp_path / name, sink="tar", batch_size=size)
+    for shard, first in (("000000.tar", "000000"), ("000001.tar", "000004")):
+        assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes()
+        assert list(tar_members(tmp_path / "a" / shard))[:2] == [f"{first}.png", f"{first}.cls"]
+
+
+def test_numpy_maps_the_extracted_array(tmp_path: Path, reference: np.ndarray) -> None:
+    with zipfile.ZipFile(draw(tmp_path / "set", sink="npz")) as archive:
+        assert archive.namelist() == ["arr_0.npy"]
+        archive.extractall(tmp_path)
+    mapped = np.load(tmp_path / "arr_0.npy", mmap_mode="r")
+    assert isinstance(mapped, np.memmap)
+    assert np.array_equal(mapped, reference)
