@@ -1,29 +1,41 @@
 """`evaluate(real, fake, network, options) -> Report`: images → features → statistics → metrics → report.
 
 Metrics that the inputs do not allow (a reference of statistics only, too few images) are empty, with the reason.
-Under torchrun the processes share the images, and all return the same report.
+Under torchrun the processes share the images, and all return the same report. `stream` calls the same functions for
+images that are evaluated while they are sampled.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from svdit.distributed import gather, rank
 from svdit.errors import UserError
-from svdit.evaluation.features import Extraction, FeatureNetwork, Features, NotFiniteError, extract, features_folder
-from svdit.evaluation.figures import caption, overview, worst_pairs
+from svdit.evaluation.features import (
+    Extraction,
+    FeatureNetwork,
+    Features,
+    NotFiniteError,
+    extract,
+    features_folder,
+    full_precision,
+)
+from svdit.evaluation.figures import caption, overview, shown, worst_pairs
 from svdit.evaluation.inputs import Inputs, open_inputs
 from svdit.evaluation.jackknife import Blocks, Estimate, Estimates, assign_blocks
 from svdit.evaluation.metrics import METRICS, RANDOM, Data, compute_metrics
 from svdit.evaluation.options import Options
-from svdit.evaluation.paired import Distance, paired_metrics
+from svdit.evaluation.paired import Distance, pair_scores, paired_metrics
 from svdit.evaluation.protocol import input_warnings, protocol, versions
 from svdit.evaluation.report import NOT_COMPARABLE, Report
 from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.statistics import save_statistics
 from svdit.extras import require
+from svdit.images import Pixels
 from svdit.progress import progress
 
 REAL_ROWS, FAKE_ROWS = ("pool",), ("pool", "spatial", "logits")
@@ -39,37 +51,36 @@ def evaluate(
     """
     options, started = options or Options(), time.perf_counter()
     inputs = open_inputs(real, fake, options)
-    network = network if options.network_metrics else None
-    fakes = [inputs.fake] if inputs.second is None else [inputs.fake, inputs.second]
+    network, distances = prepare(inputs, network, options)
     blocks = assign_blocks(inputs.fake.count)
-    distances = {} if inputs.counterparts is None else _distances(options)
-    estimates: list[Estimates] = [{} for _ in fakes]
-    if options.network_metrics:
-        estimates = _from_features(inputs, fakes, network, options, blocks)
-    images = {"grid_fake": overview(inputs.fake)}
+    estimates = feature_metrics(inputs, network, options, blocks, partial(_extracted, inputs, options))
+    images = {"grid_fake": overview([inputs.fake.read(n) for n in shown(inputs.fake.count)])}
     if inputs.counterparts is not None:
-        for values, image_set in zip(estimates, fakes, strict=True):
-            paired, psnrs = paired_metrics(image_set, inputs.counterparts, blocks, distances, options.progress)
-            values |= paired
+        for values, image_set in zip(estimates, inputs.generated, strict=True):
+            scores = pair_scores(image_set, inputs.counterparts, distances, options.progress)
+            values |= paired_metrics(scores, blocks)
             if image_set is inputs.fake:
-                images["grid_pairs"] = worst_pairs(image_set, inputs.counterparts, psnrs)
-    if network is not None and not network.comparable:
-        images = {name: caption(image, NOT_COMPARABLE) for name, image in images.items()}
-    metrics, second = estimates[0], estimates[1] if len(fakes) > 1 else {}
-    warnings = [warning for image_set in inputs.named.values() for warning in image_set.warnings]
-    warnings += input_warnings(inputs, network, options.network_metrics)
-    return Report(
-        metrics=metrics,
-        second=second,
-        difference={name: metrics[name].minus(other) for name, other in second.items()},
-        protocol=protocol(inputs, network, options),
-        inputs={name: image_set.describe() for name, image_set in inputs.named.items()},
-        versions=versions(),
-        warnings=tuple(warnings),
-        seconds=time.perf_counter() - started,
-        failed=_failed(options, metrics),
-        images=images,
-    )
+                images["grid_pairs"] = worst_pairs(image_set, inputs.counterparts, scores["psnr"])
+    return report(inputs, network, options, estimates, images, time.perf_counter() - started)
+
+
+def prepare(
+    inputs: Inputs, network: FeatureNetwork | None, options: Options
+) -> tuple[FeatureNetwork | None, dict[str, Distance]]:
+    """The network on its device, None if no metric needs it; and the distances of pairs.
+
+    Raises UserError for one that is missing, before any computation.
+    """
+    distances = {} if inputs.counterparts is None else _distances(options)
+    if not options.network_metrics:
+        return None, distances
+    if network is None or inputs.real is None:
+        raise UserError("these metrics need a network and real images; only --metrics paired does not")
+    for module in ("scipy.linalg", "torch_fidelity"):  # a missing one must not end a long run
+        require(module)
+    if hasattr(network, "to"):  # others compute where their input is
+        network = network.to(options.device)
+    return network, distances
 
 
 def _distances(options: Options) -> dict[str, Distance]:
@@ -78,40 +89,56 @@ def _distances(options: Options) -> dict[str, Distance]:
     return {key: load(options.device) for metric in chosen for key, load in metric.distances.items()}
 
 
-def _from_features(
-    inputs: Inputs, fakes: list[ImageSet], network: FeatureNetwork | None, options: Options, blocks: Blocks
+def feature_metrics(
+    inputs: Inputs,
+    network: FeatureNetwork | None,
+    options: Options,
+    blocks: Blocks,
+    features: Callable[[FeatureNetwork], tuple[Features, list[Features]]],
 ) -> list[Estimates]:
-    """One pass over every set by all processes, then the metrics of each generated set by the first process."""
-    if network is None or inputs.real is None:
-        raise UserError("these metrics need a network and real images; only --metrics paired does not")
-    for module in ("scipy.linalg", "torch_fidelity"):  # a missing one must not end a long run
-        require(module)
-    if hasattr(network, "to"):  # others compute where their input is
-        network = network.to(options.device)
+    """The metrics of each generated set, computed by the first process: without values where features are not finite.
+
+    `features` is called by all processes and returns those of the real and of each generated set to the first.
+    """
+    if network is None:
+        return [{} for _ in inputs.generated]
+    estimates = list[Estimates]()
     try:
-        estimates = _estimates(inputs.real, fakes, network, options, blocks)
+        real, fakes = features(network)
+        if rank() == 0:
+            data = partial(Data, real, blocks=blocks, device=options.device)
+            with full_precision(), progress("computing", options.progress, "metrics") as update:
+                estimates = [compute_metrics(options.network_metrics, data(fake=fake), update) for fake in fakes]
     except NotFiniteError as error:
-        estimates = [dict.fromkeys(options.network_metrics, Estimate(None, reason=str(error))) for _ in fakes]
+        reason = Estimate(None, reason=str(error))
+        estimates = [dict.fromkeys(options.network_metrics, reason) for _ in inputs.generated]
     prefix = "" if network.comparable else RANDOM
     return [{prefix + name: estimate for name, estimate in each.items()} for each in gather(estimates)[0]]
 
 
-def _estimates(
-    reals: ImageSet, fakes: list[ImageSet], network: FeatureNetwork, options: Options, blocks: Blocks
-) -> list[Estimates]:
-    """The metrics of features of each generated set, on the first process. Raises NotFiniteError on all of them."""
+def _extracted(inputs: Inputs, options: Options, network: FeatureNetwork) -> tuple[Features, list[Features]]:
+    """One pass over every set. Raises NotFiniteError on all processes."""
+    with extraction(options) as how:
+        real = reference(inputs, network, options, how)
+        return real, [extract(image_set, network, FAKE_ROWS, how) for image_set in inputs.generated]
+
+
+@contextmanager
+def extraction(options: Options) -> Iterator[Extraction]:
+    """How features are computed; without a cache their files are removed at the end, and stay mapped."""
     with features_folder(options.cache) as folder:
-        how = Extraction(folder, options.device, options.batch_size, options.progress)
-        real = _reference(reals, network, how)
-        if rank() == 0 and options.save_stats:
-            rows = {"features": real.rows["pool"]} if "pool" in real.rows else {}
-            save_statistics(options.save_stats, real.gaussians, network.digest, **rows)
-        features = [extract(image_set, network, FAKE_ROWS, how) for image_set in fakes]
-        if rank() != 0:
-            return []
-        data = partial(Data, real, blocks=blocks, device=options.device)
-        with progress("computing", options.progress, "metrics") as update:
-            return [compute_metrics(options.network_metrics, data(fake=fake), update) for fake in features]
+        yield Extraction(folder, options.device, options.batch_size, options.progress)
+
+
+def reference(inputs: Inputs, network: FeatureNetwork, options: Options, how: Extraction) -> Features:
+    """The features of the real images, on the first process, which saves them on request. Raises UserError."""
+    if inputs.real is None:
+        return Features({}, {})
+    real = _reference(inputs.real, network, how)
+    if rank() == 0 and options.save_stats:
+        rows = {"features": real.rows["pool"]} if "pool" in real.rows else {}
+        save_statistics(options.save_stats, real.gaussians, network.digest, **rows)
+    return real
 
 
 def _reference(real: ImageSet, network: FeatureNetwork, how: Extraction) -> Features:
@@ -130,6 +157,34 @@ def _reference(real: ImageSet, network: FeatureNetwork, how: Extraction) -> Feat
             raise UserError(f"the statistics in {source.path} have {widths}; compute them with this network")
     rows = extract(real, network, REAL_ROWS, how).rows if real.count else {}
     return Features(source.gaussians, rows if source.rows is None else {"pool": source.rows})
+
+
+def report(
+    inputs: Inputs,
+    network: FeatureNetwork | None,
+    options: Options,
+    estimates: list[Estimates],
+    images: dict[str, Pixels],
+    seconds: float,
+) -> Report:
+    """The report of the metrics of each generated set, with its protocol and warnings; images are (H, W, 3)."""
+    if network is not None and not network.comparable:
+        images = {name: caption(image, NOT_COMPARABLE) for name, image in images.items()}
+    metrics, second = estimates[0], estimates[1] if len(estimates) > 1 else {}
+    warnings = [warning for image_set in inputs.named.values() for warning in image_set.warnings]
+    warnings += input_warnings(inputs, network, options.network_metrics)
+    return Report(
+        metrics=metrics,
+        second=second,
+        difference={name: metrics[name].minus(other) for name, other in second.items()},
+        protocol=protocol(inputs, network, options),
+        inputs={name: image_set.describe() for name, image_set in inputs.named.items()},
+        versions=versions(),
+        warnings=tuple(warnings),
+        seconds=seconds,
+        failed=_failed(options, metrics),
+        images=images,
+    )
 
 
 def _failed(options: Options, metrics: Estimates) -> tuple[str, ...]:

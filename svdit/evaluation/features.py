@@ -95,7 +95,7 @@ def extract(images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], 
     folder = how.folder / cache_key(images, network)
     features = _cached(folder, layers, warn) if rank() == 0 else None
     if not gather(features is not None)[0]:
-        with writing(how.folder), _private_folder(how.folder) as private:
+        with writing(how.folder), private_folder(how.folder) as private:
             _extract_into(private, images, network, layers, how)
             if rank() == 0:
                 features = _load(private, layers)  # mapped, so they stay the same wherever the files go
@@ -136,7 +136,7 @@ def _hash(rows: Rows) -> str:
 
 
 @contextmanager
-def _private_folder(parent: Path) -> Iterator[Path]:
+def private_folder(parent: Path) -> Iterator[Path]:
     """A new folder in `parent` for all processes of this run, removed at the end."""
     with ExitStack() as stack:
         yield on_first(lambda: _inside(stack.enter_context(temporary_folder(parent))))
@@ -159,31 +159,39 @@ def _replace(folder: Path, private: Path) -> None:
     shutil.rmtree(earlier, ignore_errors=True)
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Without TF32 in convolutions and matrix products of the whole process, which may use it otherwise."""
+    earlier = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(earlier)
+
+
 @torch.inference_mode()
 def _extract_into(
     folder: Path, images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], how: Extraction
 ) -> None:
     """Write rows and statistics into `folder`. Raises NotFiniteError, which names the images, in all processes."""
-    rows = _create_rows(folder, {layer: (images.count, network.widths[layer]) for layer in layers})
+    rows = create_rows(folder, {layer: (images.count, network.widths[layer]) for layer in layers})
     moments = {layer: Moments(network.widths[layer], how.device) for layer in SUMMED}
     pixels, done, broken = _Pixels(images), 0, list[int]()
     with (
-        torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False),
+        full_precision(),
         progress(f"features of {images.source.path.name}", how.progress and rank() == 0, "images") as update,
     ):
         for places, batch in _batches(pixels, how.batch_size, _workers(len(pixels), how.device)):
             features = network(batch.to(how.device))
-            finite = torch.stack([layer.isfinite().all(1) for layer in features.values()]).all(0)
-            broken += places[~finite.cpu()].tolist()
+            broken += places[~finite(features).cpu()].tolist()
             for layer, sums in moments.items():
                 sums.add(features[layer])
             for layer, array in rows.items():
                 array[places.numpy()] = features[layer].cpu().numpy()
             update(done := done + len(batch), len(pixels))
-    if broken := sorted(n for part in gather(broken) for n in part):
-        names = ", ".join(images.source.names[images.indices[n]] for n in broken[:3]) + ", ..." * (len(broken) > 3)
-        problem = f"the {network.name} features of {len(broken)} of {images.count} images in {images.source.path}"
-        raise NotFiniteError(f"{problem} contain NaN or Inf ({names}); check these images and the weights")
+    check_finite(broken, images, network)
     for array in rows.values():
         array.flush()
     gaussians = {layer: sums.merge().gaussian() for layer, sums in moments.items()}
@@ -191,6 +199,19 @@ def _extract_into(
     if rank() == 0:
         hashes = {f"sha256_{layer}": np.array(_hash(np.load(folder / f"{layer}.npy", mmap_mode="r"))) for layer in rows}
         save_statistics(folder / "statistics.npz", gaussians, network.digest, **hashes)
+
+
+def finite(features: dict[str, Tensor]) -> Tensor:
+    """Which images have neither NaN nor Inf in any layer: (N, D) each to (N,)."""
+    return torch.stack([layer.isfinite().all(1) for layer in features.values()]).all(0)
+
+
+def check_finite(broken: list[int], images: ImageSet, network: FeatureNetwork) -> None:
+    """Raises NotFiniteError, which names the images, on all processes if one of them has found `broken` ones."""
+    if broken := sorted(n for part in gather(broken) for n in part):
+        names = ", ".join(images.source.names[images.indices[n]] for n in broken[:3]) + ", ..." * (len(broken) > 3)
+        problem = f"the {network.name} features of {len(broken)} of {images.count} images in {images.source.path}"
+        raise NotFiniteError(f"{problem} contain NaN or Inf ({names}); check these images and the weights")
 
 
 def _batches(pixels: _Pixels, size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -207,7 +228,7 @@ def _workers(count: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 1) // world_size() - 1))
 
 
-def _create_rows(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.memmap[Any, Any]]:
+def create_rows(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.memmap[Any, Any]]:
     """One file per layer, mapped by all processes."""
     paths = {layer: folder / f"{layer}.npy" for layer in shapes}
     if rank() == 0:
@@ -232,5 +253,5 @@ def features_folder(cache: Path | None) -> Iterator[Path]:
     if cache is not None:
         yield cache / "features"
         return
-    with _private_folder(Path(tempfile.gettempdir())) as folder:
+    with private_folder(Path(tempfile.gettempdir())) as folder:
         yield folder

@@ -1,5 +1,7 @@
 """The images of a report: a grid of generated images, and the pairs that differ most."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
@@ -12,11 +14,15 @@ MIN_SIDE = 64  # smaller images are enlarged by an integer factor
 GAIN = 8  # of the difference
 
 
-def overview(fake: ImageSet) -> Pixels:
-    """A grid of 64 images at even distances through the set, uint8 (H, W, 3)."""
-    places = np.linspace(0, fake.count - 1, min(SHOWN, fake.count)).astype(int)
-    images = np.stack([fake.read(n) for n in places])
-    return grid(images, COLUMNS, scale=_scale(images))
+def shown(count: int) -> list[int]:
+    """The places in a set of `count` images of those that represent it: 64 at even distances."""
+    return np.linspace(0, count - 1, min(SHOWN, count)).astype(int).tolist()
+
+
+def overview(images: Sequence[Pixels]) -> Pixels:
+    """A grid of (H, W, 3) images, uint8 (H, W, 3)."""
+    stacked = np.stack(images)
+    return grid(stacked, COLUMNS, scale=_scale(stacked))
 
 
 def worst_pairs(fake: ImageSet, other: ImageSet, psnrs: npt.NDArray[np.float64]) -> Pixels:

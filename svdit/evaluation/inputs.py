@@ -29,6 +29,11 @@ class Inputs:
     counterparts: ImageSet | None = None
 
     @property
+    def generated(self) -> list[ImageSet]:
+        """The generated sets that are measured: one, or two to compare."""
+        return [self.fake] if self.second is None else [self.fake, self.second]
+
+    @property
     def named(self) -> dict[str, ImageSet]:
         """The sets by their key in `metrics.json`."""
         sets = {"real": self.real, "fake": self.fake, "second": self.second, "partners": self.counterparts}

@@ -38,12 +38,12 @@ LPIPS_URLS = (
 )
 
 
-def paired_metrics(
-    fake: ImageSet, other: ImageSet, blocks: Blocks, distances: Mapping[str, Distance], show_progress: bool = False
-) -> tuple[Estimates, Scores]:
-    """Means over pairs, the number of identical pairs, and the PSNR of each pair (N,).
+def pair_scores(
+    fake: ImageSet, other: ImageSet, distances: Mapping[str, Distance], show_progress: bool = False
+) -> dict[str, Scores]:
+    """Each distance of each pair, (N,), on every process. Image n of `fake` belongs to image n of `other`.
 
-    Image n of `fake` belongs to image n of `other`. The processes share the pairs.
+    The processes share the pairs.
     """
     scores = np.zeros((len(distances), fake.count), np.float32)
     mine = shard(fake.count)
@@ -52,12 +52,16 @@ def paired_metrics(
             a, b = fake.read(n), other.read(n)
             scores[:, n] = [distance(a, b) for distance in distances.values()]
             update(done + 1, len(mine))
-    by_name = dict(zip(distances, np.stack(gather(scores)).sum(0, np.float64), strict=True))
-    estimates = {name: _mean(values, blocks) for name, values in by_name.items()}
-    if np.isnan(by_name["ssim"]).any():
+    return dict(zip(distances, np.stack(gather(scores)).sum(0, np.float64), strict=True))
+
+
+def paired_metrics(scores: Mapping[str, Scores], blocks: Blocks) -> Estimates:
+    """Means over pairs of the distances (N,) by name, and the number of identical pairs."""
+    estimates = {name: _mean(values, blocks) for name, values in scores.items()}
+    if np.isnan(scores["ssim"]).any():
         estimates["ssim"] = Estimate(None, reason=f"images must be at least {WINDOW}×{WINDOW}")
-    estimates["identical_pairs"] = Estimate(float((by_name["relative_l2"] == 0).sum()))
-    return estimates, by_name["psnr"]
+    estimates["identical_pairs"] = Estimate(float((scores["relative_l2"] == 0).sum()))
+    return estimates
 
 
 def _mean(scores: Scores, blocks: Blocks) -> Estimate:

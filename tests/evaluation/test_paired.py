@@ -9,7 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from svdit.evaluation.inputs import open_counterparts, open_set
 from svdit.evaluation.jackknife import assign_blocks
 from svdit.evaluation.options import Options
-from svdit.evaluation.paired import paired_metrics, psnr, relative_l2, ssim
+from svdit.evaluation.paired import pair_scores, paired_metrics, psnr, relative_l2, ssim
 from svdit.evaluation.sources import ImageSet
 
 from .conftest import make_images, write_folder
@@ -60,7 +60,8 @@ def sets(tmp_path: Path, size: int = 12) -> tuple[ImageSet, ImageSet]:
 
 def test_averages_over_pairs_and_counts_the_identical(tmp_path: Path):
     fakes, others = sets(tmp_path)
-    estimates, psnrs = paired_metrics(fakes, others, assign_blocks(8), DISTANCES)
+    scores = pair_scores(fakes, others, DISTANCES)
+    estimates, psnrs = paired_metrics(scores, assign_blocks(8)), scores["psnr"]
     assert psnrs.argsort()[:2].tolist() == [5, 2]
     assert (psnrs == 100).sum() == estimates["identical_pairs"].value == 6
     assert estimates["psnr"].value == pytest.approx(psnrs.mean())
@@ -71,7 +72,7 @@ def test_averages_over_pairs_and_counts_the_identical(tmp_path: Path):
 def test_distances_can_be_added_and_small_images_have_no_ssim(tmp_path: Path):
     fakes, others = sets(tmp_path, size=8)
     distance = lambda a, b: float((a != b).any())  # noqa: E731
-    estimates, _ = paired_metrics(fakes, others, assign_blocks(8), DISTANCES | {"lpips": distance})
+    estimates = paired_metrics(pair_scores(fakes, others, DISTANCES | {"lpips": distance}), assign_blocks(8))
     assert estimates["lpips"].value == 2 / 8
     assert estimates["ssim"].value is None
     assert "at least 11×11" in (estimates["ssim"].reason or "")
