@@ -1,0 +1,62 @@
+"""The options of the metrics and of their network, shared by `svdit evaluate` and `svdit generate --evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdit.cli.arguments import keys, names, path, path_or_none
+from svdit.errors import UserError
+
+if TYPE_CHECKING:
+    from svdit.evaluation.inception import Extractor
+    from svdit.evaluation.options import Options
+
+EXTRACTORS = ("inception", "random")
+VARIABLE, CACHE = "SVDIT_INCEPTION_WEIGHTS", "~/.cache/svdit"
+
+
+def add(parser: argparse._ActionsContainer) -> None:
+    """--metrics, --paired_dir, --feature-extractor, --feature-extractor-weights, --download, --cache-dir"""
+    add, metrics = parser.add_argument, keys("evaluation/metrics.py", "METRICS")
+    add("--metrics", type=names("metric", metrics), help=f"of {','.join(metrics)} (default: all available)")
+    add("--paired_dir", "--paired-dir", type=path, metavar="PATH", help="full-precision counterparts, for PSNR, SSIM")
+    add("--feature-extractor", choices=EXTRACTORS, help="random: offline, NOT comparable (default: inception)")
+    add("--feature-extractor-weights", type=path, metavar="FILE", help=f"2015 Inception weights (or set {VARIABLE})")
+    add("--download", action="store_true", help="download the Inception weights (95.6 MB) if they are not found")
+    add(
+        "--cache-dir",
+        type=path_or_none,
+        default=CACHE,
+        metavar="DIR",
+        help="feature cache; '' disables it (default: %(default)s)",
+    )
+
+
+def cache(args: argparse.Namespace) -> Path | None:
+    """--cache-dir."""
+    return Path(args.cache_dir).expanduser() if args.cache_dir else None
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for two extractors."""
+    if args.feature_extractor == "random" and args.feature_extractor_weights:
+        raise UserError("--feature-extractor-weights has no effect on --feature-extractor random; omit one of them")
+
+
+def network(args: argparse.Namespace, options: Options) -> Extractor | None:
+    """The requested extractor; None if all requested metrics are of pairs. Raises UserError for missing weights."""
+    if not options.network_metrics:
+        return None
+    from svdit.distributed import barrier, rank
+    from svdit.evaluation.inception import load_extractor, random_extractor
+    from svdit.evaluation.weights import DEFAULT_CACHE, find_weights, load_weights
+
+    if args.feature_extractor == "random":
+        return random_extractor()
+    folder = options.cache or DEFAULT_CACHE
+    if rank() == 0:  # a single process downloads
+        find_weights(args.feature_extractor_weights, folder, args.download)
+    barrier()
+    return load_extractor(*load_weights(find_weights(args.feature_extractor_weights, folder)))
