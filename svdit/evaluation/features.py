@@ -201,6 +201,25 @@ def _extract_into(
         save_statistics(folder / "statistics.npz", gaussians, network.digest, **hashes)
 
 
+@torch.inference_mode()
+def summarize(
+    rows: dict[str, np.memmap[Any, Any]], images: ImageSet, network: FeatureNetwork, how: Extraction
+) -> Features:
+    """The features of the images whose rows (N, D) by layer are mapped by all processes, which share the sums.
+
+    Raises NotFiniteError, which names the images, in all processes.
+    """
+    moments, broken = {layer: Moments(network.widths[layer], how.device) for layer in SUMMED}, list[int]()
+    for start in range(rank() * how.batch_size, images.count, world_size() * how.batch_size):
+        batch = {layer: array[start : start + how.batch_size] for layer, array in rows.items()}
+        features = {layer: torch.from_numpy(array).to(how.device) for layer, array in batch.items()}
+        broken += (start + np.flatnonzero(~finite(features).cpu())).tolist()
+        for layer, sums in moments.items():
+            sums.add(features[layer])
+    check_finite(broken, images, network)
+    return Features({layer: sums.merge().gaussian() for layer, sums in moments.items()}, dict(rows))
+
+
 def finite(features: dict[str, Tensor]) -> Tensor:
     """Which images have neither NaN nor Inf in any layer: (N, D) each to (N,)."""
     return torch.stack([layer.isfinite().all(1) for layer in features.values()]).all(0)

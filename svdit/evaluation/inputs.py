@@ -40,11 +40,14 @@ class Inputs:
         return {name: image_set for name, image_set in sets.items() if image_set is not None}
 
 
-def open_inputs(real: str | Path | None, fake: str | Path, options: Options) -> Inputs:
-    """Open and check all sets. Raises UserError for missing, unreadable or mismatched ones."""
+def open_inputs(real: str | Path | None, fake: str | Path | ImageSet, options: Options) -> Inputs:
+    """Open and check all sets, unless `fake` is one that is still being sampled.
+
+    Raises UserError for missing, unreadable or mismatched ones.
+    """
     if real is None and options.network_metrics:
         raise UserError(f"{', '.join(options.network_metrics)} need --real_dir; only --metrics paired does not")
-    fakes = open_set(fake, options)
+    fakes = fake if isinstance(fake, ImageSet) else open_set(fake, options)
     if fakes.count == 0:
         raise UserError(f"{fake} contains statistics only; --fake_dir must contain images")
     reals = None if real is None else open_set(real, options)

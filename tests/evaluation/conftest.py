@@ -38,6 +38,15 @@ class TinyNetwork:
         return {key: torch.relu(small @ layer).float() for key, layer in self.layers.items()}
 
 
+class Overflowing(TinyNetwork):
+    """Bright images have features that are not finite."""
+
+    def __call__(self, pixels: Tensor) -> dict[str, Tensor]:
+        features = super().__call__(pixels)
+        features["spatial"][pixels.double().mean((1, 2, 3)) > 250, 3] = torch.inf
+        return features
+
+
 def make_images(n: int, size: int = 12, seed: int = 0, noise: float = 0.0) -> np.ndarray:
     """uint8 (n, size, size, 3) with structure that repeats by index and, on top, noise that does not."""
     base = np.random.RandomState(seed).randint(0, 256, (n, 4, 4, 3)).repeat(size // 4, 1).repeat(size // 4, 2)

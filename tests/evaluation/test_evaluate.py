@@ -19,7 +19,7 @@ from svdit.evaluation.metrics import METRICS, Metric
 from svdit.evaluation.options import Options
 from svdit.evaluation.report import Report
 
-from .conftest import TinyNetwork, make_images, write_folder
+from .conftest import Overflowing, TinyNetwork, make_images, write_folder
 
 NAMES = ["fid", "sfid", "kid", "kid_std", "kid_full", "is", "precision", "recall", "density", "coverage", "mind"]
 
@@ -81,15 +81,6 @@ def test_a_network_that_cannot_be_moved(real: Path, fake: Path, tiny_network: Ti
 
     options = Options(("fid", "kid"))
     assert values(evaluate(real, fake, Unmovable(), options)) == values(evaluate(real, fake, tiny_network, options))
-
-
-class Overflowing(TinyNetwork):
-    """Bright images have features that are not finite."""
-
-    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        features = super().__call__(pixels)
-        features["spatial"][pixels.double().mean((1, 2, 3)) > 250, 3] = torch.inf
-        return features
 
 
 def test_images_with_nan_features_are_named_and_other_results_kept(real: Path, fake: Path, full: Path, tmp_path: Path):

@@ -153,3 +153,25 @@ def test_an_error_in_a_worker_is_one_sentence(
     with pytest.raises(UserError, match=r"000003\.png cannot be read as an image") as caught:
         run(images, tiny_network, tmp_path / "f")
     assert "\n" not in str(caught.value)
+
+
+def test_full_precision_is_for_features_only(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`generate` allows TF32 for its model in the same process."""
+
+    def precision() -> tuple[str, bool]:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    class Notes(TinyNetwork):
+        def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen.add(precision())
+            return super().__call__(pixels)
+
+    seen, earlier = set[tuple[str, bool]](), precision()
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.set_float32_matmul_precision("high")
+    try:
+        run(images, Notes(), tmp_path)
+        assert seen == {("highest", False)}
+        assert precision() == ("high", True)
+    finally:
+        torch.set_float32_matmul_precision(earlier[0])
