@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from svdit.errors import LESS_MEMORY, REMEDIES, UnreadableError, UserError, failed, out_of_memory, system_error
-from svdit.printing import write_error
+from svdit.printing import note
 
 PREFIX, SUFFIX, LOCK = ".svdit-", ".tmp", ".lock"  # of temporary folders, and of the file in it that is locked
 swept, unfinished = set[Path](), set[Path]()  # folders where this process has looked for strays; its temporary ones
@@ -154,7 +154,7 @@ def exclusive(*outputs: str | Path, wait: float = 0) -> Iterator[None]:
             except (OSError, NotImplementedError) as error:
                 if isinstance(error, OSError) and error.errno not in CANNOT_LOCK:
                     raise UserError(f"cannot create {place} ({error.strerror}); choose another output") from None
-                write_error(f"note: no locks on this file system; let no other process write {path}")
+                note(f"no locks on this file system; let no other process write {path}")
         yield
 
 

@@ -27,6 +27,31 @@ def write_error(line: object) -> None:
         print(printable(line), file=sys.stderr, flush=True)
 
 
+_quiet = False
+
+
+@contextmanager
+def quietly(active: bool) -> Iterator[None]:
+    """Without notes and progress, if `active`."""
+    global _quiet
+    before, _quiet = _quiet, active
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
+def is_quiet() -> bool:
+    """Whether notes and progress are left out."""
+    return _quiet
+
+
+def note(message: object) -> None:
+    """Print a note to stderr, unless quiet."""
+    if not _quiet:
+        write_error(f"note: {message}")
+
+
 def warn(message: object) -> None:
     """Print a warning to stderr; the work continues."""
     write_error(f"warning: {message}")

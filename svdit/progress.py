@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from svdit.printing import printable, write_error
+from svdit.printing import is_quiet, printable, write_error
 
 Update = Callable[[float, float | None], None]
 PERIOD = 60.0  # seconds from one line to the next
@@ -83,7 +83,7 @@ def duration(seconds: float) -> str:
 def progress(description: str, shown: bool = True, unit: str = "") -> Iterator[Update]:
     """Yield `update(done, total)`, which counts in `unit`; a total of None is unknown."""
     task, console = Task(printable(description), unit), Console(stderr=True)
-    if not shown:
+    if is_quiet() or not shown:
         yield lambda done, total: None
     elif console.is_terminal:
         columns = BarColumn(10), TextColumn("{task.fields[text]}", markup=False)

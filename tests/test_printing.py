@@ -1,7 +1,6 @@
 """What is printed stays on its line, fits every encoding, and survives streams that are closed, full or gone."""
 
 import ast
-import importlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from PIL import Image
 from pixels import ROOT, saved
 from rich.table import Table
 
-from svdit.cli import COMMANDS, MODULES, command
+from svdit.cli import COMMANDS, command, parser
 from svdit.errors import UserError
 from svdit.evaluation.compare import compare
 from svdit.evaluation.jackknife import Estimate
@@ -99,7 +98,7 @@ def text_calls(path: Path) -> Iterator[tuple[str, int, str]]:
 def test_text_files_name_their_encoding_and_one_module_prints() -> None:
     """`open` in a mode with "b", and open of images, archives and descriptors, have no encoding."""
     binary = ("b'", "open_memmap", "Image.open", "archive.open", "os.open", "TemporaryFile(", "out.print", ".print(")
-    binary += ("lib.format", "safe_open", "tarfile.open")
+    binary += ("lib.format", "safe_open", "tarfile.open", "sink.open", "super().open")
     wrong = []
     for path in (ROOT / "svdit").rglob("*.py"):
         for file, line, call in text_calls(path):
@@ -112,8 +111,9 @@ def test_text_files_name_their_encoding_and_one_module_prints() -> None:
 
 def test_the_help_of_every_command_is_ascii() -> None:
     for name in COMMANDS:
-        text = importlib.import_module(f"svdit.cli.{MODULES.get(name, name)}").parser().format_help()
+        text = parser(name).format_help()
         assert text.isascii(), [c for c in text if not c.isascii()]
+        assert "--quiet" in text
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

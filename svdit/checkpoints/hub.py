@@ -13,7 +13,7 @@ from urllib.parse import urlsplit, urlunsplit
 from svdit.download import download
 from svdit.errors import UserError
 from svdit.files import atomic_path, sha256
-from svdit.printing import write_error
+from svdit.printing import note
 from svdit.storage import pickles
 
 BASE_URL = "https://dl.fbaipublicfiles.com/DiT/models/"
@@ -42,7 +42,7 @@ def published_checkpoint(image_size: int, folder: str | Path = "pretrained_model
         digest = sha256(path)
         with atomic_path(record) as temporary:  # in the format of `sha256sum`
             temporary.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
-        write_error(f"note: {path} has the sha256 {digest}; set {PIN} to pin it")
+        note(f"{path} has the sha256 {digest}; set {PIN} to pin it")
     return path
 
 

@@ -1,17 +1,19 @@
 """The commands: `svdit NAME …`, or the script of the same job in the repository's root.
 
-Each command's module has `parser()`, which imports no torch, and `run(args)`.
+Each command's module has `parser()`, which imports no torch, and `run(args)`, which returns the `Result` to print.
 """
 
 import argparse
 import sys
 from importlib import import_module
+from types import ModuleType
 
 from svdit import __version__
 from svdit.cli.arguments import Parser, fail
+from svdit.cli.result import Result, add_options, is_first
 from svdit.cli.signals import ending
 from svdit.errors import sentence
-from svdit.printing import standard_streams
+from svdit.printing import quietly, standard_streams, write_error
 
 COMMANDS = {
     "sample": "sample a grid of images",
@@ -53,15 +55,33 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(name: str, argv: list[str] | None = None) -> None:
-    """Run one command; an error that the user can fix ends it with one line and exit code 2."""
-    module = import_module(f"svdit.cli.{MODULES.get(name, name)}")
+    """Run one command and print its result; an error that the user can fix ends it with one line and exit code 2."""
     with standard_streams(), ending():
-        args = module.parser().parse_args(argv)
+        args = parser(name).parse_args(argv)
         try:
-            module.run(args)
+            with quietly(args.quiet):
+                result: Result | None = module(name).run(args)
+            if result:  # after all files are written: printing fails where the reader of a pipe has gone
+                result.print(args)
         except Exception as error:
             sys.stdout.flush()  # fails again where stdout is what cannot be written
             message = sentence(error, *LESS_MEMORY.get(name, ()))
             if message is None:
                 raise
             fail(f"svdit {name}: {message}")
+        if result and result.problem:
+            if is_first():
+                write_error(f"svdit {name}: {result.problem}")
+            sys.exit(1)
+
+
+def parser(name: str) -> Parser:
+    """The parser of a command, with the options that all have."""
+    parser: Parser = module(name).parser()
+    add_options(parser)
+    return parser
+
+
+def module(name: str) -> ModuleType:
+    """The module of a command."""
+    return import_module(f"svdit.cli.{MODULES.get(name, name)}")

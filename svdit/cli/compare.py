@@ -3,7 +3,7 @@
 import argparse
 
 from svdit.cli.arguments import Parser, names, path
-from svdit.printing import write_out
+from svdit.cli.result import Result
 
 
 def parser() -> Parser:
@@ -19,9 +19,9 @@ def parser() -> Parser:
     return p
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print the table."""
+def run(args: argparse.Namespace) -> Result:
+    """The table."""
     from svdit.evaluation.compare import compare
 
     table = compare(args.reports, args.metrics, args.force)
-    write_out(*table.split("\n"))
+    return Result(table.split("\n"))

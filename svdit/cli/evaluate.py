@@ -1,14 +1,13 @@
 """`svdit evaluate`: measure generated images against real ones and against their full-precision counterparts."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from svdit.cli import measures, outputs
 from svdit.cli.arguments import Parser, batch, integer, output, path, pixels, positive
+from svdit.cli.result import Result
 from svdit.cli.setup import device
 from svdit.errors import UserError
-from svdit.printing import write_error, write_out
 
 if TYPE_CHECKING:
     from svdit.evaluation.options import Options
@@ -44,8 +43,8 @@ def parser() -> Parser:
     return p
 
 
-def run(args: argparse.Namespace) -> None:
-    """Evaluate, save, print; exit code 1 if a named metric is unavailable. Raises UserError for two extractors."""
+def run(args: argparse.Namespace) -> Result:
+    """Evaluate and save; a problem if a named metric is unavailable. Raises UserError for two extractors."""
     from svdit.distributed import rank, reserved, session
     from svdit.evaluation.evaluate import evaluate
     from svdit.evaluation.options import Options
@@ -68,13 +67,10 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args, options)
     with session(options.device), reserved(*filter(None, (args.output, options.save_stats))):
         report = evaluate(args.real_dir, args.fake_dir, measures.network(args, options), options)
-        if rank() == 0:
-            if args.output:  # before printing, which fails when the reader of a pipe has gone
-                report.save(args.output)
-            write_out(*report.text().split("\n"))
-    if report.failed:
-        write_error(f"svdit evaluate: requested but unavailable: {', '.join(report.failed)}")
-        sys.exit(1)
+        if rank() == 0 and args.output:
+            report.save(args.output)
+    unavailable = f"requested but unavailable: {', '.join(report.failed)}" if report.failed else ""
+    return Result(report.text().split("\n"), problem=unavailable)
 
 
 def check_outputs(args: argparse.Namespace, options: "Options") -> None:

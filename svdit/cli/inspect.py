@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdit.cli import setup
 from svdit.cli.arguments import Parser, path
+from svdit.cli.result import Result
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,12 +26,12 @@ def parser() -> Parser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print the table of quantized layers, the configuration and the provenance."""
+def run(args: argparse.Namespace) -> Result:
+    """The table of quantized layers, the configuration and the provenance."""
     from svdit.checkpoints import io, restore, store
     from svdit.kernels import ops
     from svdit.model.zoo import CONFIGS
-    from svdit.report.tables import console, spec_table
+    from svdit.report.tables import spec_table
 
     path = store.locate(args.file)
     mapped, header = io.contents(path)
@@ -46,9 +47,6 @@ def run(args: argparse.Namespace) -> None:
     specs = restore.specs_from_header(header, path)
     names = store.class_names(header, config, path)
     layers = {name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}
-    out = console()
-    if layers:
-        out.print(spec_table(layers))
     lines = [
         f"file: {path.name}, {sum(part.stat().st_size for part in io.parts(path)) / 1e6:.2f} MB",
         f"model: {header.get('name') or 'a DiT'}, {config}",
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         shapes = {name: (spec, (rows, columns)) for name, (spec, rows, columns, _) in layers.items()}
         lines += filter(None, [setup.unsupported(shapes, backend, device)])
     lines += [f"{key}: {value}" for key, value in flat(header.get("provenance", {}))]
-    out.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+    return Result([spec_table(layers), *lines] if layers else lines)
 
 
 def classes(config: "DiTConfig", guessed: bool) -> str:

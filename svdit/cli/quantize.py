@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from svdit.cli import outputs, setup
 from svdit.cli.arguments import Parser, above_0, decibels, integer, many, natural, output, ratio, scale
 from svdit.cli.quantize_settings import ACTS, QuantizeSettings
+from svdit.cli.result import Result
 from svdit.errors import UserError
-from svdit.printing import printable
+from svdit.printing import note, warn
 from svdit.quant.config import ADALN, RECIPES
 
 if TYPE_CHECKING:
     import torch
+    from rich.table import Table
     from torch import nn
 
     from svdit.model.dit import DiT
@@ -86,8 +88,11 @@ def add_calibration(parser: Parser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load, quantize, save, report. Raises UserError for options that contradict each other or the checkpoint."""
+def run(args: argparse.Namespace) -> Result | None:
+    """Load, quantize, save, report; the result is the first process's.
+
+    Raises UserError for options that contradict each other or the checkpoint.
+    """
     from svdit import distributed
     from svdit.checkpoints.io import fingerprint
     from svdit.checkpoints.store import save_model
@@ -101,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     backend = ops.choose(device)
     with distributed.session(device), distributed.reserved(args.output, args.output.with_suffix(".report.json")):
         for sentence in settings.unused() if distributed.rank() == 0 else ():
-            setup.note(sentence)
+            note(sentence)
         source = setup.load_checkpoint(args, device)
         outputs.check_distinct("--output", args.output, source.path)
         if settings.calibrates or settings.figures:
@@ -110,17 +115,20 @@ def run(args: argparse.Namespace) -> None:
         record, digest = settings.record(), fingerprint(source.path)
         work = args.output.with_name(f"{args.output.name}.partial")
         report, plan = quantize(settings, source.model, record, digest, work)
-        if distributed.rank() == 0:
-            original = setup.load_checkpoint(args, device).model if settings.figures else None
-            measured = measure(settings, source.model, original, report, plan) if original else None
-            record["weight_errors"] = {line.name: line.weight_error for line in report.layers}
-            provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": record}
-            save_model(source.model, args.output, name=source.name, provenance=provenance)
-            fallbacks = unsupported(source.model, backend, device)
-            header = {"settings": record, "backend": ops.describe(backend), "fallbacks": fallbacks or None}
-            paths = write_report(args.output, report, header, measured)
-            remove(work)
-            print_report(report, [*report.warnings, *filter(None, [fallbacks])], [args.output, *paths])
+        if distributed.rank() != 0:
+            return None
+        original = setup.load_checkpoint(args, device).model if settings.figures else None
+        measured = measure(settings, source.model, original, report, plan) if original else None
+        record["weight_errors"] = {line.name: line.weight_error for line in report.layers}
+        provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": record}
+        save_model(source.model, args.output, name=source.name, provenance=provenance)
+        fallbacks = unsupported(source.model, backend, device)
+        header = {"settings": record, "backend": ops.describe(backend), "fallbacks": fallbacks or None}
+        paths = write_report(args.output, report, header, measured)
+        remove(work)
+    for warning in [*report.warnings, *filter(None, [fallbacks])]:
+        warn(warning)
+    return Result([*summary(report), args.output, *paths], [args.output, *paths])
 
 
 def quantize(
@@ -226,9 +234,9 @@ def write_report(
         try:
             require("matplotlib")
             draw(output.with_suffix(".report"), report.layers, measured)
-            return [path, output.with_suffix(".report") / "*.png"]
+            return [path, output.with_suffix(".report")]
         except UserError as error:
-            setup.note(f"no figures: {error}")
+            note(f"no figures: {error}")
     return [path]
 
 
@@ -240,19 +248,12 @@ def remove(folder: Path) -> None:
         folder.rmdir()
 
 
-def print_report(report: "QuantReport", warnings: list[str], paths: list[Path]) -> None:
-    """Print the table of layers, the totals, warnings, and the paths."""
-    from rich.text import Text
+def summary(report: "QuantReport") -> "tuple[Table, str]":
+    """The table of layers, and the totals."""
+    from svdit.report.tables import layer_table
 
-    from svdit.report.tables import console, layer_table
-
-    out = console()
-    out.print(layer_table(report.layers))
     seconds = ", ".join(f"{phase} {time:.1f} s" for phase, time in report.seconds.items())
-    out.print(
+    return layer_table(report.layers), (
         f"{report.bytes_before / 1e6:.2f} MB before, {report.bytes_after / 1e6:.2f} MB after "
         f"({report.bytes_before / report.bytes_after:.2f}× smaller); {seconds}"
     )
-    for warning in warnings:
-        out.print(Text("warning: ", "yellow").append(printable(warning)))
-    out.print("  ".join(map(str, paths)), soft_wrap=True)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from svdit.cli import outputs, setup
 from svdit.cli.arguments import Parser, output
+from svdit.cli.result import Result
 from svdit.errors import UserError
-from svdit.printing import write_out
 
 if TYPE_CHECKING:
     from svdit.model.dit import DiT
@@ -36,18 +36,18 @@ def parser() -> Parser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Check the options, lock the output, and draw into it."""
     from svdit.files import exclusive
 
     config = setup.sampling_config(args)
     outputs.output_file(args.output, ".png", ".PNG")
     with exclusive(args.output):
-        draw(args, config)
+        return draw(args, config)
 
 
-def draw(args: argparse.Namespace, config: "SamplingConfig") -> None:
-    """Load the model, sample, write the grid and print its path."""
+def draw(args: argparse.Namespace, config: "SamplingConfig") -> Result:
+    """Load the model, sample, and write the grid."""
     from svdit import images
     from svdit.diffusion.noise import batch_noise
     from svdit.diffusion.schedule import make_schedule
@@ -68,7 +68,7 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> None:
         )
     scale = max(1, MIN_SIDE // samples.shape[1])
     images.write_png(args.output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
-    write_out(args.output)
+    return Result([args.output])
 
 
 def class_labels(classes: Sequence[str] | None, model: "DiT") -> list[int]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from svdit.cli import outputs, setup
 from svdit.cli.arguments import Parser, batch, integer, keys, output, ratio
+from svdit.cli.result import Result
 from svdit.errors import UserError
-from svdit.printing import write_out
+from svdit.printing import note
 
 if TYPE_CHECKING:
     from svdit.model.dit import DiT
@@ -78,8 +79,8 @@ def parser() -> Parser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load the model and generate this process's share; the first process prints the paths."""
+def run(args: argparse.Namespace) -> Result:
+    """Load the model and generate this process's share."""
     from svdit.distributed import rank, session
     from svdit.files import creatable_folder
     from svdit.progress import progress
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     outputs.check_outside("--sample-dir", args.sample_dir, itself=False)
     with session(device):
         if args.tf32 and device.type != "cuda":
-            setup.note("--tf32 has no effect: there is no GPU in use")
+            note("--tf32 has no effect: there is no GPU in use")
         tf32 = args.tf32 is not False and device.type == "cuda"
         set_tf32(tf32)
         check_rank_ratio(args)
@@ -113,9 +114,8 @@ def run(args: argparse.Namespace) -> None:
                 origin=origin(checkpoint, model, tf32) if first else None,
                 progress=tick,
             )
-        if first:
-            places = [npz] if args.sink == "npz" else [args.sample_dir, npz]
-            write_out(f"{args.num_fid_samples} images in {' and '.join(map(str, places))}")
+    places = [npz] if args.sink == "npz" else [args.sample_dir, npz]
+    return Result([f"{args.num_fid_samples} images in {' and '.join(map(str, places))}"], places)
 
 
 def set_tf32(allowed: bool) -> None:

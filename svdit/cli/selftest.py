@@ -1,10 +1,9 @@
 """`svdit selftest`: check the metric implementations on this machine."""
 
 import argparse
-import sys
 
 from svdit.cli.arguments import Parser, output, path
-from svdit.printing import write_out
+from svdit.cli.result import Result
 
 DESCRIPTION = """\
 Check the metric implementations on this machine, on data with known answers. With the Inception weights, ADM's
@@ -23,8 +22,8 @@ def parser() -> Parser:
     return p
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print every check; exit code 1 if one fails. Raises UserError for incomplete arguments."""
+def run(args: argparse.Namespace) -> Result:
+    """Every check; a problem if one fails. Raises UserError for incomplete arguments."""
     from svdit.errors import UserError
 
     if (args.adm_samples is None) != (args.adm_reference is None):
@@ -39,9 +38,10 @@ def run(args: argparse.Namespace) -> None:
     if args.adm_samples:
         checks += regression(args.adm_samples, args.adm_reference, args.feature_extractor_weights)
     width = max(len(check.name) for check in checks)
-    for check in checks:
-        verdict = "ok  " if check.passed else "FAIL"
-        expected = f"expected {check.expected:.8g} ± {check.tolerance:.1g}"
-        write_out(f"{verdict} {check.name:{width}} {check.value:14.8g}, {expected}")
-    if not all(check.passed for check in checks):
-        sys.exit(1)
+    lines = [
+        f"{'ok  ' if check.passed else 'FAIL'} {check.name:{width}} {check.value:14.8g}, "
+        f"expected {check.expected:.8g} ± {check.tolerance:.1g}"
+        for check in checks
+    ]
+    failed = sum(not check.passed for check in checks)
+    return Result(lines, problem=f"{failed} of {len(checks)} checks failed" if failed else "")

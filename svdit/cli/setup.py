@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdit.cli.arguments import integer, keys, many, natural, path, pixels, scale
 from svdit.errors import UserError
-from svdit.printing import write_error
+from svdit.printing import note
 
 if TYPE_CHECKING:
     import torch
@@ -206,11 +206,6 @@ def unsupported(layers: Mapping[str, tuple[LinearSpec, Shape]], backend: str, de
     from svdit.kernels import ops
 
     return ops.summary({name: ops.unsupported(*layer, backend, device) for name, layer in layers.items()})
-
-
-def note(message: str) -> None:
-    """Print a note to stderr."""
-    write_error(f"note: {message}")
 
 
 def image_size(model: DiT) -> int:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from svdit.cli import outputs, setup
 from svdit.cli.arguments import Parser, integer, keys, many, output, path, pixels, positive, ratio, share
+from svdit.cli.result import Result
 from svdit.errors import UserError
-from svdit.printing import write_out
+from svdit.printing import is_quiet, note, write_out
 
 if TYPE_CHECKING:
     from svdit.model.dit import DiTConfig
@@ -89,7 +90,7 @@ def add_machine(parser: Parser) -> None:
     setup.add_device(group)
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Load the data, build the model, train it. Raises UserError for options that do not fit the data."""
     import torch
 
@@ -117,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         if rank() == 0:
             report(images.summary())
             for remark in images.notes:
-                setup.note(remark)
+                note(remark)
         autoencoder = load_autoencoder("none" if pixel_space else VAE if args.vae == "auto" else args.vae, device)
         if image_size % autoencoder.factor:
             raise UserError(f"--image-size is {image_size}; with a VAE, choose a multiple of {autoencoder.factor}")
@@ -147,15 +148,15 @@ def run(args: argparse.Namespace) -> None:
                 report=report,
                 progress=tick,
             )
-        if rank() == 0:
-            write_out(args.results_dir / "ema.safetensors")
+    return Result([args.results_dir / "ema.safetensors"])
 
 
 def report(line: str) -> None:
-    """Print a line of progress; training continues if the reader of stdout is gone."""
+    """Print a line of progress, unless quiet; training continues if the reader of stdout is gone."""
     with suppress(BrokenPipeError):
-        write_out(line)
-        sys.stdout.flush()
+        if not is_quiet():
+            write_out(line)
+            sys.stdout.flush()
 
 
 def image_space(args: argparse.Namespace) -> tuple[int, bool]:

@@ -4,8 +4,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from svdit.cli.arguments import Parser, path
+from svdit.cli.result import Result
 from svdit.errors import UserError
-from svdit.printing import write_out
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +24,7 @@ def parser() -> Parser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Result:
     """Recompute the weight error of every layer. Raises UserError at the first that differs from the record."""
     from svdit.checkpoints.io import fingerprint
     from svdit.checkpoints.store import load_model, locate, read_header
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(
                 f"{name} of {path} has weight error {error}, but {record} is recorded; do not use this file"
             )
-    write_out(f"{path.name}: {len(errors)} quantized layers match the record, all else equals {source.name}")
+    return Result([f"{path.name}: {len(errors)} quantized layers match the record, all else equals {source.name}"])
 
 
 def close(x: "Tensor", y: "Tensor") -> bool:

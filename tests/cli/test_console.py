@@ -1,4 +1,4 @@
-"""What every command prints, on tiny inputs: which parts of the work report their progress."""
+"""What every command prints, on tiny inputs: progress, and with --quiet nothing but the result."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +38,10 @@ PARTS = {  # of the work of each command, which can take minutes
         **{"computing": "1 metrics", "comparing": "4 pairs"},
     },
     "train": {"training": "2 steps"},
+}
+NOTED = {  # options without effect, which are reported
+    "sample": "--cfg-scale 1 --cfg-channels all",
+    "generate": "--cfg-scale 1 --cfg-channels all",
 }
 
 
@@ -97,3 +101,39 @@ def test_all_that_takes_long_reports_its_progress(
     run(name, inputs, tmp_path)
     assert {task.description: f"{task.total} {task.unit}" for task in tasks} == PARTS.get(name, {})
     assert [task.description for task in tasks if task.updates[-1][1] != task.total] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_quiet_prints_the_result_only(
+    name: str,
+    inputs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outputs = {
+        "sample": ["a.png"],
+        "generate": ["set", "set.npz"],
+        "quantize": ["q.pt", "q.report.json", "q.report"],
+        "train": ["run/ema.safetensors"],
+    }.get(name)
+    with monkeypatch.context() as patch:
+        patch.setattr("svdit.progress.lines", lambda task: pytest.fail(str(task)))
+        run(name, inputs, tmp_path, "--quiet", *NOTED.get(name, "").split())
+    printed = capsys.readouterr()
+    assert all(line.startswith("warning: ") for line in printed.err.splitlines())
+    assert ("warning: " in printed.err) == (name == "quantize")
+    if outputs:
+        assert printed.out.splitlines() == [str(tmp_path / path) for path in outputs]
+        assert [path for path in outputs if not (tmp_path / path).exists()] == []
+    else:
+        run(name, inputs, tmp_path)
+        assert printed.out == capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_without_it_there_are_notes(
+    name: str, inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(name, inputs, tmp_path, *NOTED[name].split())
+    assert "note: " in capsys.readouterr().err

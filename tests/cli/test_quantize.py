@@ -40,9 +40,9 @@ def test_the_documented_mode(checkpoint: Path, capsys: pytest.CaptureFixture[str
     assert header["provenance"]["quantization"].items() >= mode.items()
     assert {layer.spec.rank_ratio for layer in quantized_layers(load_model(output)).values()} == {0.95}
     assert load_model(output).class_names == CLASSES
-    printed = capsys.readouterr().out
-    assert "more elements than the weight" in " ".join(printed.split())
-    assert "MB before" in printed
+    printed = capsys.readouterr()
+    assert "warning: in 14 of 14 layers the two factors have more elements than the weight" in printed.err
+    assert "MB before" in printed.out
     report = json.loads(output.with_suffix(".report.json").read_text())
     assert len(report["layers"]) == 14
     assert not list(checkpoint.parent.glob("*.partial"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from svdit.cli import selftest as command
+from svdit.cli import command
 from svdit.errors import UserError
 from svdit.evaluation import selftest
 from svdit.evaluation.jackknife import Estimate
@@ -29,9 +29,11 @@ def test_a_wrong_formula_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(f"svdit.evaluation.selftest.{name}", wrong)
     monkeypatch.setattr(selftest, "_network", lambda: iter(()))
     with pytest.raises(SystemExit) as end:
-        command.run(command.parser().parse_args([]))
+        command("selftest", [])
     assert end.value.code == 1
-    assert "FAIL" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "FAIL" in printed.out
+    assert "checks failed" in printed.err
 
 
 def test_tolerance_is_two_sided():

@@ -23,7 +23,7 @@ import torch  # before our library: it brings the OpenMP runtime that both use
 from svdit.errors import UserError
 from svdit.files import exclusive, sha256, temporary_folder
 from svdit.kernels.cpu.sources import FLAGS, files, source_hash
-from svdit.printing import warn, write_error
+from svdit.printing import note, warn
 
 WAIT = 120.0  # seconds for another process that compiles
 
@@ -142,7 +142,7 @@ def cache_folder() -> Path:
     for folder in (cache / "svdit" / "kernels", temporary):
         if folder.is_absolute() and _private(folder):
             if folder == temporary:
-                write_error(f"note: {cache} cannot hold the compiled CPU kernels; they are in {folder}")
+                note(f"{cache} cannot hold the compiled CPU kernels; they are in {folder}")
             return folder
     raise MissingKernelsError(f"neither {cache} nor {temporary} can hold the compiled library; set XDG_CACHE_HOME")
 
@@ -169,7 +169,7 @@ def compile_library(path: Path, extra: Sequence[str] = ()) -> None:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise MissingKernelsError("there is no C compiler (cc, gcc or clang); install one for fast inference")
-    write_error(f"compiling the CPU kernels with {compiler}, once")
+    note(f"compiling the CPU kernels with {compiler}, once")
     define = f'-DSVDIT_SOURCE="{source_hash()}"'
     with tempfile.TemporaryDirectory() as folder:
         objects = [(source, Path(folder) / f"{Path(source).stem}.o") for source in files()]

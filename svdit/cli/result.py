@@ -1,0 +1,47 @@
+"""What a command prints at its end."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from svdit.printing import write_out
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    Line = str | Path | Table
+
+
+@dataclass(frozen=True)
+class Result:
+    """`text` is printed, or with --quiet `brief` where there is one; a `problem` is an error with exit code 1."""
+
+    text: Sequence["Line"]
+    brief: Sequence["Line"] = ()
+    problem: str = ""
+
+    def print(self, args: argparse.Namespace) -> None:
+        """Print it to stdout, on the first process of a run."""
+        if not is_first():
+            return
+        for line in (args.quiet and self.brief) or self.text:
+            if isinstance(line, str | Path):
+                write_out(line)
+            else:
+                from svdit.report.tables import console
+
+                console().print(line)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """--quiet"""
+    add = parser.add_argument_group("printing").add_argument
+    add("--quiet", action="store_true", help="print the result only, and warnings and errors")
+
+
+def is_first() -> bool:
+    """Whether this is the only process or the first one of torchrun's, also after they have parted."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
