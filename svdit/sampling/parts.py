@@ -16,7 +16,8 @@ import numpy as np
 from svdit.errors import UserError
 from svdit.images import Pixels, decode_image, is_whole_png
 from svdit.printing import warn
-from svdit.storage.tar import Member, read_member, tar_members, write_tar
+from svdit.storage.tar import read_member, tar_members, write_tar
+from svdit.storage.tar_headers import Member
 
 NAME = ".parts"
 
