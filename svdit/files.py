@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO, Literal, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -23,6 +24,13 @@ from svdit.printing import note
 PREFIX, SUFFIX, LOCK = ".svdit-", ".tmp", ".lock"  # of temporary folders, and of the file in it that is locked
 swept, unfinished = set[Path](), set[Path]()  # folders where this process has looked for strays; its temporary ones
 CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
+
+
+class Openable(Protocol):
+    """A `Path`, or a file in an archive; as text, its name."""
+
+    def open(self, mode: Literal["rb"], /) -> IO[bytes]:
+        """The content."""
 
 
 @contextmanager
@@ -116,7 +124,7 @@ def chain_of(error: BaseException | None) -> Iterator[BaseException]:
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def reading(path: str | Openable) -> Iterator[None]:
     """Raise UnreadableError where the system cannot read `path`; errors about its content pass."""
     try:
         yield
@@ -179,16 +187,16 @@ def to_disk(path: str | Path) -> None:
         os.fsync(file.fileno())
 
 
-def sha256(path: str | Path) -> str:
+def sha256(file: str | Openable) -> str:
     """Hex SHA-256 of a file's content, read in chunks."""
     digest = hashlib.sha256()
-    with reading(path), Path(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
+    with reading(file), (Path(file) if isinstance(file, str) else file).open("rb") as content:
+        while chunk := content.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def check_expansion(path: str | Path, unpacked: int, stored: int) -> None:
+def check_expansion(path: str | Openable, unpacked: int, stored: int) -> None:
     """Raises UserError where `stored` bytes of a file declare to be more than 64 MiB and 200 times as many."""
     if unpacked > max(1 << 26, 200 * stored):
         raise UserError(f"{path} declares {unpacked / 1e6:.0f} MB in {stored} bytes; remove or replace it")

@@ -13,9 +13,9 @@ import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from svdit.errors import UserError, failed
-from svdit.files import atomic_path, check_expansion, reading
+from svdit.files import Openable, atomic_path, check_expansion, reading
 
 Pixels = npt.NDArray[np.uint8]
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -73,15 +73,17 @@ def list_images(folder: str | Path) -> list[Path]:
     return scan_images(folder)[0]
 
 
-def scan_images(folder: str | Path) -> tuple[list[Path], str]:
+def scan_images(folder: str | Path, *also: str) -> tuple[list[Path], str]:
     """All image files in `folder` and its subfolders, in natural order; and what was skipped, in words.
 
+    `also`: further extensions of files to list.
     Hidden and system folders are not entered. Symbolic links are followed, after the folders themselves; a folder is
     read once, and none that contains `folder`. Raises UserError for missing or closed folders and broken links.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; pass a folder of images")
+    wanted = EXTENSIONS.union(also)
     entered = {str(parent) for parent in folder.resolve().parents}
     files: list[Path] = []
     skipped: Counter[str] = Counter()
@@ -98,19 +100,29 @@ def scan_images(folder: str | Path) -> tuple[list[Path], str]:
                 if kind.is_dir():
                     (links if kind is path else folders).append(path)
                 elif not kind.is_file() and not path.exists():
-                    if path.suffix and path.suffix.lower() not in EXTENSIONS:
+                    if path.suffix and path.suffix.lower() not in wanted:
                         skipped["broken link"] += 1
                         continue
                     raise UserError(f"{path} is a broken link; repair or remove it")
-                elif path.suffix.lower() in EXTENSIONS and kind.is_file():
+                elif path.suffix.lower() in wanted and kind.is_file():
                     files.append(path)
-                elif path.suffix.lower() in EXTENSIONS | UNREAD:
+                elif path.suffix.lower() in wanted | UNREAD:
                     skipped[f"{path.suffix.lower()} file" if kind.is_file() else "special file"] += 1
     except OSError as error:
         raise UserError(failed("read", error.filename, error)) from None
     names = dict(zip(files, relative_names(folder, files), strict=True))
     files.sort(key=lambda path: natural_key(names[path]))
-    return files, ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in sorted(skipped.items()))
+    return files, in_words(skipped)
+
+
+def in_words(skipped: Counter[str]) -> str:
+    """ "1 broken link, 2 .gif files" """
+    return ", ".join(f"{n} {what}{'s' if n > 1 else ''}" for what, n in sorted(skipped.items()))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is not shown, or a copy or thumbnail made by a system."""
+    return name.startswith(".") or name in SYSTEM
 
 
 def visible_folders(folder: Path) -> list[str]:
@@ -122,7 +134,7 @@ def _entries(folder: Path) -> Iterator[tuple[Path, "Path | os.DirEntry[str]"]]:
     """The entries of a folder, and what knows their kind: the path itself for links, else what the folder lists."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not entry.name.startswith(".") and entry.name not in SYSTEM:
+            if not is_hidden(entry.name):
                 path = folder / entry.name
                 yield path, path if entry.is_symlink() else entry
 
@@ -139,12 +151,12 @@ def class_summary(classes: Sequence[str]) -> str:
     return f"{len(classes)} classes: {classes[0]} … {classes[-1]}" if len(classes) > 1 else f"1 class: {classes[0]}"
 
 
-def read_image(path: str | Path) -> Pixels:
+def read_image(file: str | Openable) -> Pixels:
     """uint8 (H, W, 3): RGB, grey repeated, the upper 8 of 16 bits, transparency dropped.
 
     Raises UserError for other files, and for modes without a fixed range (floats, 32 bits) with the range found.
     """
-    with _opened(path, path) as image:
+    with _opened(file, file) as image:
         return _rgb(image)
 
 
@@ -154,22 +166,23 @@ def decode_image(content: bytes, name: str) -> Pixels:
         return _rgb(image)
 
 
-def image_header(path: str | Path) -> Header:
+def image_header(file: str | Openable) -> Header:
     """The header of an image, without decoding it. Raises UserError as `read_image`."""
-    with _opened(path, path) as image:
+    with _opened(file, file) as image:
         lossy = image.format in LOSSY or image.info.get("compression") in LOSSY_TIFF
         return Header((image.height, image.width), image.mode, lossy, getattr(image, "is_animated", False))
 
 
 @contextmanager
-def _opened(file: str | Path | io.BytesIO, name: str | Path) -> Iterator[Image.Image]:
-    with warnings.catch_warnings():
+def _opened(file: str | Openable | io.BytesIO, name: str | Openable) -> Iterator[Image.Image]:
+    with warnings.catch_warnings(), ExitStack() as stack:
         warnings.simplefilter("ignore")  # Pillow warns of damaged tags; only exceptions matter
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             with reading(name):
-                size = _stored_bytes(file)
-                with Image.open(file, formats=FORMATS) as image:
+                content = file if isinstance(file, str | Path | io.BytesIO) else stack.enter_context(file.open("rb"))
+                size = _stored_bytes(content)
+                with Image.open(content, formats=FORMATS) as image:
                     _check(image, size, name)
                     yield image
         except UserError:
@@ -181,7 +194,7 @@ def _opened(file: str | Path | io.BytesIO, name: str | Path) -> Iterator[Image.I
             raise UserError(f"{name} cannot be read as an image ({reason}); remove or replace it") from None
 
 
-def _check(image: Image.Image, size: int, name: str | Path) -> None:
+def _check(image: Image.Image, size: int, name: str | Openable) -> None:
     check_expansion(name, 4 * image.width * image.height, size)
     if image.mode not in EIGHT_BIT and not _is_16_bit(image):
         low, high = image.getextrema()[:2]
@@ -189,9 +202,11 @@ def _check(image: Image.Image, size: int, name: str | Path) -> None:
         raise UserError(f"{problem}; convert it to 8-bit RGB or grey, or 16-bit grey")
 
 
-def _stored_bytes(file: str | Path | io.BytesIO) -> int:
-    if isinstance(file, io.BytesIO):
-        return file.getbuffer().nbytes
+def _stored_bytes(file: str | Path | IO[bytes]) -> int:
+    if not isinstance(file, str | Path):
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        return size
     status = Path(file).stat()
     if not stat.S_ISREG(status.st_mode):
         raise OSError("it is not a file")
@@ -221,7 +236,7 @@ def is_whole_png(file: str | Path | io.BytesIO, size: int) -> bool:
         return False
 
 
-def center_crop(pixels: Pixels, size: int, name: str | Path = "an image") -> Pixels:
+def center_crop(pixels: Pixels, size: int, name: str | Openable = "an image") -> Pixels:
     """(H, W, 3) to (size, size, 3) as ADM prepares ImageNet: box filters by 2, bicubic to `size`, center crop.
 
     Raises UserError, with `name`, for a strip that would be scaled to more pixels than Pillow's limit.

@@ -11,8 +11,9 @@ import numpy as np
 
 from svdit.distributed import rank
 from svdit.errors import UserError
+from svdit.evaluation.opening import open_source
 from svdit.evaluation.options import Options
-from svdit.evaluation.sources import ImageSet, Indices, Source, choose, open_source
+from svdit.evaluation.sources import ImageSet, Indices, Source, choose
 from svdit.files import sha256
 
 SAMPLE_FIELDS = ("image_size", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "vae", "label_policy")

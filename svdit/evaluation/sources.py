@@ -1,4 +1,4 @@
-"""What is evaluated: a folder of images, an .npz of images, or an .npz of feature statistics (ADM's or ours).
+"""What is evaluated: images in a folder, in tar shards or in an .npz, or feature statistics (ADM's or ours).
 
 Images are read one at a time. Missing and unreadable files, mixed sizes and wrong dtypes are detected from the
 headers, before any long computation, and reported with the file's name.
@@ -19,22 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from svdit.errors import UserError
-from svdit.evaluation.statistics import Gaussian, load_statistics
-from svdit.files import sha256
+from svdit.evaluation.statistics import Gaussian
+from svdit.files import Openable, sha256
 from svdit.images import (
     Pixels,
     center_crop,
-    class_numbers,
     class_summary,
     image_header,
     read_image,
-    relative_names,
-    scan_images,
 )
-from svdit.printing import warn
 from svdit.progress import Update, progress
-from svdit.storage.manifest import read_manifest
-from svdit.storage.npz import map_npz, npz_keys
+from svdit.storage.tar import PackedFile
 
 Indices = npt.NDArray[np.int64]
 
@@ -45,7 +40,7 @@ class Source:
 
     path: Path
     names: tuple[str, ...]
-    files: tuple[Path, ...] = ()
+    files: tuple[Path, ...] | tuple[PackedFile, ...] = ()
     array: npt.NDArray[np.uint8] | None = None
     labels: tuple[int, ...] | None = None
     classes: tuple[str, ...] = ()  # the names of labels that come from sub-folders
@@ -61,12 +56,14 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """`folder`, `npz` or `statistics`."""
-        return "folder" if self.files else "npz" if self.array is not None else "statistics"
+        """`folder`, `tar`, `npz` or `statistics`."""
+        if self.files:
+            return "folder" if isinstance(self.files[0], Path) else "tar"
+        return "npz" if self.array is not None else "statistics"
 
     @property
     def folders(self) -> set[Path]:
-        """The folders that contain the files, without symbolic links."""
+        """The folders or archives that contain the files, without symbolic links."""
         return {folder.resolve() for folder in {file.parent for file in self.files}}
 
     def read(self, index: int) -> Pixels:
@@ -90,8 +87,11 @@ class Source:
         return (size if self.resize_to is None else (self.resize_to, self.resize_to)), lossy, warnings
 
     def content(self, indices: Indices, show_progress: bool = False) -> tuple[str, int]:
-        """A SHA-256 of the chosen images' stored bytes and names, in order; and how many are copies of others."""
-        digest = hashlib.sha256(f"{self.kind} {self.resize_to}".encode())
+        """A SHA-256 of the chosen images' stored bytes and names, in order; and how many are copies of others.
+
+        It is the same for files in a folder and in archives.
+        """
+        digest = hashlib.sha256(f"{'folder' if self.files else 'npz'} {self.resize_to}".encode())
         if self.array is not None:
             digest.update(sha256(self.path).encode() + indices.astype("<i8").tobytes())
             return digest.hexdigest(), len(indices) - len({hash(self.array[i].tobytes()) for i in indices})
@@ -136,85 +136,10 @@ class ImageSet:
         return content | ({"classes": class_summary(self.source.classes)} if self.source.classes else {})
 
 
-def open_source(path: str | Path, resize_to: int | None = None) -> Source:
-    """Open a folder, sub-folders included, or an .npz. Raises UserError for anything else."""
-    path = Path(path)
-    if path.is_dir():
-        return _open_folder(path, resize_to)
-    if not path.is_file():
-        raise UserError(f"there is no folder or file {path}; fix the path")
-    if path.suffix.lower() != ".npz":
-        raise UserError(f"{path} is neither a folder nor an .npz; pass a folder of images or an .npz")
-    return _open_npz(path, resize_to)
-
-
-def _open_folder(path: Path, resize_to: int | None) -> Source:
-    files, skipped = scan_images(path)
-    if not files:
-        found = f" (only {skipped})" if skipped else ""
-        raise UserError(f"{path} and its sub-folders contain no images{found}; pass a folder of PNG or JPEG files")
-    names = tuple(name[: name.rindex(".")] for name in relative_names(path, files))
-    manifest = _read_manifest(path / "manifest.json")
-    classes, numbers = class_numbers([name.rpartition("/")[0] or "." for name in names])
-    if (listed := len(manifest.get("files") or names)) > len(names):
-        warn(f"{path} contains {len(names)} of the {listed} images in its manifest; generate the others, or remove it")
-    labels = _labels(manifest, names)
-    if labels is None and len(classes) > 1:
-        labels = tuple(numbers)
-    else:
-        classes = ()
-    return Source(path, names, tuple(files), None, labels, classes, skipped, manifest=manifest, resize_to=resize_to)
-
-
-def _open_npz(path: Path, resize_to: int | None) -> Source:
-    keys = npz_keys(path)
-    gaussians, extractor = load_statistics(path)
-    if not gaussians and "arr_0" not in keys:
-        content = ", ".join(sorted(keys)) or "nothing"
-        raise UserError(f"{path} contains {content}; expected images under arr_0 or statistics under mu and sigma")
-    array = _check_array(path, map_npz(path)) if "arr_0" in keys else None
-    names = tuple(str(i) for i in range(0 if array is None else len(array)))
-    manifest = _read_manifest(path.with_suffix(".json"))
-    rows = _check_rows(path, map_npz(path, "features"), gaussians) if "features" in keys else None
-    labels = _labels(manifest, names)
-    return Source(path, names, (), array, labels, (), "", gaussians, rows, extractor, manifest, resize_to)
-
-
-def _check_array(path: Path, array: npt.NDArray[np.generic]) -> npt.NDArray[np.uint8]:
-    if array.dtype != np.uint8:
-        raise UserError(f"arr_0 in {path} is {array.dtype}; expected uint8 in 0 … 255, so convert it when writing it")
-    if array.ndim != 4 or array.shape[3] not in (1, 3) or 0 in array.shape[1:]:
-        hint = "; move the channels last" if array.ndim == 4 and array.shape[1] in (1, 3) else ""
-        raise UserError(f"arr_0 in {path} has the shape {array.shape}; expected (N, H, W, 3){hint}")
-    return array  # type: ignore[return-value]
-
-
-def _check_rows(path: Path, rows: npt.NDArray[Any], gaussians: dict[str, Gaussian]) -> npt.NDArray[np.float32]:
-    width = gaussians["pool"].mean.size if "pool" in gaussians else "D"
-    if rows.dtype.kind != "f" or rows.ndim != 2 or rows.shape[1] != width != "D":
-        kind = f"{rows.dtype} {rows.shape}"
-        raise UserError(f"features in {path} is {kind}; expected float32 (N, {width}), so create the file again")
-    return np.asarray(rows, np.float32)
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    manifest = read_manifest(path)
-    if manifest is None:
-        warn(f"{path} is not a manifest of svdit and is ignored")
-    return manifest or {}
-
-
-def _labels(manifest: dict[str, Any], names: tuple[str, ...]) -> tuple[int, ...] | None:
-    labels = manifest.get("labels") or ()
-    return tuple(labels) if len(labels) == len(names) else None
-
-
 def _check_files(
-    files: Sequence[Path], resize_to: int | None, update: Update
+    files: Sequence[Openable], resize_to: int | None, update: Update
 ) -> tuple[tuple[int, int], bool, list[str]]:
-    first: dict[tuple[int, int], Path] = {}
+    first: dict[tuple[int, int], Openable] = {}
     modes: Counter[str] = Counter()
     lossy, animated = False, 0
     for done, file in enumerate(files, 1):

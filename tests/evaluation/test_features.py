@@ -10,7 +10,8 @@ import torch
 
 from svdit.errors import UserError
 from svdit.evaluation.features import Extraction, Features, cache_key, extract, features_folder
-from svdit.evaluation.sources import ImageSet, open_source
+from svdit.evaluation.opening import open_source
+from svdit.evaluation.sources import ImageSet
 
 from .conftest import TinyNetwork, make_images, write_folder
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdit.errors import UserError
-from svdit.evaluation.sources import open_source
+from svdit.evaluation.opening import open_source
 from svdit.evaluation.statistics import Gaussian, Moments, Root, load_statistics, pivoted_cholesky, save_statistics
 
 
