@@ -21,8 +21,8 @@ def parser() -> Parser:
     """The command's flags."""
     p = Parser("svdit evaluate", description=DESCRIPTION)
     add = p.add_argument
-    add("--real_dir", "--real-dir", type=path, metavar="PATH", help="real images: folder, .npz of images or statistics")
-    add("--fake_dir", "--fake-dir", type=path, metavar="PATH", required=True, help="generated images: folder or .npz")
+    add("--real_dir", "--real-dir", type=path, metavar="PATH", help="real images (folder, .tar, .npz) or statistics")
+    add("--fake_dir", "--fake-dir", type=path, metavar="PATH", required=True, help="generated: folder, .tar or .npz")
     add(
         "--num_images", "--num-images", type=positive, metavar="N", help="a seeded choice from each side (default: all)"
     )

@@ -68,7 +68,7 @@ def _refuse_overlap(a: Source, b: Source) -> None:
 
 def open_set(path: str | Path, options: Options) -> ImageSet:
     """The chosen images of a source; a reference of statistics has none."""
-    source = open_source(path, options.resize_to)
+    source = open_source(path, options.resize_to, _shown(options))
     if len(source) == 0 and source.gaussians:
         return ImageSet(source, np.arange(0), (0, 0), sha256(source.path))
     if source.gaussians:  # no choice among images that are stored beside the statistics of a larger set
@@ -81,7 +81,7 @@ def open_set(path: str | Path, options: Options) -> ImageSet:
 
 def open_counterparts(path: str | Path, fakes: ImageSet, options: Options) -> ImageSet:
     """The images of `path` with the names of the chosen fake ones, in their order. Raises UserError on a mismatch."""
-    source = open_source(path, options.resize_to)
+    source = open_source(path, options.resize_to, _shown(options))
     image_set = _checked(source, pair(fakes, source), options)
     if image_set.size != fakes.size:
         sizes = f"the images of {path} are {image_set.size}, those of {fakes.source.path} {fakes.size}"
@@ -92,11 +92,15 @@ def open_counterparts(path: str | Path, fakes: ImageSet, options: Options) -> Im
 def _checked(source: Source, indices: Indices, options: Options, warnings: tuple[str, ...] = ()) -> ImageSet:
     if len(indices) < 2:
         raise UserError(f"{source.path} contains {len(indices)} images; at least 2 images are needed")
-    shown = options.progress and rank() == 0
-    size, lossy, remarks = source.check(indices, shown)
+    size, lossy, remarks = source.check(indices, _shown(options))
     warnings += tuple(f"{source.path}: {remark}" for remark in remarks)
-    content, copies = source.content(indices, shown)
+    content, copies = source.content(indices, _shown(options))
     return ImageSet(source, indices, size, content, lossy, copies, warnings)
+
+
+def _shown(options: Options) -> bool:
+    """Whether this process shows progress."""
+    return options.progress and rank() == 0
 
 
 def _counterparts(reals: ImageSet | None, fakes: ImageSet, options: Options) -> str | Path | None:

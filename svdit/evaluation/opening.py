@@ -19,6 +19,7 @@ from svdit.evaluation.sources import Source
 from svdit.evaluation.statistics import Gaussian, load_statistics
 from svdit.images import class_numbers, relative_names, scan_images
 from svdit.printing import warn
+from svdit.progress import progress
 from svdit.storage.manifest import read_manifest
 from svdit.storage.npz import map_npz, npz_keys
 
@@ -28,21 +29,21 @@ ELSEWHERE = {  # where the images of a set without files are, by the manifest's 
 }
 
 
-def open_source(path: str | Path, resize_to: int | None = None) -> Source:
+def open_source(path: str | Path, resize_to: int | None = None, show_progress: bool = False) -> Source:
     """Open a folder, sub-folders included, an .npz or a .tar. Raises UserError for anything else."""
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path, resize_to)
+        return _open_folder(path, resize_to, show_progress)
     if not path.is_file():
         raise UserError(f"there is no folder or file {path}; fix the path")
     if path.suffix.lower() == ".npz":
         return _open_npz(path, resize_to)
     if ".tar" in path.suffixes or path.suffix == ".tgz":
-        return _open_tars(path, [path], {}, resize_to)
+        return _open_tars(path, [path], {}, resize_to, show_progress)
     raise UserError(f"{path} is no folder, .npz or .tar; pass a folder of images, an .npz or a .tar of images")
 
 
-def _open_folder(path: Path, resize_to: int | None) -> Source:
+def _open_folder(path: Path, resize_to: int | None, show_progress: bool) -> Source:
     files, skipped = scan_images(path, ".tar")
     archives = [file for file in files if file.suffix.lower() == ".tar"]
     manifest = _read_manifest(path / "manifest.json")
@@ -54,7 +55,7 @@ def _open_folder(path: Path, resize_to: int | None) -> Source:
             raise UserError(
                 f"{path} contains images, such as {image}, and archives, such as {archives[0]}; separate them"
             )
-        return _open_tars(path, archives, manifest, resize_to)
+        return _open_tars(path, archives, manifest, resize_to, show_progress)
     names = tuple(name[: name.rindex(".")] for name in relative_names(path, files))
     return _labelled(Source(path, names, tuple(files), skipped=skipped, manifest=manifest, resize_to=resize_to))
 
@@ -68,8 +69,11 @@ def _no_images(path: Path, storage: str | None, skipped: str) -> str:
     return f"{path} and its sub-folders contain no images{found}; pass a folder of PNG or JPEG files"
 
 
-def _open_tars(path: Path, archives: list[Path], manifest: dict[str, Any], resize_to: int | None) -> Source:
-    images, labels, skipped = open_shards(archives)
+def _open_tars(
+    path: Path, archives: list[Path], manifest: dict[str, Any], resize_to: int | None, show_progress: bool
+) -> Source:
+    with progress(f"opening {path.name}", show_progress, "archives") as update:
+        images, labels, skipped = open_shards(archives, update)
     if not images:
         found = f" (only {skipped})" if skipped else ""
         raise UserError(f"{path} contains no images{found}; pass an archive of PNG or JPEG files")

@@ -6,12 +6,13 @@ They are read by place, so nothing is unpacked. Of the other files only labels (
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from svdit.errors import UserError
 from svdit.images import EXTENSIONS, UNREAD, in_words, is_hidden, natural_key
+from svdit.progress import Update
 from svdit.storage.tar import PackedFile, read_members, tar_entries
 from svdit.storage.tar_headers import Member
 
@@ -26,34 +27,45 @@ class Shards(NamedTuple):
     skipped: str
 
 
-def open_shards(archives: Iterable[Path]) -> Shards:
+def open_shards(archives: Sequence[Path], update: Update = lambda done, total: None) -> Shards:
     """Read the headers and labels. Raises UserError for damaged archives, and for two images of one key."""
     found: dict[str, PackedFile] = {}
     labels: dict[str, int] = {}
     skipped: Counter[str] = Counter()
-    for archive in archives:
+    for done, archive in enumerate(archives, 1):
         classes: dict[str, Member] = {}
         for name, member in tar_entries(archive):
-            name = name.removeprefix("./")
-            key, extension = split(name)
-            if any(map(is_hidden, name.split("/"))):
-                continue
-            if extension == "cls" and member and member.size <= LONGEST:
-                classes[key] = member
-            elif (suffix := "." + extension.rpartition(".")[2]) in EXTENSIONS and member:
-                if key in found:
-                    raise UserError(
-                        f"{found[key]} and {archive}/{name} share the key {key}, the name before the first dot; "
-                        "rename or remove one"
-                    )
-                found[key] = PackedFile(archive, name, member)
-            elif suffix in EXTENSIONS | UNREAD | {".tar"}:
-                skipped[f"{suffix} file" if member else "special file"] += 1
+            _sort(archive, name.removeprefix("./"), member, found, classes, skipped)
         contents = read_members(archive, classes.values())
         labels |= {key: int(text) for key, text in zip(classes, contents, strict=True) if text.strip().isdigit()}
+        update(done, len(archives))
     images = {key: found[key] for key in sorted(found, key=lambda key: natural_key(found[key].name))}
     complete = labels.keys() >= images.keys()
     return Shards(images, tuple(labels[key] for key in images) if complete else None, in_words(skipped))
+
+
+def _sort(
+    archive: Path,
+    name: str,
+    member: Member | None,
+    images: dict[str, PackedFile],
+    classes: dict[str, Member],
+    skipped: Counter[str],
+) -> None:
+    """Add an entry of an archive to the images, the labels or what is skipped. Raises UserError for a second image."""
+    key, extensions = split(name)
+    suffix = "." + extensions.rpartition(".")[2]
+    if any(map(is_hidden, name.split("/"))):
+        return
+    if extensions == "cls" and member and member.size <= LONGEST:
+        classes[key] = member
+    elif suffix in EXTENSIONS and member:
+        if key in images:
+            both = f"{images[key]} and {archive}/{name}"
+            raise UserError(f"{both} share the key {key}, the name up to the first dot; rename or remove one")
+        images[key] = PackedFile(archive, name, member)
+    elif suffix in EXTENSIONS | UNREAD | {".tar"}:
+        skipped[f"{suffix} file" if member else "special file"] += 1
 
 
 def split(name: str) -> tuple[str, str]:
