@@ -38,17 +38,19 @@ def open_source(path: str | Path, resize_to: int | None = None, show_progress: b
         raise UserError(f"there is no folder or file {path}; fix the path")
     if path.suffix.lower() == ".npz":
         return _open_npz(path, resize_to)
-    if ".tar" in path.suffixes or path.suffix == ".tgz":
+    if {".tar", ".tgz"} & {suffix.lower() for suffix in path.suffixes}:
         return _open_tars(path, [path], {}, resize_to, show_progress)
     raise UserError(f"{path} is no folder, .npz or .tar; pass a folder of images, an .npz or a .tar of images")
 
 
 def _open_folder(path: Path, resize_to: int | None, show_progress: bool) -> Source:
+    manifest = _read_manifest(path / "manifest.json")
+    if (storage := manifest.get("storage")) in ELSEWHERE:  # there may be image grids
+        raise UserError(f"{path} does not contain its images: {ELSEWHERE[storage].format(path)}")
     files, skipped = scan_images(path, ".tar")
     archives = [file for file in files if file.suffix.lower() == ".tar"]
-    manifest = _read_manifest(path / "manifest.json")
     if not files:
-        raise UserError(_no_images(path, manifest.get("storage"), skipped))
+        raise UserError(_no_images(path, skipped))
     if archives:
         if len(archives) < len(files):
             image = next(file for file in files if file.suffix.lower() != ".tar")
@@ -60,9 +62,7 @@ def _open_folder(path: Path, resize_to: int | None, show_progress: bool) -> Sour
     return _labelled(Source(path, names, tuple(files), skipped=skipped, manifest=manifest, resize_to=resize_to))
 
 
-def _no_images(path: Path, storage: str | None, skipped: str) -> str:
-    if storage in ELSEWHERE:
-        return f"{path} contains no images: {ELSEWHERE[storage].format(path)}"
+def _no_images(path: Path, skipped: str) -> str:
     if compressed := sorted([*path.glob("*.tar.*"), *path.glob("*.tgz")]):
         return f"{path} contains no images, but {compressed[0].name}, which is compressed; decompress it first"
     found = f" (only {skipped})" if skipped else ""

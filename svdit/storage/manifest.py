@@ -11,6 +11,7 @@ from svdit.storage.checksum import digest
 CHECKSUM = "manifest_sha256"
 MARKS = (b'"tool": "svdit"', CHECKSUM.encode())  # a damaged file has one of them
 TYPES: dict[str, type | list[type]] = {
+    "storage": str,
     "num_images": int,
     "seed": int,
     "image_size": int,

@@ -213,10 +213,10 @@ def text_as_tar(folder: Path) -> Path:
     return folder / "x.tar"
 
 
-def stored_as(form: str) -> Callable[[Path], Path]:
+def stored_as(form: str, images: int = 0) -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
         (folder / "manifest.json").write_text(json.dumps({"tool": "svdit", "storage": form}))
-        return folder
+        return write_folder(folder, make_images(images), ["grid_fake.png", "grid_pairs.png"][:images])
 
     return make
 
@@ -257,10 +257,10 @@ MALFORMED = {
     "a .tgz": (tar("x.tgz"), r"x\.tgz is compressed; decompress it first"),
     "a folder of .tgz": (tar("x.tgz", "y.tgz"), r"contains no images, but x\.tgz, which is compressed; decompress it"),
     "text called .tar": (text_as_tar, r"x\.tar cannot be read as a tar archive"),
-    "a set in an .npz": (stored_as("npz"), r"contains no images: they are in .*\.npz; pass that file"),
+    "a set in an .npz": (stored_as("npz"), r"does not contain its images: they are in .*\.npz; pass that file"),
     "a set of metrics": (
-        stored_as("features"),
-        r"contains no images: none were stored, only metrics; see .*/metrics\.json",
+        stored_as("features", 2),
+        r"does not contain its images: none were stored, only metrics; see .*/metrics\.json",
     ),
     "a set of no shards": (stored_as("tar"), r"contain no images"),
     "statistics that do not fit": (npz(mu=np.zeros(3), sigma=np.eye(4)), r"\(3,\) and \(4, 4\)"),
