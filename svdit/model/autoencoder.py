@@ -5,6 +5,8 @@ bound memory.
 """
 
 import ssl
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from svdit.storage.checksum import digest
 REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
 TIMEOUT = 5.0  # seconds for an answer of Hugging Face
 MAX_PIXELS = 8 * 256 * 256  # per call of the VAE
+WORKERS = 8  # images at the same time on a CPU; one of 256 px needs 0.5 GB
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Autoencoder:
         """
         if self.vae is None:
             return x
-        parts = [self.vae.encode(part).latent_dist for part in self._parts(x, 1)]
+        parts = self._map(lambda part: self.vae.encode(part).latent_dist, x, 1)
         mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
         return (mean + std * noise.to(mean)) * self.vae.config.scaling_factor
 
@@ -66,13 +69,32 @@ class Autoencoder:
         if self.vae is None:
             return z.clamp(-1, 1)
         z = z / self.vae.config.scaling_factor
-        return torch.cat([self.vae.decode(part).sample for part in self._parts(z, self.factor)]).clamp(-1, 1)
+        return torch.cat(self._map(lambda part: self.vae.decode(part).sample, z, self.factor)).clamp(-1, 1)
 
-    def _parts(self, x: Tensor, factor: int) -> tuple[Tensor, ...]:
-        """One image at a time on a CPU, so that rounding does not depend on the number of images."""
-        pixels = x.shape[-2] * x.shape[-1] * factor**2
-        count = 1 if self.vae.device.type == "cpu" else max(1, MAX_PIXELS // pixels)
-        return torch.split(x.to(self.vae.device, self.vae.dtype), count)
+    def _map(self, function: Callable[[Tensor], Any], x: Tensor, factor: int) -> list[Any]:
+        """`function` of parts of x (N, …), each part's factor² times as many pixels.
+
+        On a CPU every image is a part and one thread's work, so that rounding depends on the number of neither.
+        """
+        x = x.to(self.vae.device, self.vae.dtype)
+        if self.vae.device.type == "cpu":
+            return in_single_threads(function, torch.split(x, 1))
+        return [function(part) for part in torch.split(x, max(1, MAX_PIXELS // (x[0, 0].numel() * factor**2)))]
+
+
+def in_single_threads(function: Callable[[Tensor], Any], parts: Sequence[Tensor]) -> list[Any]:
+    """`function` of each part (…), several at the same time, each on one thread."""
+    threads = torch.get_num_threads()
+
+    def single(part: Tensor) -> Any:
+        torch.set_num_threads(1)  # of this thread
+        with torch.no_grad():
+            return function(part)
+
+    with ThreadPoolExecutor(min(threads, len(parts), WORKERS)) as pool:
+        results = list(pool.map(single, parts))
+    torch.set_num_threads(threads)  # of threads that start later
+    return results
 
 
 PIXELS = Autoencoder("none")

@@ -49,6 +49,27 @@ def test_equals_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once
     assert images.abs().max() > 1
 
 
+def test_images_depend_neither_on_the_batch_nor_on_the_number_of_threads() -> None:
+    vae = AutoencoderKL(
+        block_out_channels=(64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    ours = Autoencoder("random", randomize(vae))
+    x, noise, found = torch.rand(3, 3, 64, 64) * 2 - 1, torch.randn(3, 4, 32, 32), list[torch.Tensor]()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            together = ours.decode(ours.encode(x, noise))
+            alone = [ours.decode(ours.encode(a, b)) for a, b in zip(x.split(1), noise.split(1), strict=True)]
+            assert torch.get_num_threads() == threads
+            found += [together, torch.cat(alone)]
+    finally:
+        torch.set_num_threads(1)
+    assert found[0].std() > 0.01
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
 def test_pixels_pass_through() -> None:
     none = load_autoencoder("none")
     assert none == Autoencoder("none")
