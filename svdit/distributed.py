@@ -20,9 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from svdit.errors import UserError, sentence
+from svdit import restarts
+from svdit.errors import UserError, lost_connection, sentence
 from svdit.files import exclusive
-from svdit.peers import Watch, connect, first_to_fail
+from svdit.peers import (
+    ABSENT,
+    INTERVAL,
+    Watch,
+    await_termination,
+    connect,
+    first_to_fail,
+    missing,
+    processes,
+    under_torchrun,
+)
 
 T = TypeVar("T")
 
@@ -31,28 +42,49 @@ T = TypeVar("T")
 def session(device: torch.device | None = None) -> Iterator[None]:
     """Join torchrun's process group (nccl on CUDA, gloo otherwise) and leave it at the end.
 
-    On "cuda" without an index every process uses its own GPU.
+    On "cuda" without an index every process uses its own GPU. Raises UserError for an incomplete environment.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    device = default_device() if device in (None, torch.device("cuda")) else device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     watch = Watch()
-    watch.start()
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # the first to finish waits for the slowest
+    if several or under_torchrun():
+        watch.start()
+        restarts.announce()
+    if several:
+        join(default_device() if device in (None, torch.device("cuda")) else device)
     try:
         yield
         barrier()  # a process that has ended would look like one that failed
-    except Exception:
+    except Exception as error:
+        if lost_connection(error):
+            await_termination()
         first_to_fail()  # before the others see the closed connection
         raise
     finally:
         watch.done.set()
-        gc.collect()  # frees users of the group first, including reference cycles of DistributedDataParallel
-        dist.destroy_process_group()
+        if several:
+            gc.collect()  # frees users of the group first, including reference cycles of DistributedDataParallel
+            dist.destroy_process_group()
+
+
+def join(device: torch.device) -> None:
+    """Join the process group. Raises UserError for an incomplete environment.
+
+    Not by torch's own connection: it would find the addresses of the processes before a restart.
+    """
+    if unset := missing():
+        raise UserError(f"WORLD_SIZE is set, but {unset[0]} is not; use torchrun, or set both")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = connect(wait=ABSENT * INTERVAL)
+    patience = timedelta(days=1)  # the first to finish waits for the slowest
+    store.set_timeout(patience)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        timeout=patience,
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=processes(),
+    )
 
 
 def default_device() -> torch.device:

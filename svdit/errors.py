@@ -7,6 +7,8 @@ import errno
 import os
 import re
 
+from svdit import restarts
+
 REMEDIES = {
     errno.ENOSPC: "free some space, or choose another folder",
     errno.EDQUOT: "free some space, or choose another folder",
@@ -26,6 +28,7 @@ REMEDIES = {
 }
 LESS_MEMORY = "use a smaller batch or model, or a machine with more memory"
 NO_MEMORY = r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Unable to allocate"
+LOST = r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe"
 OF_TORCH = {  # RuntimeErrors by their text: what happened and what to do
     r"shared memory|</torch_|Bus error": (
         "not enough shared memory for the data loading workers",
@@ -35,9 +38,13 @@ OF_TORCH = {  # RuntimeErrors by their text: what happened and what to do
         "a data loading worker was killed, probably for lack of memory",
         "use fewer workers or a smaller batch",
     ),
-    r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe": (
+    r"failed to listen": (
+        "MASTER_PORT is in use by another run",
+        "end that one, or choose another port",
+    ),
+    LOST: (
         "the connection to another process of this run failed",
-        "see its message, then run the same command again",
+        "see its message, then {again}",
     ),
 }
 
@@ -61,11 +68,16 @@ def sentence(error: BaseException, less_memory: str = LESS_MEMORY) -> str | None
     if isinstance(error, RuntimeError):
         for pattern, (problem, remedy) in OF_TORCH.items():
             if re.search(pattern, text):
-                return f"{problem} ({first}); {remedy}"
+                return f"{problem} ({first}); {remedy.format(again=restarts.again())}"
     if out_of_memory(error):
         return f"not enough memory ({first}); {less_memory}"
     system = system_error(error)
     return None if system is None else failed("access", system.filename or "a file", system)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether the error is that another process of the run is gone."""
+    return isinstance(error, RuntimeError) and re.search(LOST, str(error)) is not None
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -18,10 +18,12 @@ from typing import IO, Literal, Protocol
 
 from filelock import FileLock, Timeout
 
+from svdit import restarts
 from svdit.errors import LESS_MEMORY, REMEDIES, UnreadableError, UserError, failed, out_of_memory, system_error
 from svdit.printing import note
 
 PREFIX, SUFFIX, LOCK = ".svdit-", ".tmp", ".lock"  # of temporary folders, and of the file in it that is locked
+RESTARTING = 60.0  # seconds; torchrun kills a process 30 s after asking it to end
 swept, unfinished = set[Path](), set[Path]()  # folders where this process has looked for strays; its temporary ones
 CANNOT_LOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}  # of file systems without locks
 
@@ -140,12 +142,14 @@ def reading(path: str | Openable) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(*outputs: str | Path, wait: float = 0) -> Iterator[None]:
+def exclusive(*outputs: str | Path, wait: float | None = None) -> Iterator[None]:
     """Hold the locks of `outputs`, files or existing folders. The system releases them when the process is killed.
 
     A lock is an empty hidden file in the folder or beside the file. Raises UserError, naming the output, where another
-    process holds one for `wait` seconds. Without locks on the file system a note is printed instead.
+    process holds one for `wait` seconds; None: 0, or, where torchrun restarts processes, until those before have ended
+    on their hosts. Without locks on the file system a note is printed instead.
     """
+    wait = (RESTARTING if restarts.allowed() else 0) if wait is None else wait
     with ExitStack() as locks:
         for path in map(Path, outputs):
             folder = path.resolve()

@@ -11,12 +11,13 @@ from benchmarks import structure
 ROOT = Path(__file__).parents[1]
 GROUND = {
     *("errors", "fields", "files", "holdout", "images", "distributed", "download", "peers"),
-    *("extras", "printing", "progress", "shims", "storage"),
+    *("extras", "printing", "progress", "restarts", "shims", "storage"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
+    "restarts": {"printing"},
+    "errors": {"restarts"},
     "fields": {"errors"},
-    "files": {"errors", "printing"},
+    "files": {"errors", "printing", "restarts"},
     "holdout": set(),
     "shims": set(),
     "extras": {"errors", "shims"},
@@ -25,8 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "download": {"errors", "files", "progress", "storage"},
     "storage": {"errors", "files"},
     "images": {"errors", "files"},
-    "peers": {"files", "printing"},
-    "distributed": {"errors", "files", "peers"},
+    "peers": {"files", "printing", "restarts"},
+    "distributed": {"errors", "files", "peers", "restarts"},
     "kernels": GROUND,
     "model": GROUND,
     "diffusion": GROUND,

@@ -108,3 +108,13 @@ def test_claimed_numbers_go_to_those_who_have_time(world: int):
         assert sorted(n for mine in numbers for n in mine) == list(range(count))
     assert found[0][1] == ([] if world > 1 else list(range(5)))
     assert {each[2] for each in found} == {world}
+
+
+@pytest.mark.parametrize("unset", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_an_incomplete_environment_is_refused(unset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(unset)
+    with pytest.raises(UserError, match=f"WORLD_SIZE is set, but {unset} is not"), session():
+        pass

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from svdit import images
+from svdit import files, images
 from svdit.checkpoints import io as checkpoints
 from svdit.errors import UserError
 from svdit.evaluation.statistics import save_statistics
@@ -66,6 +66,22 @@ def test_whoever_waits_gets_the_lock(tmp_path: Path) -> None:
     assert first.stdin
     first.stdin.close()
     with exclusive(tmp_path / "cache", wait=60):
+        pass
+    first.wait()
+
+
+def test_where_torchrun_restarts_processes_they_wait_for_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = holder(tmp_path / "set")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setattr(files, "RESTARTING", 0.3)
+    with pytest.raises(UserError, match="another process is writing"), exclusive(tmp_path / "set"):
+        pass
+    monkeypatch.setattr(files, "RESTARTING", 60.0)
+    assert first.stdin
+    first.stdin.close()
+    with exclusive(tmp_path / "set"):
         pass
     first.wait()
 

@@ -5,6 +5,7 @@ They are forked here, with the store that torchrun's agent has; tests/cli/test_s
 
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import time
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 from pixels import saved
+from test_distributed import free_port
 from torch.distributed import TCPStore
 
 from svdit import peers
 from svdit.cli import command
+from svdit.cli.signals import ending
 from svdit.distributed import barrier, rank, session
 from svdit.errors import UserError, sentence
 
@@ -32,11 +35,15 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "TOGETHER", 2.0)
 
 
+def agent_store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
 class Run:
     """Two processes that call `function`; `end` returns their exit codes and what they wrote to stderr."""
 
-    def __init__(self, function: Callable[[], object], folder: Path) -> None:
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    def __init__(self, function: Callable[[], object], folder: Path, store: TCPStore | None = None) -> None:
+        self.store = store or agent_store()
         self.errors = folder / "stderr"
         context = multiprocessing.get_context("fork")
         self.members = [context.Process(target=self.member, args=(function, place)) for place in range(2)]
@@ -169,3 +176,115 @@ def test_slow_work_and_a_suspended_run_are_neither(tmp_path: Path) -> None:
         time.sleep(2.5)
     codes, lines = run.end()
     assert (codes, ours(lines)) == ([0, 0], [])
+
+
+def test_a_restart_reads_nothing_of_the_processes_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which have left their addresses, their counts and their failure in the store that torchrun keeps."""
+
+    def work() -> None:
+        raise UserError("a failure")
+
+    store = agent_store()
+    assert Run(in_session(work), tmp_path, store).end()[0] == [2, 2]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    codes, lines = Run(in_session(lambda: None), tmp_path, store).end()
+    assert (codes, ours(lines)) == ([0, 0], ["svdit: a failure"])
+
+
+def test_without_a_store_of_torchrun_the_first_process_may_start_late(tmp_path: Path) -> None:
+    """Later than a frozen one may be silent. The agents of different hosts count their restarts differently."""
+    port = free_port()
+
+    def run() -> None:
+        place = int(os.environ["RANK"])
+        os.environ.update(
+            MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False", TORCHELASTIC_RESTART_COUNT=str(place)
+        )
+        time.sleep(3.0 * (place == 0))
+        in_session(lambda: time.sleep(0.5))()
+
+    codes, lines = Run(run, tmp_path).end()
+    assert (codes, ours(lines)) == ([0, 0], [])
+
+
+def test_a_frozen_first_process_has_the_store(tmp_path: Path) -> None:
+    port = free_port()
+
+    def work() -> None:
+        if rank() == 0:
+            (tmp_path / "working").touch()
+            time.sleep(30)
+
+    def run() -> None:
+        os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+        in_session(work)()
+
+    run_ = Run(run, tmp_path)
+    while not (tmp_path / "working").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run_.kill(0, signal.SIGSTOP)
+    run_.members[1].join(30)
+    run_.kill(0, signal.SIGKILL)
+    codes, lines = run_.end()
+    assert codes == [-signal.SIGKILL, 2]
+    assert ours(lines) == [
+        "svdit: the first process of this run is gone; see its messages, then run the same command again"
+    ]
+
+
+def test_where_a_host_leaves_torchrun_ends_the_others_without_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although they have lost a connection by then."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setattr(peers, "PATIENCE", 60.0)
+    genuine = peers.await_termination
+
+    def await_termination() -> None:
+        (tmp_path / "lost").touch()
+        genuine()
+
+    monkeypatch.setattr("svdit.distributed.await_termination", await_termination)
+
+    def work() -> None:
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        with ending():
+            in_session(work)()
+
+    run_ = Run(run, tmp_path)
+    while run_.members[0].is_alive() and not (tmp_path / "lost").exists():
+        time.sleep(0.05)
+    run_.kill(0, signal.SIGTERM)
+    codes, lines = run_.end()
+    assert (codes, ours(lines)) == ([128 + signal.SIGTERM, -signal.SIGKILL], [])
+
+
+def test_a_process_whose_torchrun_was_killed_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    context = multiprocessing.get_context("fork")
+    alive, worker_alive = os.pipe()  # read to its end when the worker has ended
+
+    def worker() -> None:
+        os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w")
+        with session():
+            (tmp_path / "working").touch()
+            time.sleep(60)
+
+    def agent() -> None:
+        context.Process(target=worker).start()
+        time.sleep(60)
+
+    process = context.Process(target=agent)
+    process.start()
+    os.close(worker_alive)
+    while not (tmp_path / "working").exists():
+        time.sleep(0.05)
+    process.kill()
+    assert select.select([alive], [], [], 30)[0]
+    assert (tmp_path / "stderr").read_text() == "svdit: torchrun was killed; run the same command again\n"
