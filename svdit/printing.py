@@ -4,6 +4,8 @@ What comes from files, paths and checkpoints cannot move the cursor, change the 
 """
 
 import io
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,20 @@ def write_out(*lines: object) -> None:
     """Print lines to stdout."""
     for line in lines:
         print(printable(line))
+
+
+def write_json(data: object) -> None:
+    """Print data to stdout as one line of JSON in ASCII; NaN and infinity become null."""
+    print(json.dumps(finite(data), default=str))
+
+
+def finite(data: object) -> object:
+    """The data, in which None replaces floats that JSON does not have."""
+    if isinstance(data, dict):
+        return {key: finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def write_error(line: object) -> None:

@@ -113,7 +113,7 @@ def test_the_help_of_every_command_is_ascii() -> None:
     for name in COMMANDS:
         text = parser(name).format_help()
         assert text.isascii(), [c for c in text if not c.isascii()]
-        assert "--quiet" in text
+        assert "--quiet" in text and "--json" in text
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

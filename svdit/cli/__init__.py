@@ -5,6 +5,7 @@ Each command's module has `parser()`, which imports no torch, and `run(args)`, w
 
 import argparse
 import sys
+from contextlib import redirect_stdout
 from importlib import import_module
 from types import ModuleType
 
@@ -59,7 +60,7 @@ def command(name: str, argv: list[str] | None = None) -> None:
     with standard_streams(), ending():
         args = parser(name).parse_args(argv)
         try:
-            with quietly(args.quiet):
+            with quietly(args.quiet), redirect_stdout(sys.stderr if args.json else sys.stdout):
                 result: Result | None = module(name).run(args)
             if result:  # after all files are written: printing fails where the reader of a pipe has gone
                 result.print(args)

@@ -21,7 +21,8 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> Result:
     """The table."""
-    from svdit.evaluation.compare import compare
+    from svdit.evaluation.compare import comparison
 
-    table = compare(args.reports, args.metrics, args.force)
-    return Result(table.split("\n"))
+    table = comparison(args.reports, args.metrics, args.force)
+    rows = [{"file": path, **row} for path, row in zip(args.reports, table.to_json(), strict=True)]
+    return Result({"rows": rows}, table.text().split("\n"))

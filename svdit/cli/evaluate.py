@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> Result:
         if rank() == 0 and args.output:
             report.save(args.output)
     unavailable = f"requested but unavailable: {', '.join(report.failed)}" if report.failed else ""
-    return Result(report.text().split("\n"), problem=unavailable)
+    return Result(report.to_json(), report.text().split("\n"), problem=unavailable)
 
 
 def check_outputs(args: argparse.Namespace, options: "Options") -> None:

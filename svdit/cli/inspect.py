@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import setup
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from svdit.model.dit import DiTConfig
     from svdit.quant.linear import LinearSpec
+
+    Layer = tuple[LinearSpec, int, int, int]  # output and input features, bytes
 
 LARGE = 20  # entries, from which on a dict in the header is not printed
 
@@ -29,7 +32,6 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> Result:
     """The table of quantized layers, the configuration and the provenance."""
     from svdit.checkpoints import io, restore, store
-    from svdit.kernels import ops
     from svdit.model.zoo import CONFIGS
     from svdit.report.tables import spec_table
 
@@ -47,21 +49,48 @@ def run(args: argparse.Namespace) -> Result:
     specs = restore.specs_from_header(header, path)
     names = store.class_names(header, config, path)
     layers = {name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}
-    lines = [
-        f"file: {path.name}, {sum(part.stat().st_size for part in io.parts(path)) / 1e6:.2f} MB",
-        f"model: {header.get('name') or 'a DiT'}, {config}",
-        f"classes: {classes(config, guessed=not header)}",
-        *([f"class names: {listed(names)}"] if names else []),
-        f"layers: {len(specs)} quantized" if specs else "layers: none quantized",
-    ]
-    if layers:
-        device = setup.device(None)
-        backend = ops.choose(device)
-        lines.append(f"backend on this machine: {ops.describe(backend)}")
-        shapes = {name: (spec, (rows, columns)) for name, (spec, rows, columns, _) in layers.items()}
-        lines += filter(None, [setup.unsupported(shapes, backend, device)])
-    lines += [f"{key}: {value}" for key, value in flat(header.get("provenance", {}))]
-    return Result([spec_table(layers), *lines] if layers else lines)
+    backend, fallbacks = execution(layers) if layers else (None, "")
+    data = {
+        "file": path,
+        "bytes": sum(part.stat().st_size for part in io.parts(path)),
+        "name": header.get("name") or None,
+        "config": asdict(config),
+        "class_names": names,
+        "layers": [
+            {"name": name, "shape": (rows, columns), "bytes": nbytes, **asdict(spec)}
+            for name, (spec, rows, columns, nbytes) in layers.items()
+        ],
+        "backend": backend,
+        "fallbacks": fallbacks or None,
+        "provenance": header.get("provenance", {}),
+    }
+    lines = list(text(data, config, guessed=not header))
+    return Result(data, [spec_table(layers), *lines] if layers else lines)
+
+
+def text(data: dict[str, Any], config: "DiTConfig", guessed: bool) -> Iterator[str]:
+    """The lines below the table; `guessed`: the file has no header."""
+    yield f"file: {data['file'].name}, {data['bytes'] / 1e6:.2f} MB"
+    yield f"model: {data['name'] or 'a DiT'}, {config}"
+    yield f"classes: {classes(config, guessed)}"
+    if data["class_names"]:
+        yield f"class names: {listed(data['class_names'])}"
+    yield f"layers: {len(data['layers']) or 'none'} quantized"
+    if data["backend"]:
+        yield f"backend on this machine: {data['backend']}"
+    if data["fallbacks"]:
+        yield data["fallbacks"]
+    yield from (f"{key}: {value}" for key, value in flat(data["provenance"]))
+
+
+def execution(layers: "Mapping[str, Layer]") -> tuple[str, str]:
+    """The backend on this machine, and the layers that it does not support, as a sentence; "" for none."""
+    from svdit.kernels import ops
+
+    device = setup.device(None)
+    backend = ops.choose(device)
+    shapes = {name: (spec, (rows, columns)) for name, (spec, rows, columns, _) in layers.items()}
+    return ops.describe(backend), setup.unsupported(shapes, backend, device)
 
 
 def classes(config: "DiTConfig", guessed: bool) -> str:

@@ -124,11 +124,14 @@ def run(args: argparse.Namespace) -> Result | None:
         save_model(source.model, args.output, name=source.name, provenance=provenance)
         fallbacks = unsupported(source.model, backend, device)
         header = {"settings": record, "backend": ops.describe(backend), "fallbacks": fallbacks or None}
-        paths = write_report(args.output, report, header, measured)
+        written = write_report(args.output, report, header, measured)
         remove(work)
-    for warning in [*report.warnings, *filter(None, [fallbacks])]:
+    warnings = [*report.warnings, *filter(None, [fallbacks])]
+    for warning in warnings:
         warn(warning)
-    return Result([*summary(report), args.output, *paths], [args.output, *paths])
+    paths = {"output": args.output, **written}
+    shown = [path for path in paths.values() if path]
+    return Result({**paths, **report.to_dict(), "warnings": warnings}, [*summary(report), *shown], shown)
 
 
 def quantize(
@@ -220,7 +223,7 @@ def measure(
 
 def write_report(
     output: Path, report: "QuantReport", header: dict[str, Any], measured: dict[str, Any] | None
-) -> list[Path]:
+) -> dict[str, Path | None]:
     """Write the report as JSON and the figures as PNG beside the checkpoint; returns their paths."""
     from svdit.extras import require
     from svdit.files import atomic_path
@@ -234,10 +237,10 @@ def write_report(
         try:
             require("matplotlib")
             draw(output.with_suffix(".report"), report.layers, measured)
-            return [path, output.with_suffix(".report")]
+            return {"report": path, "figures": output.with_suffix(".report")}
         except UserError as error:
             note(f"no figures: {error}")
-    return [path]
+    return {"report": path, "figures": None}
 
 
 def remove(folder: Path) -> None:

@@ -5,9 +5,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from svdit.printing import write_out
+from svdit.printing import write_json, write_out
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """`text` is printed, or with --quiet `brief` where there is one; a `problem` is an error with exit code 1."""
+    """What is printed: `text`, with --quiet `brief` where there is one, with --json `data` (see docs/scripting.md).
 
+    A `problem` is an error with exit code 1.
+    """
+
+    data: dict[str, Any]
     text: Sequence["Line"]
     brief: Sequence["Line"] = ()
     problem: str = ""
@@ -26,6 +30,9 @@ class Result:
     def print(self, args: argparse.Namespace) -> None:
         """Print it to stdout, on the first process of a run."""
         if not is_first():
+            return
+        if args.json:
+            write_json(self.data)
             return
         for line in (args.quiet and self.brief) or self.text:
             if isinstance(line, str | Path):
@@ -37,9 +44,10 @@ class Result:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """--quiet"""
+    """--quiet, --json"""
     add = parser.add_argument_group("printing").add_argument
     add("--quiet", action="store_true", help="print the result only, and warnings and errors")
+    add("--json", action="store_true", help="print the result as one JSON object")
 
 
 def is_first() -> bool:

@@ -5,6 +5,7 @@ Noise is drawn in the order of the published script, so on a GPU a seed reproduc
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +69,8 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> Result:
         )
     scale = max(1, MIN_SIDE // samples.shape[1])
     images.write_png(args.output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
-    return Result([args.output])
+    data = {"output": args.output, "classes": labels, "checkpoint": checkpoint.path, "seed": args.seed}
+    return Result(data | asdict(config), [args.output])
 
 
 def class_labels(classes: Sequence[str] | None, model: "DiT") -> list[int]:

@@ -114,8 +114,10 @@ def run(args: argparse.Namespace) -> Result:
                 origin=origin(checkpoint, model, tf32) if first else None,
                 progress=tick,
             )
+    count, manifest = args.num_fid_samples, args.sample_dir / "manifest.json"
+    data = {"folder": args.sample_dir, "npz": npz, "manifest": manifest, "images": count, "storage": args.sink}
     places = [npz] if args.sink == "npz" else [args.sample_dir, npz]
-    return Result([f"{args.num_fid_samples} images in {' and '.join(map(str, places))}"], places)
+    return Result(data, [f"{count} images in {' and '.join(map(str, places))}"], places)
 
 
 def set_tf32(allowed: bool) -> None:

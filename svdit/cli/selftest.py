@@ -1,6 +1,7 @@
 """`svdit selftest`: check the metric implementations on this machine."""
 
 import argparse
+from dataclasses import asdict
 
 from svdit.cli.arguments import Parser, output, path
 from svdit.cli.result import Result
@@ -44,4 +45,5 @@ def run(args: argparse.Namespace) -> Result:
         for check in checks
     ]
     failed = sum(not check.passed for check in checks)
-    return Result(lines, problem=f"{failed} of {len(checks)} checks failed" if failed else "")
+    data = {"passed": not failed, "checks": [{**asdict(check), "passed": check.passed} for check in checks]}
+    return Result(data, lines, problem=f"{failed} of {len(checks)} checks failed" if failed else "")

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> Result:
         model = DiT(config).to(device)
         model.class_names = images.classes
         with progress("training", rank() == 0, "steps") as tick:
-            train(
+            state = train(
                 model,
                 images,
                 options,
@@ -148,7 +148,8 @@ def run(args: argparse.Namespace) -> Result:
                 report=report,
                 progress=tick,
             )
-    return Result([args.results_dir / "ema.safetensors"])
+    paths = {"output": args.results_dir / "ema.safetensors", "checkpoint": args.results_dir / "last.pt"}
+    return Result({**paths, "steps": state.step, "seconds": state.seconds}, [paths["output"]])
 
 
 def report(line: str) -> None:

@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> Result:
             raise UserError(
                 f"{name} of {path} has weight error {error}, but {record} is recorded; do not use this file"
             )
-    return Result([f"{path.name}: {len(errors)} quantized layers match the record, all else equals {source.name}"])
+    layers = [{"name": name, "weight_error": error} for name, error in errors.items()]
+    data = {"file": path, "source": source, "layers": layers, "matches": True}
+    text = f"{path.name}: {len(errors)} quantized layers match the record, all else equals {source.name}"
+    return Result(data, [text])
 
 
 def close(x: "Tensor", y: "Tensor") -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,66 @@ class Row:
         return self.metrics[key].value if key in self.metrics else None
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A value and its error; in other rows than the first also the difference to the first, and its error."""
+
+    value: float | None
+    se: float | None = None
+    difference: float | None = None
+    difference_se: float | None = None
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "–"
+        cell = _with_error(self.value, self.se)
+        if self.difference is None:
+            return cell
+        sign = "+" if self.difference >= 0 else ""
+        return f"{cell} ({sign}{_with_error(self.difference, self.difference_se)})"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of the metrics `keys`: one row per file, the first is the baseline."""
+
+    keys: list[str]
+    rows: list[Row]
+
+    def cells(self, row: Row) -> dict[str, Cell]:
+        """The values of a row by metric."""
+        return {key: _cell(self.rows[0], row, key) for key in self.keys}
+
+    def text(self) -> str:
+        """The table in Markdown, with notes."""
+        cells = [[row.name + " *" * bool(row.differs), *map(str, self.cells(row).values())] for row in self.rows]
+        return "\n".join([*markdown_table(["", *self.keys], cells), "", *_notes(self.rows)])
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as JSON: name, the fields in which its protocol differs from the first row's, and values."""
+        return [
+            {
+                "name": row.name,
+                "differs": list(row.differs),
+                "metrics": {key: asdict(cell) for key, cell in self.cells(row).items()},
+            }
+            for row in self.rows
+        ]
+
+
 def compare(paths: Sequence[str | Path], metrics: Sequence[str] | None = None, force: bool = False) -> str:
     """A Markdown table of `metrics` (default: the usual ones that the first file has), one row per file.
 
     Raises UserError for different protocols, unless `force`, which marks them.
     """
+    return comparison(paths, metrics, force).text()
+
+
+def comparison(paths: Sequence[str | Path], metrics: Sequence[str] | None = None, force: bool = False) -> Comparison:
+    """The table of `compare` as data. Raises UserError as `compare` does."""
     rows = [_read(path) for path in paths]
     keys = _columns(rows[0], metrics)
-    rows = [_checked(rows[0], row, keys, force) for row in rows]
-    cells = [[row.name + " *" * bool(row.differs), *(_cell(rows[0], row, key) for key in keys)] for row in rows]
-    return "\n".join([*markdown_table(["", *keys], cells), "", *_notes(rows)])
+    return Comparison(keys, [_checked(rows[0], row, keys, force) for row in rows])
 
 
 def _read(path: str | Path) -> Row:
@@ -83,17 +133,13 @@ def _columns(first: Row, metrics: Sequence[str] | None) -> list[str]:
     return list(metrics)
 
 
-def _cell(first: Row, row: Row, key: str) -> str:
+def _cell(first: Row, row: Row, key: str) -> Cell:
     a, b = first.metrics[key], row.metrics.get(key, Estimate(None))
-    if b.value is None:
-        return "–"
-    cell = _with_error(b.value, b.se)
-    if row is first or a.value is None:
-        return cell
+    if row is first or a.value is None or b.value is None:
+        return Cell(b.value, b.se)
     paired = row.paired_with(first) and len(a.leave_out) == len(b.leave_out)
     error = b.minus(a).se if paired else _independent(a.se, b.se)
-    sign = "+" if b.value >= a.value else ""
-    return f"{cell} ({sign}{_with_error(b.value - a.value, error)})"
+    return Cell(b.value, b.se, b.value - a.value, error)
 
 
 def _with_error(value: float, error: float | None) -> str:

@@ -1,14 +1,19 @@
-"""What every command prints, on tiny inputs: progress, and with --quiet nothing but the result."""
+"""What every command prints, on tiny inputs: progress, with --quiet the result only, with --json one object."""
 
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pixels import saved
+from pixels import ROOT, saved
 
+from svdit.checkpoints.store import read_header
 from svdit.cli import COMMANDS, command
 from svdit.evaluation import inception
 from svdit.evaluation.selftest import Check
@@ -42,6 +47,17 @@ PARTS = {  # of the work of each command, which can take minutes
 NOTED = {  # options without effect, which are reported
     "sample": "--cfg-scale 1 --cfg-channels all",
     "generate": "--cfg-scale 1 --cfg-channels all",
+}
+KEYS = {  # of the objects, as in docs/scripting.md
+    "sample": "output classes checkpoint seed sampler steps cfg_scale cfg_channels cfg_interval",
+    "generate": "folder npz manifest images storage",
+    "quantize": "output report figures layers bytes_before bytes_after seconds skipped warnings",
+    "inspect": "file bytes name config class_names layers backend fallbacks provenance",
+    "verify": "file source layers matches",
+    "evaluate": "schema metrics second difference protocol inputs versions warnings seconds",
+    "compare": "rows",
+    "selftest": "passed checks",
+    "train": "output checkpoint steps seconds",
 }
 
 
@@ -137,3 +153,118 @@ def test_without_it_there_are_notes(
 ) -> None:
     run(name, inputs, tmp_path, *NOTED[name].split())
     assert "note: " in capsys.readouterr().err
+
+
+def without_checksum(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    del content["sha256"]
+    return content
+
+
+def layer_errors(path: Path) -> dict[str, float]:
+    header = read_header(path)
+    assert header is not None
+    errors: dict[str, float] = header["provenance"]["quantization"]["weight_errors"]
+    return errors
+
+
+AGREES: dict[str, Callable[[dict[str, Any], Path, dict[str, Path]], bool]] = {  # the object and the files
+    "sample": lambda data, out, files: (
+        data["classes"] == [0, 1, 2, 3, 4] and Path(data["output"]).read_bytes()[1:4] == b"PNG"
+    ),
+    "generate": lambda data, out, files: (
+        len(np.load(data["npz"])["arr_0"]) == data["images"] == len(list(Path(data["folder"]).glob("*.png")))
+        and json.loads(Path(data["manifest"]).read_text())["num_images"] == 3
+    ),
+    "quantize": lambda data, out, files: (
+        json.loads((out / "q.report.json").read_text()).items()
+        >= {key: data[key] for key in ("layers", "seconds")}.items()
+        and {layer["name"]: layer["weight_error"] for layer in data["layers"]} == layer_errors(Path(data["output"]))
+    ),
+    "inspect": lambda data, out, files: (
+        data["bytes"] == files["quantized"].stat().st_size
+        and [layer["name"] for layer in data["layers"]] == list(layer_errors(files["quantized"]))
+        and data["layers"][0]["shape"] == [192, 64]
+    ),
+    "verify": lambda data, out, files: (
+        data["matches"] is True
+        and {layer["name"]: layer["weight_error"] for layer in data["layers"]} == layer_errors(files["quantized"])
+    ),
+    "evaluate": lambda data, out, files: data == without_checksum(out / "report" / "metrics.json"),
+    "compare": lambda data, out, files: (
+        [row["metrics"]["psnr"]["difference"] for row in data["rows"]] == [None, 0]
+        and data["rows"][1]["metrics"]["psnr"]["value"]
+        == without_checksum(files["report"] / "metrics.json")["metrics"]["psnr"]["value"]
+    ),
+    "selftest": lambda data, out, files: data["passed"] is data["checks"][0]["passed"] is True,
+    "train": lambda data, out, files: (
+        read_header(Path(data["output"]))["provenance"]["step"] == data["steps"] == 2  # type: ignore[index]
+        and Path(data["checkpoint"]).exists()
+    ),
+}
+
+
+def strict(constant: str) -> None:
+    pytest.fail(f"{constant} is no JSON")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("more", [(), ("--quiet",)], ids=["", "quiet"])
+def test_json_is_one_object_that_agrees_with_the_files(
+    name: str, more: tuple[str, ...], inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(name, inputs, tmp_path, "--json", *more)
+    printed = capsys.readouterr()
+    data = json.loads(printed.out, parse_constant=strict)
+    assert list(data) == KEYS[name].split()
+    assert AGREES[name](data, tmp_path, inputs)
+    assert ("step 1 " in printed.err) == (name == "train" and not more)
+
+
+def test_the_documented_keys_are_those_of_the_objects() -> None:
+    page = (ROOT / "docs" / "scripting.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert {row[0].strip("`"): " ".join(row[1].replace("`", "").split(", ")) for row in rows} == KEYS
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "keys"),
+    [
+        ("evaluate --metrics lpips --fake_dir {fake} --paired_dir {real} --device cpu", 2, ""),
+        ("evaluate --metrics fid_inf --fake_dir {fake} --real_dir {real} --feature-extractor random --device cpu "
+        "--cache-dir {out}", 1, KEYS["evaluate"]),
+        ("selftest", 1, KEYS["selftest"]),
+        ("verify {tiny} --against {tiny}", 2, ""),
+        ("inspect nowhere", 2, ""),
+    ],
+)  # fmt: skip
+def test_a_problem_is_a_sentence_beside_the_object_and_an_error_has_none(
+    line: str, code: int, keys: str, inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("svdit.evaluation.selftest.formulas", lambda: iter([Check("one", float("nan"), 1.0, 0.0)]))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name, *argv = line.format(out=tmp_path, **inputs).split()
+    with pytest.raises(SystemExit) as stop:
+        command(name, [*argv, "--json"])
+    printed = capsys.readouterr()
+    assert stop.value.code == code
+    assert printed.err.startswith(f"svdit {name}: ") and printed.err.count("\n") == 1
+    assert " ".join(json.loads(printed.out or "{}", parse_constant=strict)) == keys
+
+
+def test_every_path_is_valid_json(inputs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / 'a\udcff\n\x7f"\\猫.json'
+    path.symlink_to(inputs["report"] / "metrics.json")
+    command("compare", [str(path), "--json"])
+    line = capsys.readouterr().out
+    assert line.isascii() and line[:-1].isprintable()
+    assert json.loads(line)["rows"][0]["file"] == str(path)
+
+
+def test_under_torchrun_one_process_prints_the_object(inputs: dict[str, Path], tmp_path: Path) -> None:
+    script = [str(ROOT / "sample_ddp.py"), *LINES["generate"].format(out=tmp_path, **inputs).split(), "--json"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([sys.executable, *torchrun, *script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["npz"] == str(tmp_path / "set.npz")

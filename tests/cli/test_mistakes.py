@@ -177,6 +177,9 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("{tiny} --model DiT-S/2", "DiT-S/2", "pass the options of the file"),
         ("{tiny} --model DiT-Z/2", "'DiT-Z/2'", "DiT-XL/2"),
         ("{tiny} {tiny}", "unrecognized arguments"),
+        ("{tiny} --jsn", "did you mean --json?"),
+        ("{tiny} --quiet yes", "unrecognized arguments: yes"),
+        ("nowhere.pt --json --quiet", "nowhere.pt", "pass a file"),
     ],
     "verify": [
         ("{quantized}", "required: --against"),
