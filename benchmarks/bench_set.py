@@ -1,0 +1,136 @@
+"""Sets of real size without a model: memory over time, and the share of time that is left to the sampler.
+
+    python benchmarks/bench_set.py memory [FORM …]      # 50 000 images of 256 px, needs 20 GB of disk, minutes per form
+    python benchmarks/bench_set.py writers [FORM …]     # a sampler that waits as for a GPU, 25 batches of 32
+
+Everything is `generate_dataset` but the sampler: its images are smooth noise that PNG compresses to 110 kB, about as
+photographs. Memory is what the process holds itself (anonymous pages) and, with files that it maps, in total.
+"""
+
+import csv
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from record import record
+
+from svdit.files import sha256
+from svdit.images import Pixels
+from svdit.model.dit import DiT, DiTConfig
+from svdit.sampling import dataset
+from svdit.sampling.batch import SamplingConfig
+from svdit.sampling.sinks import SINKS
+from svdit.storage.npz import map_npz
+
+SIZE, IMAGES = 256, 50_000
+GPU_SECONDS = 2.5  # for a batch of 32: 0.8 PFLOP of DDIM 50 with guidance at 300 TFLOP/s
+OVER_TIME = Path(__file__).with_name("memory_over_time.csv")
+
+
+class Sampler:
+    """In place of `generate_images`: images that depend on the labels, after a wait."""
+
+    def __init__(self, seconds: float) -> None:
+        stream = np.random.RandomState(0)
+        coarse = [Image.fromarray(stream.randint(0, 256, (8, 8, 3)).astype(np.uint8)) for _ in range(16)]
+        grain = stream.randint(-6, 7, (SIZE, SIZE, 3))
+        smooth = [np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(int) for image in coarse]
+        self.images = np.stack([(image + grain).clip(0, 255).astype(np.uint8) for image in smooth])
+        self.seconds, self.busy, self.turns = seconds, 0.0, 0
+
+    def __call__(self, model: DiT, labels: Sequence[int], *rest: Any, **options: Any) -> Pixels:
+        """uint8 (N, 256, 256, 3)"""
+        start = time.perf_counter()
+        time.sleep(self.seconds * len(labels) / 32)
+        self.turns += 1
+        batch = np.roll(self.images[np.array(labels) % len(self.images)], self.turns, axis=1)
+        self.busy += time.perf_counter() - start
+        return batch
+
+
+def memory() -> tuple[int, int]:
+    """Anonymous and total resident memory in MB."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) // 1024, int(fields["VmRSS"].split()[0]) // 1024
+
+
+@contextmanager
+def watched(rows: list[tuple[float, int, int, float]], done: list[float]) -> Iterator[None]:
+    """Notes time, memory and images done every second."""
+    end, start = threading.Event(), time.perf_counter()
+
+    def watch() -> None:
+        while not end.wait(1):
+            rows.append((round(time.perf_counter() - start, 1), *memory(), done[0]))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    end.set()
+    thread.join()
+
+
+def draw(form: str, folder: Path, count: int, sampler: Sampler, done: list[float]) -> Path:
+    """The set of `count` images; returns its .npz."""
+    dataset.generate_images = sampler  # type: ignore[assignment]
+    model = DiT(DiTConfig(input_size=SIZE, patch_size=32, in_channels=3, hidden_size=32, depth=1, num_heads=2))
+
+    def progress(images: float, total: int) -> None:
+        done[0] = images
+
+    config = SamplingConfig("ddim", "ddim50", 1.5)
+    return dataset.generate_dataset(model, folder, count, config, batch_size=32, sink=form, progress=progress)
+
+
+def measure_memory(form: str) -> None:
+    """A set of 50 000 images: peaks, times, and the array."""
+    rows: list[tuple[float, int, int, float]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        before, done, start = memory(), [0.0], time.perf_counter()
+        with watched(rows, done):
+            npz = draw(form, Path(temporary) / "set", IMAGES, Sampler(0), done)
+        seconds = time.perf_counter() - start
+        assert map_npz(npz).shape == (IMAGES, SIZE, SIZE, 3)
+        record("set", f"{form}, size of the .npz", npz.stat().st_size / 1e9, "GB", f"sha256 {sha256(npz)[:12]}")
+    drawn = next(row[0] for row in rows if row[3] == IMAGES)
+    note = (
+        f"{IMAGES} images of {SIZE} px, {before[0]} MB before; {seconds:.0f} s, of which {drawn:.0f} s for the batches"
+    )
+    record("set", f"{form}, peak of own memory", max(row[1] for row in rows), "MB", note)
+    record("set", f"{form}, peak of memory with mapped files", max(row[2] for row in rows), "MB", note)
+    new = not OVER_TIME.exists()
+    with OVER_TIME.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("form", "second", "own memory, MB", "with mapped files, MB", "images")] if new else [])
+        writer.writerows((form, *row) for row in rows[:: max(1, len(rows) // 40)])
+
+
+def measure_writers(form: str) -> None:
+    """The share of the time from the first batch to the last in which the sampler works."""
+    sampler, ends = Sampler(GPU_SECONDS), list[float]()
+    with tempfile.TemporaryDirectory() as temporary:
+        done = [0.0]
+        start = time.perf_counter()
+        sampler_call = sampler.__call__
+
+        def timed(*arguments: Any, **options: Any) -> Pixels:
+            pixels = sampler_call(*arguments, **options)
+            ends.append(time.perf_counter())
+            return pixels
+
+        draw(form, Path(temporary) / "set", 25 * 32, timed, done)  # type: ignore[arg-type]
+    share = sampler.busy / (ends[-1] - start)
+    record("set", f"{form}, share of the sampler", 100 * share, "%", f"25 batches of 32, {GPU_SECONDS} s each")
+
+
+if __name__ == "__main__":
+    what, *forms = sys.argv[1:]
+    for form in forms or SINKS:
+        {"memory": measure_memory, "writers": measure_writers}[what](form)
