@@ -1,7 +1,6 @@
 """Images in tar shards: keys as in WebDataset, labels, and the same set as in a folder."""
 
 import io
-import json
 import tarfile
 from pathlib import Path
 
@@ -11,16 +10,14 @@ import webdataset
 from PIL import Image
 
 from svdit.errors import UserError
-from svdit.evaluation.evaluate import evaluate
 from svdit.evaluation.features import cache_key
 from svdit.evaluation.inputs import open_inputs, open_set
 from svdit.evaluation.opening import open_source
 from svdit.evaluation.options import Options
 from svdit.evaluation.shards import open_shards, split
-from svdit.storage.npz import write_npz
 from svdit.storage.tar import write_tar
 
-from .conftest import TinyNetwork, make_images, write_folder
+from .conftest import TinyNetwork, make_images
 
 
 def encoded(image: np.ndarray, form: str = "PNG") -> bytes:
@@ -143,66 +140,3 @@ def test_sets_that_share_an_archive_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"share the images in {tmp_path / 'a.tar'}; move one set out"):
         open_inputs(tmp_path, tmp_path / "a.tar", Options(("fid",)))
     assert open_inputs(tmp_path / "b.tar", tmp_path / "a.tar", Options(("fid",))).fake.count == 3
-
-
-# The forms in which `generate` stores a set.
-
-FORMS = ("png", "tar", "npz")
-SETTINGS = {"tool": "svdit", "model": "DiT-S", "seed": 0, "steps": 20, "sampler": "ddim", "num_images": 30}
-
-
-def generated(folder: Path, images: np.ndarray, form: str) -> Path:
-    """A set as `generate` leaves it in one form; returns what `evaluate` is called with."""
-    folder.mkdir(parents=True)
-    labels = [i % 3 for i in range(len(images))]
-    names = [f"{i:06d}.png" for i in range(len(images))]
-    manifest = {**SETTINGS, "labels": labels, "files": names, "storage": form}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    if form == "npz":
-        write_npz(npz := folder.with_name(f"{folder.name}.npz"), images, len(images))
-        return npz
-    if form == "png":
-        return write_folder(folder, images)
-    for k in range(3):
-        samples = [(f"{i:06d}", encoded(images[i]), b"%d" % labels[i]) for i in range(10 * k, 10 * k + 10)]
-        write_tar(folder / f"{k:06d}.tar", [f for key, x, y in samples for f in ((f"{key}.png", x), (f"{key}.cls", y))])
-    return folder
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_has_the_same_metrics_protocol_and_counterparts(
-    tmp_path: Path, tiny_network: TinyNetwork, form: str
-) -> None:
-    """Counterparts are found in the other form, without --paired_dir: both manifests record the same noise."""
-    full, quantized = make_images(30), make_images(30, noise=5)
-    expected, of_fake, of_real = (
-        evaluate(
-            generated(tmp_path / f"{i}" / "real", full, real),
-            generated(tmp_path / f"{i}" / "fake", quantized, fake),
-            network=tiny_network,
-            options=Options(num_images=20),
-        )
-        for i, (real, fake) in enumerate((("png", "png"), ("png", form), (form, "png")))
-    )
-    assert expected.metrics["psnr"].value is not None
-    assert expected.protocol["sample_steps"] == 20
-    assert of_fake.metrics == of_real.metrics == expected.metrics
-    assert of_fake.protocol == expected.protocol
-    assert of_real.protocol == expected.protocol or form == "npz"  # which has another content hash
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_generated_set_has_its_labels_and_names(tmp_path: Path, form: str) -> None:
-    source = open_source(generated(tmp_path / "x.y", make_images(30), form))
-    assert source.labels == tuple(i % 3 for i in range(30))
-    assert source.names == tuple(f"{i:06d}" for i in range(30))
-    assert source.manifest["storage"] == form
-    np.testing.assert_array_equal(source.read(11), make_images(30)[11])
-
-
-def test_an_unfinished_set_of_shards_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    generated(tmp_path / "x", make_images(30), "tar")
-    (tmp_path / "x" / "000001.tar").unlink()
-    source = open_source(tmp_path / "x")
-    assert f"{tmp_path / 'x'} contains 20 of the 30 images in its manifest" in capsys.readouterr().err
-    assert source.labels == tuple(i % 3 for i in (*range(10), *range(20, 30)))

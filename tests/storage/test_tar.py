@@ -163,6 +163,14 @@ def test_the_size_of_what_has_no_content_is_ignored(tmp_path: Path, kind: bytes)
     assert list(tar_entries(tmp_path / "x.tar")) == [("link", None), ("a.png", (1024, 4))]
 
 
+def test_other_fields_of_gnu_headers_are_no_part_of_the_name(tmp_path: Path) -> None:
+    block = bytearray(header())
+    block[257:265], block[345:357], block[148:156] = b"ustar  \0", b"01234567012\0", b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    (tmp_path / "x.tar").write_bytes(bytes(block) + CONTENT + END)
+    assert list(tar_members(tmp_path / "x.tar")) == ["a.png"]
+
+
 SPARSE = {"gnu": header(b"S"), "pax 0.0": pax(**{"GNU.sparse.size": "9"}) + header()}
 
 
