@@ -99,8 +99,7 @@ def run(args: argparse.Namespace) -> Result:
         checkpoint = setup.load_checkpoint(args, device)
         model = setup.accelerated(checkpoint.model, args)
         autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
-        first = rank() == 0
-        with progress("generating", first, "images") as tick:
+        with progress("generating", rank() == 0, "images") as tick:
             npz = generate_dataset(
                 model,
                 args.sample_dir,
@@ -111,7 +110,7 @@ def run(args: argparse.Namespace) -> Result:
                 batch_size=args.per_proc_batch_size,
                 label_policy=args.label_policy,
                 sink=args.sink,
-                origin=origin(checkpoint, model, tf32) if first else None,
+                origin=origin(checkpoint, model, tf32),
                 progress=tick,
             )
     count, manifest = args.num_fid_samples, args.sample_dir / "manifest.json"

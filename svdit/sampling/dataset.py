@@ -20,7 +20,7 @@ from torch import Tensor
 from svdit import __version__, images
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.diffusion.schedule import make_schedule
-from svdit.distributed import Counter, claimed, on_first, world_size
+from svdit.distributed import Counter, claimed, gather, on_first, world_size
 from svdit.errors import UserError
 from svdit.files import exclusive, writable_folder
 from svdit.model.autoencoder import PIXELS, Autoencoder
@@ -63,10 +63,11 @@ def generate_dataset(
 
     `label_policy`: "random" (uniform over the classes) or "balanced" (i modulo the number of classes).
     `sink`: "png", "tar" or "npz", see `SINKS`. `batch_size`: at most so many images at once.
-    `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision).
+    `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision), on every
+    process.
     `progress(done, total)` counts the images of all processes, this one's unfinished ones as fractions.
     Raises UserError for a folder of another run, naming the field that differs, for one that another process writes,
-    and for options out of range.
+    for processes that differ in a setting, and for options out of range.
     """
     config = config or SamplingConfig()
     _check(count, seed, batch_size, label_policy)
@@ -75,6 +76,7 @@ def generate_dataset(
     folder, sink = Path(folder).resolve(), _sink(sink)
     manifest = describe(model, autoencoder, config, count, seed, label_policy)
     manifest |= {"storage": sink.form} | (origin or {})
+    _check_alike(manifest)
     sink.open(folder, manifest)
     with ExitStack() as locks:
         missing = on_first(lambda: _open(folder, manifest, sink, locks))
@@ -125,6 +127,18 @@ def split(missing: Sequence[int], batch_size: int, processes: int) -> Iterator[S
         size = min(batch_size, max(-(-rest // processes), batch_size // 4, 1))
         yield missing[start : start + size]
         start += size
+
+
+def _check_alike(manifest: dict[str, Any]) -> None:
+    """Raises UserError where hosts have other processors, checkpoints or versions: images would depend on who drew."""
+    first, *others = gather({field: value for field, value in manifest.items() if field not in MAY_CHANGE})
+    for n, other in enumerate(others, 1):
+        for field, value in first.items():
+            if other[field] != value:
+                raise UserError(
+                    f"process {n} has the {field} {other[field]!r}, the first one {value!r}; use the same checkpoint "
+                    "and options everywhere, and set SVDIT_ISA where the processors differ"
+                )
 
 
 def _sink(sink: str | Sink) -> Sink:

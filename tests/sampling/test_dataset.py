@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pixels import ROOT, SEED, draw, interrupt_at
+from worlds import in_world
 
 from svdit import images
+from svdit.distributed import rank
 from svdit.errors import UserError
+from svdit.model.dit import DiT
 from svdit.sampling import dataset
 from svdit.sampling.dataset import LABEL_POLICIES, split
 
@@ -81,6 +86,42 @@ def test_three_processes_draw_what_one_does(reference: Path, tmp_path: Path) -> 
     assert {int(i): draws for note in notes for i, draws in note.items()} == alone  # bit for bit
     assert all(len(draws) == 5 for draws in alone.values())
     assert same_images(arrays(folder.with_suffix(".npz")), arrays(reference))
+
+
+def test_a_slower_process_draws_less(reference: Path, tmp_path: Path) -> None:
+    """The first one draws its first batch as long as the others need for the rest."""
+    folder, genuine = tmp_path / "set", dataset.generate_images
+
+    def drawn() -> int:
+        drawn = 0
+
+        def generate_images(model: DiT, labels: Sequence[int], *rest: Any, **options: Any) -> images.Pixels:
+            nonlocal drawn
+            drawn += len(labels)
+            while rank() == 0 and len(list(folder.glob("*.png"))) < COUNT - 1:
+                time.sleep(0.01)
+            return genuine(model, labels, *rest, **options)
+
+        dataset.generate_images = generate_images  # type: ignore[assignment]
+        draw(folder, batch_size=1)
+        return drawn
+
+    counts = in_world(3, drawn)
+    assert counts[0] == 1
+    assert sum(counts) == COUNT
+    assert same_images(arrays(folder.with_suffix(".npz")), arrays(reference))
+
+
+def test_processes_that_would_draw_other_images_are_refused(tmp_path: Path) -> None:
+    def refused() -> str:
+        with pytest.raises(UserError) as caught:
+            draw(tmp_path / "set", origin={"backend": ("cpu (avx512vnni)", "cpu (avx2)")[rank()]})
+        return str(caught.value)
+
+    sentence, other = in_world(2, refused)
+    assert sentence == other
+    assert sentence.startswith("process 1 has the backend 'cpu (avx2)', the first one 'cpu (avx512vnni)'; use the same")
+    assert not (tmp_path / "set").exists()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
