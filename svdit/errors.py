@@ -44,7 +44,7 @@ OF_TORCH = {  # RuntimeErrors by their text: what happened and what to do
     ),
     LOST: (
         "the connection to another process of this run failed",
-        "see its message, then {again}",
+        "see its message",
     ),
 }
 
@@ -68,7 +68,7 @@ def sentence(error: BaseException, less_memory: str = LESS_MEMORY) -> str | None
     if isinstance(error, RuntimeError):
         for pattern, (problem, remedy) in OF_TORCH.items():
             if re.search(pattern, text):
-                return f"{problem} ({first}); {remedy.format(again=restarts.again())}"
+                return f"{problem} ({first}); {restarts.again(remedy) if pattern == LOST else remedy}"
     if out_of_memory(error):
         return f"not enough memory ({first}); {less_memory}"
     system = system_error(error)

@@ -165,6 +165,7 @@ class Watch(threading.Thread):
         last = silent = 0
         try:
             store = connect(wait=ABSENT * INTERVAL)
+            store.set(f"host/{place}", socket.gethostname())
             while not self.done.wait(INTERVAL):
                 store.add(f"alive/{place}", 1)
                 count = store.add(f"alive/{neighbour}", 0)
@@ -175,7 +176,9 @@ class Watch(threading.Thread):
                     self.await_report(store)
                     self.end("")
                 if silent >= (FROZEN if count else ABSENT):
-                    self.end(f"process {neighbour} of {processes()} does not respond; end it, then {restarts.again()}")
+                    host = f" on {store.get(f'host/{neighbour}').decode()}" if count else ""
+                    problem = f"process {neighbour} of {processes()}{host} does not respond"
+                    self.end(f"{problem}; {restarts.again('end it')}")
         except RuntimeError:
             self.end_without_store()
 
@@ -198,5 +201,5 @@ class Watch(threading.Thread):
         if self.done.wait(PATIENCE):
             return
         if first_of_host():
-            write_error(f"svdit: the first process of this run is gone; see its messages, then {restarts.again()}")
+            write_error(f"svdit: the first process of this run is gone; {restarts.again('see its messages')}")
         exit_now()

@@ -23,9 +23,9 @@ def left() -> int:
     return allowed() - done()
 
 
-def again() -> str:
-    """How a run that ended early continues, as the end of a message."""
-    return "torchrun starts all processes again" if left() else "run the same command again"
+def again(before: str) -> str:
+    """How a run that ended early continues: with torchrun, or after the user has done what comes `before`."""
+    return "torchrun starts all processes again" if left() else f"{before}, then run the same command again"
 
 
 def shares_store() -> bool:
