@@ -8,6 +8,8 @@ with session():                  # joins torchrun's process group, if there is o
 
 import gc
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from svdit import restarts
 from svdit.errors import UserError, lost_connection, sentence
-from svdit.files import exclusive
+from svdit.files import exclusive, sha256
 from svdit.peers import (
     ABSENT,
     INTERVAL,
@@ -35,6 +37,7 @@ from svdit.peers import (
     under_torchrun,
 )
 
+LATE = 30.0  # seconds until a new file is seen on all hosts: NFS caches folders
 T = TypeVar("T")
 
 
@@ -165,6 +168,16 @@ def on_first(function: Callable[[], T]) -> T:
     if problem:
         raise problem
     return result
+
+
+def check_shared(path: Path) -> None:
+    """Raises UserError, on every process, unless all see the same file where the first one has written `path`."""
+    content, end = on_first(lambda: sha256(path)), time.monotonic() + LATE
+    while not (seen := path.exists() and sha256(path) == content) and time.monotonic() < end:
+        time.sleep(0.1)
+    blind = {host: None for host, sees in gather((socket.gethostname(), seen)) if not sees}
+    if blind:
+        raise UserError(f"{path} is not the same file on {', '.join(blind)}; choose a folder that all hosts share")
 
 
 @contextmanager

@@ -1,12 +1,28 @@
 """A world of one, and worlds of two and three real processes over gloo."""
 
+import threading
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from worlds import free_port, in_world
 
-from svdit.distributed import Counter, all_sum, barrier, claimed, gather, on_first, rank, session, shard, world_size
+from svdit import distributed
+from svdit.distributed import (
+    Counter,
+    all_sum,
+    barrier,
+    check_shared,
+    claimed,
+    gather,
+    on_first,
+    rank,
+    session,
+    shard,
+    world_size,
+)
 from svdit.errors import UserError
 
 
@@ -87,3 +103,35 @@ def test_an_incomplete_environment_is_refused(unset: str, monkeypatch: pytest.Mo
     monkeypatch.delenv(unset)
     with pytest.raises(UserError, match=f"WORLD_SIZE is set, but {unset} is not"), session():
         pass
+
+
+def test_a_folder_that_hosts_do_not_share_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "LATE", 0.2)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "manifest.json").write_text("new")
+    (tmp_path / "1").mkdir()
+
+    def check(other: str) -> str:
+        monkeypatch.setattr("socket.gethostname", lambda: f"host{rank()}")
+        with pytest.raises(UserError) as caught:
+            check_shared(tmp_path / (other if rank() else "0") / "manifest.json")
+        return str(caught.value)
+
+    (tmp_path / "1" / "manifest.json").write_text("of an earlier run")
+    for other in ("1", "2"):
+        for message in in_world(2, partial(check, other)):
+            assert "manifest.json is not the same file on host1; choose a folder that all hosts share" in message
+
+
+def test_a_shared_folder_may_be_late(tmp_path: Path) -> None:
+    """As on NFS."""
+    path, late = tmp_path / "manifest.json", tmp_path / "late.json"
+    path.write_text("new")
+
+    def check() -> bool:
+        if rank():
+            threading.Timer(0.5, late.write_text, ["new"]).start()
+        check_shared(late if rank() else path)
+        return True
+
+    assert in_world(2, check) == [True, True]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from pixels import saved
-from test_distributed import free_port
+from worlds import free_port
 from torch.distributed import TCPStore
 
 from svdit import peers

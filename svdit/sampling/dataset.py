@@ -20,7 +20,7 @@ from torch import Tensor
 from svdit import __version__, images
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.diffusion.schedule import make_schedule
-from svdit.distributed import Counter, claimed, gather, on_first, world_size
+from svdit.distributed import Counter, check_shared, claimed, gather, on_first, world_size
 from svdit.errors import UserError
 from svdit.files import exclusive, writable_folder
 from svdit.model.autoencoder import PIXELS, Autoencoder
@@ -66,8 +66,8 @@ def generate_dataset(
     `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision), on every
     process.
     `progress(done, total)` counts the images of all processes, this one's unfinished ones as fractions.
-    Raises UserError for a folder of another run, naming the field that differs, for one that another process writes,
-    for processes that differ in a setting, and for options out of range.
+    Raises UserError for a folder of another run, naming the field that differs, for one that another process writes
+    or that not all hosts see, for processes that differ in a setting, and for options out of range.
     """
     config = config or SamplingConfig()
     _check(count, seed, batch_size, label_policy)
@@ -80,6 +80,7 @@ def generate_dataset(
     sink.open(folder, manifest)
     with ExitStack() as locks:
         missing = on_first(lambda: _open(folder, manifest, sink, locks))
+        check_shared(folder / "manifest.json")
         tally = _Tally(count, len(missing), progress)
 
         def draw(batch: Sequence[int]) -> images.Pixels:
