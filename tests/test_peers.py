@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from pixels import saved
-from worlds import free_port
 from torch.distributed import TCPStore
+from worlds import free_port
 
 from svdit import peers
 from svdit.cli import command
