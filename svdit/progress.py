@@ -10,14 +10,16 @@ thread: a sampling step on a CPU, or waiting for other processes, may take many 
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from svdit.printing import is_quiet, printable, write_error
 
+T = TypeVar("T")
 Update = Callable[[float, float | None], None]
 PERIOD = 60.0  # seconds from one line to the next
 
@@ -38,11 +40,11 @@ class Task:
 
     @property
     def rate(self) -> float:
-        """Units per second; 0 if unknown."""
+        """Units per second; 0 if unknown, and once all are done."""
         if len(self.updates) < 3:
             return 0.0
         _, (start, before), (now, done) = self.updates
-        return (done - before) / (now - start) if now > start else 0.0
+        return (done - before) / (now - start) if now > start and done != self.total else 0.0
 
     def amount(self) -> str:
         """ "1024 of 50000 images", for example."""
@@ -98,6 +100,14 @@ def progress(description: str, shown: bool = True, unit: str = "") -> Iterator[U
     else:
         with lines(task):
             yield task.update
+
+
+def counted(items: Iterable[T], total: int, update: Update) -> Iterator[T]:
+    """The items; `update` counts those that have been used."""
+    update(0, total)
+    for done, item in enumerate(items, 1):
+        yield item
+        update(done, total)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from svdit import progress as module
-from svdit.progress import Task, duration, frequency, progress
+from svdit.progress import Task, counted, duration, frequency, progress
 
 
 def task(*updates: tuple[float, float], total: float | None, unit: str = "images") -> Task:
@@ -34,6 +34,7 @@ def task(*updates: tuple[float, float], total: float | None, unit: str = "images
         ([(0, 10), (1, 20), (2, 30)], None, "generating: 30 images, 10.0/s"),
         ([(0, 10), (1, 10), (9, 10)], 20, "generating: 10 of 20 images (50.0 %)"),
         ([(0, 0), (1, 0), (9, 0)], 0, "generating: 0 of 0 images"),
+        ([(0, 1), (1, 2), (2, 4)], 4, "generating: 4 of 4 images (100.0 %)"),
         ([(0, 1), (0, 2), (0, 3)], 4, "generating: 3 of 4 images (75.0 %)"),
     ],
 )  # fmt: skip
@@ -119,3 +120,10 @@ def test_it_draws_on_a_terminal_if_asked(monkeypatch: pytest.MonkeyPatch, shown:
         drawn += os.read(reader, 1 << 16).decode()
     texts = "sampling [b]: 1000 of 2000 steps (50.0 %)", "decoding: 1 of 4 (25.0 %)"
     assert [text in drawn for text in texts] == [shown, shown]
+
+
+def test_items_are_counted_when_they_have_been_used() -> None:
+    seen: list[tuple[float, float | None]] = []
+    for item in counted("ab", 2, lambda done, total: seen.append((done, total))):
+        assert seen[-1] == ("ab".index(item), 2)
+    assert seen == [(0, 2), (1, 2), (2, 2)]

@@ -22,7 +22,7 @@ from svdit.evaluation.neighbours import neighbour_metrics
 from svdit.evaluation.paired import Distance, load_lpips, psnr, relative_l2, ssim
 from svdit.evaluation.statistics import Gaussian, Moments
 from svdit.extras import require
-from svdit.progress import Update
+from svdit.progress import Update, counted
 
 SEED = 2020
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
@@ -113,8 +113,7 @@ def compute_metrics(names: Sequence[str], data: Data, update: Update = lambda do
     gaussians, rows = data.real.gaussians, data.real.rows
     available = {"", *(f"{layer} statistics" for layer in gaussians), *(f"{layer} rows" for layer in rows)}
     estimates: Estimates = {}
-    for done, name in enumerate(names):
-        update(done, len(names))
+    for name in counted(names, len(names), update):
         metric = METRICS[name]
         layer, _, kind = metric.needs.partition(" ")
         try:
@@ -126,7 +125,6 @@ def compute_metrics(names: Sequence[str], data: Data, update: Update = lambda do
                 raise ValueError("the reference has statistics only, no images")
         except ValueError as error:
             estimates[name] = Estimate(None, reason=str(error))
-    update(len(names), len(names))
     return estimates
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from svdit.errors import UserError
 from svdit.images import EXTENSIONS, UNREAD, in_words, is_hidden, natural_key
-from svdit.progress import Update
+from svdit.progress import Update, counted
 from svdit.storage.tar import PackedFile, read_members, tar_entries
 from svdit.storage.tar_headers import Member
 
@@ -32,13 +32,12 @@ def open_shards(archives: Sequence[Path], update: Update = lambda done, total: N
     found: dict[str, PackedFile] = {}
     labels: dict[str, int] = {}
     skipped: Counter[str] = Counter()
-    for done, archive in enumerate(archives, 1):
+    for archive in counted(archives, len(archives), update):
         classes: dict[str, Member] = {}
         for name, member in tar_entries(archive):
             _sort(archive, name.removeprefix("./"), member, found, classes, skipped)
         contents = read_members(archive, classes.values())
         labels |= {key: int(text) for key, text in zip(classes, contents, strict=True) if text.strip().isdigit()}
-        update(done, len(archives))
     images = {key: found[key] for key in sorted(found, key=lambda key: natural_key(found[key].name))}
     complete = labels.keys() >= images.keys()
     return Shards(images, tuple(labels[key] for key in images) if complete else None, in_words(skipped))

@@ -28,7 +28,7 @@ from svdit.images import (
     image_header,
     read_image,
 )
-from svdit.progress import Update, progress
+from svdit.progress import Update, counted, progress
 from svdit.storage.tar import PackedFile
 
 Indices = npt.NDArray[np.int64]
@@ -95,11 +95,9 @@ class Source:
         if self.array is not None:
             digest.update(sha256(self.path).encode() + indices.astype("<i8").tobytes())
             return digest.hexdigest(), len(indices) - len({hash(self.array[i].tobytes()) for i in indices})
-        file_hashes: list[str] = []
         with ThreadPoolExecutor() as pool, progress(f"reading {self.path.name}", show_progress, "images") as update:
-            for file_hash in pool.map(sha256, (self.files[i] for i in indices)):
-                file_hashes.append(file_hash)
-                update(len(file_hashes), len(indices))
+            hashes = pool.map(sha256, (self.files[i] for i in indices))
+            file_hashes = list(counted(hashes, len(indices), update))
         for index, file_hash in zip(indices, file_hashes, strict=True):
             digest.update(os.fsencode(f"{self.names[index]} {file_hash}"))
         return digest.hexdigest(), len(indices) - len(set(file_hashes))
@@ -142,13 +140,12 @@ def _check_files(
     first: dict[tuple[int, int], Openable] = {}
     modes: Counter[str] = Counter()
     lossy, animated = False, 0
-    for done, file in enumerate(files, 1):
+    for file in counted(files, len(files), update):
         header = image_header(file)
         first.setdefault(header.size, file)
         modes[header.mode] += 1
         lossy |= header.lossy
         animated += header.more_frames
-        update(done, len(files))
     if len(first) > 1 and resize_to is None:
         (a, file_a), (b, file_b) = list(first.items())[:2]
         sizes = f"{file_a} is {a[1]}×{a[0]} and {file_b} is {b[1]}×{b[0]} (width×height)"

@@ -16,6 +16,7 @@ import numpy as np
 from svdit.errors import UserError
 from svdit.images import Pixels, decode_image, is_whole_png
 from svdit.printing import warn
+from svdit.progress import counted, progress
 from svdit.storage.tar import read_member, tar_members, write_tar
 from svdit.storage.tar_headers import Member
 
@@ -77,8 +78,9 @@ def places(archives: Iterable[Path]) -> dict[str, Place]:
 def discard_damaged(archives: Iterable[Path], size: int) -> None:
     """Delete archives with damage, with a warning: their images are generated again."""
     archives = list(archives)
-    with ThreadPoolExecutor() as pool:
-        for path, whole in zip(archives, pool.map(whole_archive(size), archives), strict=True):
+    with ThreadPoolExecutor() as pool, progress("checking finished batches", unit="archives") as update:
+        whole_ones = counted(pool.map(whole_archive(size), archives), len(archives), update)
+        for path, whole in zip(archives, whole_ones, strict=True):
             if not whole:
                 path.unlink()
                 warn(f"{path} is damaged; its images are generated again")

@@ -17,6 +17,7 @@ from svdit.distributed import barrier, claimed, rank
 from svdit.errors import UserError
 from svdit.images import Pixels
 from svdit.printing import warn
+from svdit.progress import counted, progress
 from svdit.sampling.parts import Parts, Place, discard_damaged, places
 from svdit.storage.npz import map_npz, write_npz
 from svdit.storage.tar import write_tar
@@ -82,7 +83,9 @@ class ImageSink:
     def write_npz(self, read: Callable[[int], Pixels]) -> None:
         """Write the .npz from `read(i)`, (H, W, 3), unless it is complete."""
         if count_images(self.npz, self.size) != len(self.names):
-            write_npz(self.npz, read_ahead(read, range(len(self.names))), len(self.names))
+            count = len(self.names)
+            with progress(f"writing {self.npz.name}", unit="images") as update:
+                write_npz(self.npz, counted(read_ahead(read, range(count)), count, update), count)
 
 
 class PngFiles(ImageSink):
@@ -104,9 +107,10 @@ class PngFiles(ImageSink):
 
     def damaged(self, names: set[str]) -> set[str]:
         """The files that are not whole."""
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor() as pool, progress(f"checking {self.folder.name}", unit="images") as update:
             whole = pool.map(lambda name: images.is_whole_png(self.folder / name, self.size), names)
-            damaged = {name for name, is_whole in zip(names, whole, strict=True) if not is_whole}
+            counts = counted(whole, len(names), update)
+            damaged = {name for name, is_whole in zip(names, counts, strict=True) if not is_whole}
         if damaged:
             warn(f"{len(damaged)} images in {self.folder} are damaged and are generated again (first: {min(damaged)})")
         return damaged
@@ -155,10 +159,12 @@ class TarShards(ImageSink):
     def finish(self) -> Path:
         """Write the shards, each by one process, then the .npz; returns its path."""
         shards, stored = self.shards(), places(self.stored())
-        for k in claimed(len(shards)):
-            indices = range(k * SHARD, min((k + 1) * SHARD, len(self.names)))
-            if any(stored[self.names[i]].archive != shards[k] for i in indices):
-                write_tar(shards[k], (file for i in indices for file in self.sample(i, stored)))
+        with progress(f"packing {self.folder.name}", rank() == 0, "archives") as update:
+            for k in claimed(len(shards)):
+                indices = range(k * SHARD, min((k + 1) * SHARD, len(self.names)))
+                if any(stored[self.names[i]].archive != shards[k] for i in indices):
+                    write_tar(shards[k], (file for i in indices for file in self.sample(i, stored)))
+                update(k + 1, len(shards))
         barrier()
         if rank() == 0:
             complete = places(shards)

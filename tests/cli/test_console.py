@@ -35,7 +35,7 @@ LINES = {
 }
 PARTS = {  # of the work of each command, which can take minutes
     "sample": {"sampling": "2 steps"},
-    "generate": {"generating": "3 images"},
+    "generate": {"checking set": "0 images", "generating": "3 images", "writing set.npz": "3 images"},
     "quantize": {"calibrating": "4 steps", "choosing formats": "6 layers", "quantizing": "6 layers"},
     "evaluate": {
         **dict.fromkeys(("checking fake", "checking real", "reading fake", "reading real"), "4 images"),
