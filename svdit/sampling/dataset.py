@@ -119,6 +119,8 @@ class _Tally:
         while self.ended.add(0) < world_size():
             self.add()
             time.sleep(POLL)
+        if self.before < self.total:
+            self.add()  # what the others have finished since
 
 
 def split(missing: Sequence[int], batch_size: int, processes: int) -> Iterator[Sequence[int]]:

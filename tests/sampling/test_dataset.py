@@ -149,6 +149,20 @@ def test_an_interrupted_run_resumes_and_keeps_its_files(tmp_path: Path) -> None:
     assert calls[-1] == (7, 7)
 
 
+def test_the_last_progress_counts_what_other_processes_have_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other_process(seconds: float) -> None:
+        tally.drawn.add(3)
+        tally.ended.add(1)
+
+    calls: list[float] = []
+    tally = dataset._Tally(10, 4, lambda done, total: calls.append(done))
+    monkeypatch.setattr("svdit.sampling.dataset.world_size", lambda: 2)
+    monkeypatch.setattr(time, "sleep", other_process)
+    tally.add(1)
+    tally.wait()
+    assert calls == [7, 7, 10]
+
+
 def test_a_set_can_grow_but_not_shrink(reference: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     assert len(arrays(draw(folder, count=4))) == 4
