@@ -87,7 +87,7 @@ def train(
     The model learns the latents of `autoencoder`. Every `checkpoint_every` steps and at the end, rank 0 measures the
     error on `held_out`, writes `loss.png` and a grid of samples, calls `export` and writes `last.pt`.
     `report` gets a line every `log_every` steps; `progress(done, total)` counts steps.
-    Raises UserError if the loss is not finite or the options differ from those of `last.pt`.
+    Raises UserError if the loss is not finite, the options differ from those of `last.pt`, or not all hosts see it.
     """
     if not model.config.has_null_class:
         raise UserError("the model has no null class for label dropout; train one with has_null_class=True")
@@ -100,6 +100,8 @@ def train(
         binding["vae"] = autoencoder.fingerprint
     if (folder / "last.pt").exists():
         restore_(state, folder / "last.pt", binding)
+    if len(set(distributed.gather(state.step))) > 1:
+        raise UserError(f"{folder / 'last.pt'} is not the same on all hosts; choose a folder that they share")
     chief = distributed.rank() == 0
     curve = Curve(folder / "loss.csv", state.step) if chief else None
     take_step = stepper(state, options, autoencoder)

@@ -11,7 +11,9 @@ import torch
 from conftest import randomize, relative
 from scipy.stats import chisquare, kstest
 from torch import Tensor
+from worlds import in_world
 
+from svdit import distributed
 from svdit.diffusion.losses import training_loss
 from svdit.diffusion.noise import image_noise
 from svdit.errors import UserError
@@ -120,6 +122,19 @@ def test_a_run_is_bound_to_its_autoencoder(tmp_path: Path) -> None:
     resume(deepcopy(vae))
     with pytest.raises(UserError, match=r"trained with vae [0-9a-f]{16}, not [0-9a-f]{16}"):
         resume(torch.nn.Linear(2, 3))
+
+
+def test_a_folder_that_hosts_do_not_share_is_refused(tmp_path: Path) -> None:
+    run(tmp_path / "0", steps=2)
+    (tmp_path / "1").mkdir()
+
+    def resume() -> str:
+        with pytest.raises(UserError) as caught:
+            run(tmp_path / str(distributed.rank()))
+        return str(caught.value)
+
+    for message in in_world(2, resume):
+        assert "last.pt is not the same on all hosts; choose a folder that they share" in message
 
 
 def test_a_run_interrupted_before_its_checkpoint_exports_again(tmp_path: Path) -> None:
