@@ -34,7 +34,6 @@ from svdit.peers import (
     first_to_fail,
     missing,
     processes,
-    under_torchrun,
 )
 
 LATE = 30.0  # seconds until a new file is seen on all hosts: NFS caches folders
@@ -49,7 +48,7 @@ def session(device: torch.device | None = None) -> Iterator[None]:
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     watch = Watch()
-    if several or under_torchrun():
+    if several or restarts.under_torchrun():
         watch.start()
         restarts.announce()
     if several:

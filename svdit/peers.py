@@ -39,11 +39,6 @@ def processes() -> int:
     return 1 if missing() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def under_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def connect(wait: float = TOGETHER) -> Store:
     """A connection to the run's store, which torchrun has, or else the first process.
 
@@ -144,7 +139,6 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.done = threading.Event()
-        self.parent = os.getppid()
         self.unanswered = FROZEN - ABSENT  # looks since the store's last answer; the first one may be late
 
     def run(self) -> None:
@@ -153,7 +147,7 @@ class Watch(threading.Thread):
             threading.Thread(target=self.look_at_others, daemon=True).start()
         while not self.done.wait(INTERVAL):
             self.unanswered += 1
-            if under_torchrun() and os.getppid() != self.parent:
+            if restarts.orphaned():
                 self.end("torchrun was killed; run the same command again")
             if processes() > 1 and self.unanswered >= FROZEN:
                 self.end_without_store()
@@ -167,12 +161,11 @@ class Watch(threading.Thread):
             store = connect(wait=ABSENT * INTERVAL)
             store.set(f"host/{place}", socket.gethostname())
             while not self.done.wait(INTERVAL):
-                store.add(f"alive/{place}", 1)
-                count = store.add(f"alive/{neighbour}", 0)
-                self.unanswered = 0
+                self.add(store, f"alive/{place}", 1)
+                count = self.add(store, f"alive/{neighbour}", 0)
                 silent = silent + 1 if count == last else 0  # not by the clock: all may have been suspended
                 last = count
-                if store.add("failed", 0):
+                if self.add(store, "failed", 0):
                     self.await_report(store)
                     self.end("")
                 if silent >= (FROZEN if count else ABSENT):
@@ -182,10 +175,16 @@ class Watch(threading.Thread):
         except RuntimeError:
             self.end_without_store()
 
+    def add(self, store: Store, key: str, n: int) -> int:
+        """The counter `key` after adding n: an answer of the store."""
+        value = store.add(key, n)
+        self.unanswered = 0
+        return value
+
     def await_report(self, store: Store) -> None:
         """Wait until the process that failed has printed its message: when this one ends, torchrun ends that one."""
         end = time.monotonic() + REPORT
-        while not store.add("reported", 0) and not self.done.wait(POLL) and time.monotonic() < end:
+        while not self.add(store, "reported", 0) and not self.done.wait(POLL) and time.monotonic() < end:
             pass
 
     def end(self, problem: str) -> None:

@@ -7,6 +7,8 @@ import os
 
 from svdit.printing import note, warn
 
+PARENT = os.getppid()  # torchrun, if it started this process
+
 
 def allowed() -> int:
     """The restarts that torchrun was started with."""
@@ -26,6 +28,16 @@ def left() -> int:
 def again(before: str) -> str:
     """How a run that ended early continues: with torchrun, or after the user has done what comes `before`."""
     return "torchrun starts all processes again" if left() else f"{before}, then run the same command again"
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def orphaned() -> bool:
+    """Whether torchrun, which started this process, was killed since."""
+    return under_torchrun() and os.getppid() != PARENT
 
 
 def shares_store() -> bool:

@@ -19,7 +19,7 @@ from pixels import saved
 from torch.distributed import TCPStore
 from worlds import free_port
 
-from svdit import peers
+from svdit import peers, restarts
 from svdit.cli import command
 from svdit.cli.signals import ending
 from svdit.distributed import barrier, rank, session
@@ -272,6 +272,7 @@ def test_a_process_whose_torchrun_was_killed_ends(tmp_path: Path, monkeypatch: p
     def worker() -> None:
         os.dup2(os.open(tmp_path / "stderr", os.O_WRONLY | os.O_CREAT), 2)
         sys.stderr = os.fdopen(2, "w")
+        monkeypatch.setattr(restarts, "PARENT", os.getppid())
         with session():
             (tmp_path / "working").touch()
             time.sleep(60)
