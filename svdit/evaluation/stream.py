@@ -60,6 +60,7 @@ class Stream:
     """
 
     form = "features"
+    threaded = False  # TF32 is a setting of the process, and a network on the sampler's device has nothing to overlap
 
     def __init__(self, real: str | Path, network: FeatureNetwork | None = None, options: Options | None = None) -> None:
         self.real, self.network, self.options = real, network, options or Options()

@@ -91,8 +91,9 @@ def generate_dataset(
 
         batches = list(split(missing, batch_size, world_size()))
         with Writers(sink.write) as writers:
+            store = writers.submit if sink.threaded else sink.write
             for k in claimed(len(batches)):
-                writers.submit(batches[k], draw(batches[k]))
+                store(batches[k], draw(batches[k]))
                 tally.add(len(batches[k]))
         tally.wait()
         return sink.finish()

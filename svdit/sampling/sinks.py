@@ -30,10 +30,11 @@ R = TypeVar("R")
 class Sink(Protocol):
     """`open` comes first, on every process; then `missing` on the first one, which holds the folder's lock.
 
-    `write` is called in threads, `finish` on every process when all images are written.
+    `finish` is called on every process when all images are written.
     """
 
     form: str  # the manifest's field `storage`
+    threaded: bool  # `write` is called in threads while the next batch is sampled
 
     def open(self, folder: Path, manifest: dict[str, Any]) -> None:
         """Remember the folder and the settings; nothing is read yet."""
@@ -51,7 +52,7 @@ class Sink(Protocol):
 class ImageSink:
     """What the sinks of images share: the folder, the names, and the .npz."""
 
-    form = ""
+    form, threaded = "", True
 
     def open(self, folder: Path, manifest: dict[str, Any]) -> None:
         """See `Sink`."""
