@@ -24,6 +24,7 @@ from svdit.sampling.batch import SamplingConfig
 ROOT = Path(__file__).parents[1]
 CONFIG = SamplingConfig("ddpm", "4", cfg_scale=1.5)
 SEED = 11
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 class Squash:

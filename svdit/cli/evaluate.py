@@ -47,30 +47,24 @@ def run(args: argparse.Namespace) -> Result:
     """Evaluate and save; a problem if a named metric is unavailable. Raises UserError for two extractors."""
     from svdit.distributed import rank, reserved, session
     from svdit.evaluation.evaluate import evaluate
-    from svdit.evaluation.options import Options
 
-    options = Options(
-        metrics=tuple(args.metrics) if args.metrics else None,
+    options = measures.options(
+        args,
         num_images=args.num_images,
-        paired=args.paired_dir,
         compare=args.compare_dir,
         seed=args.seed,
         resize_to=args.resize_to,
         allow_fewer=args.allow_fewer,
         batch_size=args.batch_size,
         device=device(args.device),
-        cache=measures.cache(args),
         save_stats=args.save_stats,
-        progress=True,
     )
-    measures.check(args)
     check_outputs(args, options)
     with session(options.device), reserved(*filter(None, (args.output, options.save_stats))):
         report = evaluate(args.real_dir, args.fake_dir, measures.network(args, options), options)
         if rank() == 0 and args.output:
             report.save(args.output)
-    unavailable = f"requested but unavailable: {', '.join(report.failed)}" if report.failed else ""
-    return Result(report.to_json(), report.text().split("\n"), problem=unavailable)
+    return measures.result(report)
 
 
 def check_outputs(args: argparse.Namespace, options: "Options") -> None:

@@ -1,17 +1,19 @@
-"""The options of the metrics and of their network, shared by `svdit evaluate` and `svdit generate --evaluate`."""
+"""What `svdit evaluate` and `svdit generate --evaluate` share: the options of the metrics, and the result."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from svdit.cli.arguments import keys, names, path, path_or_none
+from svdit.cli.result import Result
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
     from svdit.evaluation.inception import Extractor
     from svdit.evaluation.options import Options
+    from svdit.evaluation.report import Report
 
 EXTRACTORS = ("inception", "random")
 VARIABLE, CACHE = "SVDIT_INCEPTION_WEIGHTS", "~/.cache/svdit"
@@ -34,15 +36,25 @@ def add(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def cache(args: argparse.Namespace) -> Path | None:
-    """--cache-dir."""
-    return Path(args.cache_dir).expanduser() if args.cache_dir else None
+def passed(args: argparse.Namespace) -> list[str]:
+    """Which of them were passed."""
+    names = ("metrics", "paired_dir", "feature_extractor", "feature_extractor_weights", "download", "cache_dir")
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, False, CACHE)]
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises UserError for two extractors."""
+def options(args: argparse.Namespace, **others: Any) -> Options:
+    """The options of the evaluation, with `others`. Raises UserError for two extractors."""
+    from svdit.evaluation.options import Options
+
     if args.feature_extractor == "random" and args.feature_extractor_weights:
         raise UserError("--feature-extractor-weights has no effect on --feature-extractor random; omit one of them")
+    return Options(
+        metrics=tuple(args.metrics) if args.metrics else None,
+        paired=args.paired_dir,
+        cache=Path(args.cache_dir).expanduser() if args.cache_dir else None,
+        progress=True,
+        **others,
+    )
 
 
 def network(args: argparse.Namespace, options: Options) -> Extractor | None:
@@ -60,3 +72,9 @@ def network(args: argparse.Namespace, options: Options) -> Extractor | None:
         find_weights(args.feature_extractor_weights, folder, args.download)
     barrier()
     return load_extractor(*load_weights(find_weights(args.feature_extractor_weights, folder)))
+
+
+def result(report: Report) -> Result:
+    """The table; a problem if a named metric is unavailable."""
+    unavailable = f"requested but unavailable: {', '.join(report.failed)}" if report.failed else ""
+    return Result(report.to_json(), report.text().split("\n"), problem=unavailable)

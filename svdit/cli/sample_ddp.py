@@ -7,13 +7,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli import outputs, setup
-from svdit.cli.arguments import Parser, batch, integer, keys, output, ratio
+from svdit.cli import measures, outputs, setup
+from svdit.cli.arguments import Parser, batch, integer, keys, output, path, ratio
 from svdit.cli.result import Result
 from svdit.errors import UserError
 from svdit.printing import note
 
 if TYPE_CHECKING:
+    import torch
+
+    from svdit.evaluation.options import Options
     from svdit.model.dit import DiT
 
 VAE = "ema"
@@ -57,6 +60,13 @@ def parser() -> Parser:
     forms.add_argument(
         "--no-png", dest="sink", action="store_const", const="npz", help="write no image files, only DIR.npz"
     )
+    forms.add_argument(
+        "--evaluate",
+        type=path,
+        metavar="REAL",
+        help="store no images, but compare them with real ones as svdit evaluate does; writes DIR/metrics.json",
+    )
+    measures.add(parser.add_argument_group("metrics, with --evaluate"))
     add(
         "--per-proc-batch-size",
         type=batch,
@@ -82,6 +92,7 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> Result:
     """Load the model and generate this process's share."""
     from svdit.distributed import rank, session
+    from svdit.evaluation.stream import Stream
     from svdit.files import creatable_folder
     from svdit.progress import progress
     from svdit.sampling.dataset import generate_dataset
@@ -90,6 +101,7 @@ def run(args: argparse.Namespace) -> Result:
     creatable_folder(args.sample_dir)
     device = setup.device(args.device)
     outputs.check_outside("--sample-dir", args.sample_dir, itself=False)
+    options = evaluation_options(args, device)
     with session(device):
         if args.tf32 and device.type != "cuda":
             note("--tf32 has no effect: there is no GPU in use")
@@ -99,8 +111,9 @@ def run(args: argparse.Namespace) -> Result:
         checkpoint = setup.load_checkpoint(args, device)
         model = setup.accelerated(checkpoint.model, args)
         autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
+        sink = Stream(args.evaluate, measures.network(args, options), options) if options else args.sink
         with progress("generating", rank() == 0, "images") as tick:
-            npz = generate_dataset(
+            result = generate_dataset(
                 model,
                 args.sample_dir,
                 args.num_fid_samples,
@@ -109,14 +122,33 @@ def run(args: argparse.Namespace) -> Result:
                 seed=args.global_seed,
                 batch_size=args.per_proc_batch_size,
                 label_policy=args.label_policy,
-                sink=args.sink,
+                sink=sink,
                 origin=origin(checkpoint, model, tf32),
                 progress=tick,
             )
+    if options:
+        return measures.result(result)
     count, manifest = args.num_fid_samples, args.sample_dir / "manifest.json"
-    data = {"folder": args.sample_dir, "npz": npz, "manifest": manifest, "images": count, "storage": args.sink}
-    places = [npz] if args.sink == "npz" else [args.sample_dir, npz]
+    data = {"folder": args.sample_dir, "npz": result, "manifest": manifest, "images": count, "storage": args.sink}
+    places = [result] if args.sink == "npz" else [args.sample_dir, result]
     return Result(data, [f"{count} images in {' and '.join(map(str, places))}"], places)
+
+
+def evaluation_options(args: argparse.Namespace, device: "torch.device") -> "Options | None":
+    """Those of --evaluate. Raises UserError for images that the outputs would be among, and an unwritable cache."""
+    from svdit.files import writable_folder
+
+    if args.evaluate is None:
+        if unused := measures.passed(args):
+            note(f"{', '.join(unused)} without effect: there is no --evaluate")
+        return None
+    inputs = [folder for folder in (args.evaluate, args.paired_dir) if folder]
+    outputs.check_outside("--sample-dir", args.sample_dir, *inputs, itself=False)
+    outputs.check_distinct("--sample-dir", args.sample_dir, *inputs)
+    options = measures.options(args, batch_size=args.per_proc_batch_size, device=device)
+    if options.cache and options.network_metrics:
+        writable_folder(options.cache)
+    return options
 
 
 def set_tf32(allowed: bool) -> None:

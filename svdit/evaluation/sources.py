@@ -56,10 +56,10 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """`folder`, `tar`, `npz` or `statistics`."""
+        """`folder`, `tar`, `npz`, `statistics`, or `features` of images that are not stored."""
         if self.files:
             return "folder" if isinstance(self.files[0], Path) else "tar"
-        return "npz" if self.array is not None else "statistics"
+        return "npz" if self.array is not None else "statistics" if self.gaussians else "features"
 
     @property
     def folders(self) -> set[Path]:

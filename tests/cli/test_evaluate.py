@@ -9,24 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Means
 from PIL import Image
 
 from svdit.cli import command, evaluate
 from svdit.evaluation import inception
-
-
-class Means:
-    """A tiny network: a function of the means of 4 × 4 patches for each layer."""
-
-    name, digest, comparable = "random", "means", False
-    widths = {"pool": 48, "spatial": 48, "logits": 48}  # noqa: RUF012
-
-    def to(self, device: torch.device) -> "Means":
-        return self
-
-    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        means = torch.nn.functional.adaptive_avg_pool2d(pixels.float() / 255, 4).flatten(1)
-        return {"pool": means, "spatial": means**2, "logits": 5 * means}
 
 
 @pytest.fixture(autouse=True)

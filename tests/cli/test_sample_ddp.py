@@ -4,13 +4,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-from pixels import ROOT, saved
+from pixels import ROOT, TORCHRUN, saved
 
 from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command
@@ -20,7 +19,6 @@ from svdit.kernels import ops
 from svdit.kernels.formats import Format
 from svdit.quant.linear import LinearSpec, rebuild_
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
 
 

@@ -69,14 +69,16 @@ def test_generate_and_evaluate(source: Path, tmp_path: Path) -> None:
     cpu, cuda = on_both("generate", flags, "--sample-dir /set", tmp_path)
     with np.load(f"{cpu}.npz") as expected, np.load(f"{cuda}.npz") as found:
         assert np.array_equal(found["arr_0"], expected["arr_0"])
-    flags = f"--real_dir {cpu} --fake_dir {cuda} --metrics fid,sfid,is --feature-extractor random --cache-dir="
-    reports = [
-        json.loads((path / "metrics.json").read_text())
-        for path in on_both("evaluate", flags, "--output /out", tmp_path)
-    ]
-    values, expected_values = ({name: each["value"] for name, each in report["metrics"].items()} for report in reports)
-    assert values == pytest.approx(expected_values, rel=1e-4, abs=1e-4)
-    assert len(values) == 3
+    evaluation = "--metrics fid,sfid,is --feature-extractor random --cache-dir="
+    through_files = on_both("evaluate", f"--real_dir {cpu} --fake_dir {cuda} {evaluation}", "--output /out", tmp_path)
+    while_sampling = on_both("generate", f"{flags} --evaluate {cpu} {evaluation}", "--sample-dir /streamed", tmp_path)
+    expected_values, *others = (
+        {name: entry["value"] for name, entry in json.loads((path / "metrics.json").read_text())["metrics"].items()}
+        for path in (*through_files, *while_sampling)
+    )
+    assert len(expected_values) == 3
+    for values in others:
+        assert values == pytest.approx(expected_values, rel=1e-4, abs=1e-4)
 
 
 def test_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
