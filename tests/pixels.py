@@ -50,8 +50,8 @@ def saved(path: Path, **options: int) -> str:
     return str(path)
 
 
-def draw(folder: Path, **options: Any) -> Path:
-    """Generate its images; returns the .npz."""
+def draw(folder: Path, **options: Any) -> Any:
+    """Generate its images; returns the .npz, or what another sink returns."""
     options = {"count": 7, "batch_size": 3, "seed": SEED, **options}
     return dataset.generate_dataset(pixel_model(), folder, config=CONFIG, autoencoder=Squash(), **options)  # type: ignore[arg-type]
 

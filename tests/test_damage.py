@@ -26,6 +26,7 @@ from svdit.evaluation.inputs import open_set
 from svdit.evaluation.options import Options
 from svdit.evaluation.report import read_report
 from svdit.evaluation.statistics import save_statistics
+from svdit.evaluation.stream import Stream
 from svdit.images import list_images, read_image, write_png
 from svdit.kernels.cpu import build
 from svdit.quant.config import rank_ratio_config
@@ -136,6 +137,19 @@ def sample_set(folder: Path, name: str) -> tuple[Path, Use]:
     return folder / name, use
 
 
+def streamed(folder: Path) -> tuple[Path, Use]:
+    real, _ = image_npz(folder)
+
+    def use() -> object:
+        report = draw(
+            folder / "set", count=3, sink=Stream(real, Network(), Options(("fid", "is", "paired"), paired=real))
+        )
+        return report.metrics, report.inputs, report.images["grid_fake"].tobytes()
+
+    use()
+    return next((folder / "set" / "features").iterdir()), use
+
+
 def manifest(folder: Path) -> tuple[Path, Use]:
     """As `evaluate` reads it."""
     draw(folder / "set", count=3)
@@ -194,6 +208,7 @@ KINDS: dict[str, Callable[[Path], tuple[Path, Use]]] = {
     "images .npz (`evaluate`)": image_npz,
     "images .npz (`sample_ddp`)": lambda folder: sample_set(folder, "set.npz"),
     "image (`sample_ddp`)": lambda folder: sample_set(folder, "set/000001.png"),
+    "features (`sample_ddp --evaluate`)": streamed,
     "manifest.json (`sample_ddp`)": lambda folder: sample_set(folder, "set/manifest.json"),
     "manifest.json (`evaluate`)": manifest,
     "image (`evaluate`)": image,

@@ -16,6 +16,7 @@ import json
 import time
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -91,19 +92,8 @@ class Stream:
             raise UserError(
                 f"{self.folder} contains {min(strays)}, but no images are stored with --evaluate; move it elsewhere"
             )
-        present = set[int]()
-        for path in self._paths():
-            try:
-                part = _read(path)
-            except UserError:
-                path.unlink()
-                warn(f"{path} is damaged; its images are generated again")
-                continue
-            if lacking := self._lacking(part):
-                raise UserError(
-                    f"{path} has no {lacking}; choose another folder, or remove {self.parts} to sample all images again"
-                )
-            present.update(part["index"].tolist())
+        with ThreadPoolExecutor() as pool:
+            present = {i for indices in pool.map(self._usable, self._paths()) for i in indices}
         return [i for i in range(self.inputs.fake.count) if i not in present]
 
     @torch.inference_mode()
@@ -144,6 +134,20 @@ class Stream:
         if lacking := self.inputs.fake.count - len(present):
             raise UserError(f"{self.parts} lacks {lacking} images; all processes must write into the same folder")
         return paths
+
+    def _usable(self, path: Path) -> list[int]:
+        """The images of a file; none if it is damaged, and deleted. Raises UserError if it is of another run."""
+        try:
+            part = _read(path)
+        except UserError:
+            path.unlink()
+            warn(f"{path} is damaged; its images are generated again")
+            return []
+        if lacking := self._lacking(part):
+            raise UserError(
+                f"{path} has no {lacking}; choose another folder, or remove {self.parts} to sample all images again"
+            )
+        return part["index"].tolist()
 
     def _lacking(self, part: Part) -> str:
         """What this run needs and another one did not compute."""

@@ -37,7 +37,7 @@ class Sink(Protocol):
     threaded: bool  # `write` is called in threads while the next batch is sampled
 
     def open(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """Remember the folder and the settings; nothing is read yet."""
+        """Remember the folder and the settings; the folder is not read yet."""
 
     def missing(self) -> list[int]:
         """The images that are not there yet. Raises UserError for a folder that contains anything else."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -275,6 +276,19 @@ def test_generated_images_with_nan_features_are_named_and_other_results_kept(
     assert streamed.metrics["psnr"].value > 0
     for report in in_world(2, lambda: sample(Stream(real, Overflowing(), options), tmp_path / "two", images)):
         assert "(000004, 000017)" in (report.metrics["fid"].reason or "")
+
+
+def test_features_do_not_use_the_samplers_tf32(tmp_path: Path, real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Notes(TinyNetwork):
+        def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+            precisions.append(torch.backends.cudnn.allow_tf32)
+            return super().__call__(pixels)
+
+    precisions: list[bool] = []
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    sample(Stream(real, Notes(), OPTIONS), tmp_path / "set")
+    assert precisions == [False] * len(precisions) != []
+    assert torch.backends.cudnn.allow_tf32
 
 
 def test_copies_are_counted(tmp_path: Path, real: Path) -> None:

@@ -4,8 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from svdit import images
 from svdit.errors import UserError
 from svdit.sampling import sinks
 from svdit.sampling.dataset import LABEL_POLICIES
-from svdit.sampling.sinks import SINKS
+from svdit.sampling.sinks import SINKS, PngFiles
 from svdit.storage.tar import tar_members, write_tar
 
 COUNT = 7
@@ -246,3 +247,16 @@ def test_numpy_maps_the_extracted_array(tmp_path: Path, reference: np.ndarray) -
     mapped = np.load(tmp_path / "arr_0.npy", mmap_mode="r")
     assert isinstance(mapped, np.memmap)
     assert np.array_equal(mapped, reference)
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_a_sink_chooses_where_it_stores(tmp_path: Path, threaded: bool) -> None:
+    class Notes(PngFiles):
+        def write(self, indices: Sequence[int], pixels: images.Pixels) -> None:
+            threads.add(threading.current_thread())
+            super().write(indices, pixels)
+
+    threads, sink = set[threading.Thread](), Notes()
+    sink.threaded = threaded
+    draw(tmp_path / "set", sink=sink)
+    assert (threads == {threading.main_thread()}) != threaded
