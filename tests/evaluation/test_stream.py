@@ -184,10 +184,19 @@ def test_damaged_features_are_computed_again(tmp_path: Path, real: Path, capsys:
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     network = TinyNetwork()
-    again = sample(Stream(real, network, OPTIONS), tmp_path / "set")
+    again = sample(Stream(real, network, OPTIONS), tmp_path / "set", size=3)
     assert network.seen == 30 + BATCH
     assert again.metrics == first.metrics
     assert capsys.readouterr().err.count(f"{damaged} is damaged; its images are generated again") == 1
+
+
+def test_features_that_other_processes_wrote_elsewhere_are_missed(tmp_path: Path, real: Path) -> None:
+    sink = Stream(real, TinyNetwork(), OPTIONS)
+    sink.open(tmp_path / "set", manifest())
+    sink.write(range(BATCH), IMAGES[:BATCH])
+    with pytest.raises(UserError, match="lacks 18 images; all processes must write into the same folder"):
+        sink.finish()
+    assert not (tmp_path / "set" / "metrics.json").exists()
 
 
 def test_a_set_can_grow(tmp_path: Path, real: Path, full: Path) -> None:
