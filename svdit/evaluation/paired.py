@@ -19,6 +19,7 @@ from torch import Tensor
 
 from svdit.distributed import gather, rank, shard
 from svdit.errors import UserError
+from svdit.evaluation.features import full_precision
 from svdit.evaluation.jackknife import Blocks, Estimate, Estimates
 from svdit.evaluation.sources import ImageSet
 from svdit.extras import require
@@ -46,7 +47,7 @@ def pair_scores(
     """
     scores = np.zeros((len(distances), fake.count), np.float32)
     mine = shard(fake.count)
-    with progress("comparing", show_progress and rank() == 0, "pairs") as update:
+    with full_precision(), progress("comparing", show_progress and rank() == 0, "pairs") as update:
         for done, n in enumerate(mine):
             a, b = fake.read(n), other.read(n)
             scores[:, n] = [distance(a, b) for distance in distances.values()]

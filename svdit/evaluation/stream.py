@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from svdit.distributed import barrier, gather, on_first, rank, world_size
+from svdit.distributed import barrier, on_first, rank, world_size
 from svdit.errors import UserError
 from svdit.evaluation.evaluate import FAKE_ROWS, extraction, feature_metrics, prepare, reference, report
 from svdit.evaluation.features import (
@@ -74,7 +74,7 @@ class Stream:
         Raises UserError for unusable ones, and for a network that is missing.
         """
         self.folder, self.parts = folder, folder / "features"
-        fake = _generated(folder, gather(manifest)[0])
+        fake = _generated(folder, manifest)
         self.inputs = open_inputs(self.real, fake, self.options)
         self.network, self.distances = prepare(self.inputs, self.network, self.options)
         self.shown, self.reference = set(shown(fake.count)), Features({}, {})
@@ -102,20 +102,26 @@ class Stream:
         kept = [n for n, i in enumerate(indices) if i in self.shown]
         part: Part = {"index": np.array(indices, np.int64), "sha256": _hashes(pixels)}
         part |= {"kept": part["index"][kept], "pixels": pixels[kept]}
+        with full_precision():
+            part |= self._measured(indices, pixels)
+        number = zlib.crc32(part["index"].tobytes())  # other batches may begin with the same image
+        path = self.parts / f"{indices[0]:06d}-{number:08x}.npz"
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, **part)
+
+    def _measured(self, indices: Sequence[int], pixels: Pixels) -> Part:
+        """The features and the distances of a batch (N, H, W, 3)."""
+        part: Part = {}
         if self.network is not None:
             batch = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).to(self.options.device)
-            with full_precision():
-                part |= {layer: features.cpu().numpy() for layer, features in self.network(batch).items()}
+            part |= {layer: features.cpu().numpy() for layer, features in self.network(batch).items()}
             part["network"] = np.array(_identity(self.network))
         if self.inputs.counterparts is not None:
             others = [self.inputs.counterparts.read(i) for i in indices]
             part["counterparts"] = _hashes(others)
             for name, distance in self.distances.items():
                 part[name] = np.array([distance(a, b) for a, b in zip(pixels, others, strict=True)], np.float32)
-        number = zlib.crc32(part["index"].tobytes())  # other batches may begin with the same image
-        path = self.parts / f"{indices[0]:06d}-{number:08x}.npz"
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, allow_pickle=False, **part)
+        return part
 
     def finish(self) -> Report:
         """The report, which the first process also saves in the folder."""
@@ -128,11 +134,11 @@ class Stream:
         return sorted(self.parts.glob("*.npz"))
 
     def _complete(self) -> list[Path]:
-        """The files, which contain all images. Raises UserError where other processes wrote elsewhere."""
+        """The files, which contain all images. Raises UserError where some are gone."""
         paths = self._paths()
         present = {i for path in paths for i in map_npz(path, "index").tolist()}
         if lacking := self.inputs.fake.count - len(present):
-            raise UserError(f"{self.parts} lacks {lacking} images; all processes must write into the same folder")
+            raise UserError(f"{self.parts} lacks {lacking} images that were sampled; run the same command again")
         return paths
 
     def _usable(self, path: Path) -> list[int]:

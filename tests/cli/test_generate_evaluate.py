@@ -90,7 +90,6 @@ def test_a_rerun_samples_nothing_and_a_larger_one_only_the_rest(monkeypatch: pyt
 
 
 def test_processes_evaluate_what_one_draws() -> None:
-    """Also which pairs there are: only the first process knows the model's name, which the manifests must share."""
     assert generate("files", count=6) == 0
     argv = ["--ckpt", "quantized.safetensors", "--sample-dir", "set", "--num-fid-samples", "6", *STEPS]
     subprocess.run(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from svdit.evaluation.inputs import open_counterparts, open_set
@@ -76,3 +77,10 @@ def test_distances_can_be_added_and_small_images_have_no_ssim(tmp_path: Path):
     assert estimates["lpips"].value == 2 / 8
     assert estimates["ssim"].value is None
     assert "at least 11×11" in (estimates["ssim"].reason or "")
+
+
+def test_distances_do_not_use_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """LPIPS is a network of convolutions."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    allowed = pair_scores(*sets(tmp_path), {"tf32": lambda a, b: float(torch.backends.cudnn.allow_tf32)})
+    assert allowed["tf32"].tolist() == [0] * 8
