@@ -158,6 +158,8 @@ class Stream:
     def _lacking(self, part: Part) -> str:
         """What this run needs and another one did not compute."""
         network, counterparts = self.network, self.inputs.counterparts
+        if "index" not in part:
+            return "features of svdit"
         if network is not None and str(part.get("network")) != _identity(network):
             return f"features of this {network.name} network"
         if lacking := self.distances.keys() - part.keys():

@@ -248,6 +248,14 @@ def test_features_of_another_run_are_not_thrown_away(
     assert len(list((tmp_path / "set" / "features").iterdir())) == 4
 
 
+def test_other_files_among_the_features_are_refused(tmp_path: Path, full: Path) -> None:
+    (tmp_path / "set" / "features").mkdir(parents=True)
+    np.savez(tmp_path / "set" / "features" / "mine.npz", x=np.zeros(3))
+    with pytest.raises(UserError, match=r"mine\.npz has no features of svdit"):
+        sample(Stream(full, None, Options(("paired",))), tmp_path / "set")
+    assert (tmp_path / "set" / "features" / "mine.npz").exists()
+
+
 def test_images_in_the_folder_are_refused(tmp_path: Path, real: Path) -> None:
     folder = write_folder(tmp_path / "set", IMAGES[:1], ["cat.png"])
     with pytest.raises(UserError, match=r"contains cat\.png, but no images are stored with --evaluate"):
