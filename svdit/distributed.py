@@ -169,12 +169,19 @@ def on_first(function: Callable[[], T]) -> T:
     return result
 
 
+def seen(look: Callable[[], bool]) -> bool:
+    """Whether `look` is true, at the latest when every host sees what others have written."""
+    end = time.monotonic() + LATE
+    while not (found := look()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
 def check_shared(path: Path) -> None:
     """Raises UserError, on every process, unless all see the same file where the first one has written `path`."""
-    content, end = on_first(lambda: sha256(path)), time.monotonic() + LATE
-    while not (seen := path.exists() and sha256(path) == content) and time.monotonic() < end:
-        time.sleep(0.1)
-    blind = {host: None for host, sees in gather((socket.gethostname(), seen)) if not sees}
+    content = on_first(lambda: sha256(path))
+    sees_it = seen(lambda: path.exists() and sha256(path) == content)
+    blind = {host: None for host, sees in gather((socket.gethostname(), sees_it)) if not sees}
     if blind:
         raise UserError(f"{path} is not the same file on {', '.join(blind)}; choose a folder that all hosts share")
 

@@ -62,9 +62,14 @@ def is_quiet() -> bool:
     return _quiet
 
 
+def is_first() -> bool:
+    """Whether this is the only process or the first one of torchrun's, also after they have parted."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+
+
 def note(message: object) -> None:
-    """Print a note to stderr, unless quiet."""
-    if not _quiet:
+    """Print a note to stderr on the first process, unless quiet."""
+    if is_first() and not _quiet:
         write_error(f"note: {message}")
 
 

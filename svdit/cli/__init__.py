@@ -11,10 +11,10 @@ from types import ModuleType
 
 from svdit import __version__
 from svdit.cli.arguments import Parser, fail
-from svdit.cli.result import Result, add_options, is_first
+from svdit.cli.result import Result, add_options
 from svdit.cli.signals import ending
 from svdit.errors import sentence
-from svdit.printing import quietly, standard_streams, write_error
+from svdit.printing import is_first, quietly, standard_streams, write_error
 
 COMMANDS = {
     "sample": "sample a grid of images",

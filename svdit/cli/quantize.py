@@ -105,7 +105,7 @@ def run(args: argparse.Namespace) -> Result | None:
     device = setup.device(args.device)
     backend = ops.choose(device)
     with distributed.session(device), distributed.reserved(args.output, args.output.with_suffix(".report.json")):
-        for sentence in settings.unused() if distributed.rank() == 0 else ():
+        for sentence in settings.unused():
             note(sentence)
         source = setup.load_checkpoint(args, device)
         outputs.check_distinct("--output", args.output, source.path)

@@ -1,13 +1,12 @@
 """What a command prints at its end."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.printing import write_json, write_out
+from svdit.printing import is_first, write_json, write_out
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,8 +47,3 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("printing").add_argument
     add("--quiet", action="store_true", help="print the result only, and warnings and errors")
     add("--json", action="store_true", help="print the result as one JSON object")
-
-
-def is_first() -> bool:
-    """Whether this is the only process or the first one of torchrun's, also after they have parted."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"

@@ -128,9 +128,10 @@ def run(args: argparse.Namespace) -> Result:
             )
     if options:
         return measures.result(result)
-    count, manifest = args.num_fid_samples, args.sample_dir / "manifest.json"
-    data = {"folder": args.sample_dir, "npz": result, "manifest": manifest, "images": count, "storage": args.sink}
-    places = [result] if args.sink == "npz" else [args.sample_dir, result]
+    folder, count = args.sample_dir.resolve(), args.num_fid_samples
+    manifest = folder / "manifest.json"
+    data = {"folder": folder, "npz": result, "manifest": manifest, "images": count, "storage": args.sink}
+    places = [result] if args.sink == "npz" else [folder, result]
     return Result(data, [f"{count} images in {' and '.join(map(str, places))}"], places)
 
 

@@ -25,6 +25,7 @@ from svdit.errors import UserError
 from svdit.files import exclusive, writable_folder
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
+from svdit.printing import warn
 from svdit.sampling.batch import SamplingConfig, check_autoencoder, check_guidance, generate_images
 from svdit.sampling.sinks import SINKS, Sink, npz_path
 from svdit.sampling.writers import Writers
@@ -201,10 +202,19 @@ def _open(folder: Path, manifest: dict[str, Any], sink: Sink, locks: ExitStack) 
     elif present := images.list_images(folder):
         raise UserError(f"{folder} contains {len(present)} images but no manifest.json; choose an empty folder")
     elif npz.exists():
-        raise UserError(f"{npz} exists, but {folder} has no manifest.json of it; choose another folder")
+        _set_aside(npz)
     missing = sink.missing()
     write_manifest(record, manifest)
     return missing
+
+
+def _set_aside(npz: Path) -> None:
+    """Rename the .npz of another set, of a folder that was renamed for example. Raises UserError if that is taken."""
+    kept = npz.with_suffix(".other.npz")
+    if kept.exists():
+        raise UserError(f"{npz} is not of this set and {kept} exists; remove one of them, or choose another folder")
+    npz.rename(kept)
+    warn(f"{npz} was not of this set and is now {kept}")
 
 
 def _compare(record: Path, manifest: dict[str, Any]) -> None:

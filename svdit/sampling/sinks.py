@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from svdit import images
-from svdit.distributed import barrier, claimed, rank
+from svdit.distributed import barrier, claimed, rank, seen
 from svdit.errors import UserError
 from svdit.images import Pixels
 from svdit.printing import warn
@@ -81,6 +81,20 @@ class ImageSink:
         files = ((self.names[i], images.encode_png(image)) for i, image in zip(indices, pixels, strict=True))
         self.parts.write(indices, files)
 
+    def find(self, archives: Callable[[], Iterable[Path]], count: int) -> dict[str, Place]:
+        """Where the last `count` images lie. Raises UserError where other processes wrote elsewhere."""
+        found: dict[str, Place] = {}
+        names = set(self.names[len(self.names) - count :])
+
+        def look() -> bool:
+            found.update(places(archives()))
+            return names <= found.keys()
+
+        if not seen(look):
+            lacking = f"{self.folder} lacks {len(names - found.keys())} images that were drawn"
+            raise UserError(f"{lacking}; choose a folder that all hosts share")
+        return found
+
     def write_npz(self, read: Callable[[int], Pixels]) -> None:
         """Write the .npz from `read(i)`, (H, W, 3), unless it is complete."""
         if count_images(self.npz, self.size) != len(self.names):
@@ -124,8 +138,14 @@ class PngFiles(ImageSink):
     def finish(self) -> Path:
         """Write the .npz; returns its path."""
         if rank() == 0:
-            self.write_npz(lambda i: images.read_image(self.folder / self.names[i]))
+            self.write_npz(self.read)
         return self.npz
+
+    def read(self, i: int) -> Pixels:
+        """One image (H, W, 3)."""
+        path = self.folder / self.names[i]
+        seen(path.exists)
+        return images.read_image(path)
 
 
 class TarShards(ImageSink):
@@ -159,7 +179,7 @@ class TarShards(ImageSink):
 
     def finish(self) -> Path:
         """Write the shards, each by one process, then the .npz; returns its path."""
-        shards, stored = self.shards(), places(self.stored())
+        shards, stored = self.shards(), self.find(self.stored, len(self.names))
         with progress(f"packing {self.folder.name}", rank() == 0, "archives") as update:
             for k in claimed(len(shards)):
                 indices = range(k * SHARD, min((k + 1) * SHARD, len(self.names)))
@@ -168,7 +188,7 @@ class TarShards(ImageSink):
                 update(k + 1, len(shards))
         barrier()
         if rank() == 0:
-            complete = places(shards)
+            complete = self.find(lambda: filter(Path.exists, shards), len(self.names))
             self.write_npz(lambda i: complete[self.names[i]].pixels())
             self.parts.remove()
         return self.npz
@@ -211,8 +231,8 @@ class NpzOnly(ImageSink):
     def finish(self) -> Path:
         """Write the .npz; returns its path."""
         if rank() == 0:
-            parts = places(self.parts.paths())
             earlier = map_npz(self.earlier) if self.earlier.exists() else ()
+            parts = {} if self.npz.exists() else self.find(self.parts.paths, len(self.names) - len(earlier))
             self.write_npz(lambda i: np.asarray(earlier[i]) if i < len(earlier) else parts[self.names[i]].pixels())
             self.parts.remove()
             self.earlier.unlink(missing_ok=True)

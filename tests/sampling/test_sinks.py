@@ -15,10 +15,11 @@ import pytest
 import webdataset
 from pixels import ROOT, SEED, draw, interrupt_at
 
-from svdit import images
+from svdit import distributed, images
 from svdit.errors import UserError
 from svdit.sampling import sinks
 from svdit.sampling.dataset import LABEL_POLICIES
+from svdit.sampling.parts import Parts
 from svdit.sampling.sinks import SINKS, PngFiles
 from svdit.storage.tar import tar_members, write_tar
 
@@ -94,6 +95,26 @@ def test_an_interrupted_set_keeps_its_batches(tmp_path: Path, reference: np.ndar
     assert drawn[0] == 3.5  # three are there, and a quarter of the steps of two are done
     assert np.array_equal(arrays(resumed), reference)
     assert visible(folder) == expected(form)
+
+
+@pytest.mark.parametrize("form", IN_PARTS)
+def test_what_other_hosts_wrote_may_be_seen_late(
+    tmp_path: Path, reference: np.ndarray, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS caches folders."""
+    genuine, looks = Parts.paths, []
+
+    def paths(parts: Parts) -> list[Path]:
+        looks.append(genuine(parts))
+        return looks[-1][1:] if len(looks) < 5 else looks[-1]
+
+    monkeypatch.setattr(Parts, "paths", paths)
+    assert np.array_equal(arrays(draw(tmp_path / "set", sink=form)), reference)
+    assert len(looks) > 4
+    looks.clear()
+    monkeypatch.setattr(distributed, "LATE", 0)
+    with pytest.raises(UserError, match="lacks 3 images that were drawn; choose a folder that all hosts share"):
+        draw(tmp_path / "other", sink=form)
 
 
 @pytest.mark.parametrize("form", SINKS)
@@ -215,12 +236,20 @@ def test_strays_are_refused(tmp_path: Path, form: str, stray: Callable[[Path], N
 
 
 @pytest.mark.parametrize("form", SINKS)
-def test_the_npz_of_something_else_is_kept(tmp_path: Path, form: str) -> None:
-    """It would be overwritten, or its images taken for those of the set."""
-    np.savez(tmp_path / "set.npz", arr_0=np.zeros((COUNT, 8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match=r"set\.npz exists, but .*set has no manifest\.json of it"):
+def test_the_npz_of_another_set_is_kept(
+    tmp_path: Path, reference: np.ndarray, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be overwritten, or its images taken for those of this set."""
+    npz, kept = tmp_path / "set.npz", tmp_path / "set.other.npz"
+    np.savez(npz, arr_0=np.zeros((COUNT, 8, 8, 3), np.uint8))
+    assert np.array_equal(arrays(draw(tmp_path / "set", sink=form)), reference)
+    assert capsys.readouterr().err == f"warning: {npz} was not of this set and is now {kept}\n"
+    assert not arrays(kept).any()
+    (tmp_path / "set").rename(tmp_path / "renamed")
+    with pytest.raises(
+        UserError, match=r"set\.npz is not of this set and .*set\.other\.npz exists; remove one of them"
+    ):
         draw(tmp_path / "set", sink=form)
-    assert not arrays(tmp_path / "set.npz").any()
 
 
 def test_webdataset_reads_the_shards(tmp_path: Path, reference: np.ndarray) -> None:
