@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = {"png": [], "tar": ["--tar"], "npz": ["--no-png"]}
-IMAGES, LONGEST = 160, 25.0  # seconds until a kill
+IMAGES, LONGEST = 600, 25.0  # seconds until a kill
 QUANTIZE = "--ckpt digits --preset w8a8 --calib-images 8 --calib-steps 5 --no-figures"
 SAMPLE = f"--num-fid-samples {IMAGES} --num-sampling-steps 40 --vae none"
 

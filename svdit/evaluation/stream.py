@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from svdit.distributed import barrier, on_first, rank, world_size
+from svdit.distributed import barrier, on_first, rank, seen, world_size
 from svdit.errors import UserError
 from svdit.evaluation.evaluate import FAKE_ROWS, extraction, feature_metrics, prepare, reference, report
 from svdit.evaluation.features import (
@@ -135,11 +135,15 @@ class Stream:
 
     def _complete(self) -> list[Path]:
         """The files, which contain all images. Raises UserError where some are gone."""
-        paths = self._paths()
-        present = {i for path in paths for i in map_npz(path, "index").tolist()}
-        if lacking := self.inputs.fake.count - len(present):
-            raise UserError(f"{self.parts} lacks {lacking} images that were sampled; run the same command again")
-        return paths
+        present: dict[Path, list[int]] = {}
+
+        def lacking() -> int:
+            present.update((path, map_npz(path, "index").tolist()) for path in self._paths() if path not in present)
+            return self.inputs.fake.count - len(set().union(*present.values()))
+
+        if not seen(lambda: lacking() == 0):
+            raise UserError(f"{self.parts} lacks {lacking()} images that were sampled; run the same command again")
+        return list(present)
 
     def _usable(self, path: Path) -> list[int]:
         """The images of a file; none if it is damaged, and deleted. Raises UserError if it is of another run."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_distributed import in_world
 
+from svdit import distributed
 from svdit.distributed import barrier, claimed, on_first
 from svdit.errors import UserError
 from svdit.evaluation.compare import compare
@@ -190,7 +191,8 @@ def test_damaged_features_are_computed_again(tmp_path: Path, real: Path, capsys:
     assert capsys.readouterr().err.count(f"{damaged} is damaged; its images are generated again") == 1
 
 
-def test_features_that_are_gone_are_missed(tmp_path: Path, real: Path) -> None:
+def test_features_that_are_gone_are_missed(tmp_path: Path, real: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "LATE", 0)
     sink = Stream(real, TinyNetwork(), OPTIONS)
     sink.open(tmp_path / "set", manifest())
     sink.write(range(BATCH), IMAGES[:BATCH])
