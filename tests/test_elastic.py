@@ -42,7 +42,7 @@ class Agent:
                     **os.environ,
                     "OMP_NUM_THREADS": "1",
                     "PYTHONPATH": str(ROOT),
-                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": str(int("--standalone" not in options)),
                 },
             )
 
