@@ -226,10 +226,10 @@ def _rgb(image: Image.Image) -> Pixels:
     return np.repeat((255 - levels if tags.get(WHITE_IS_ZERO) == 0 else levels)[..., None], 3, axis=2)
 
 
-def is_whole_png(file: str | Path | io.BytesIO, size: int) -> bool:
-    """Whether a file, or its content, is a PNG of size × size pixels whose checksums match."""
+def is_whole_png(file: Openable, size: int) -> bool:
+    """Whether a file is a PNG of size × size pixels whose checksums match."""
     try:
-        with Image.open(file, formats=["PNG"]) as image:
+        with file.open("rb") as content, Image.open(content, formats=["PNG"]) as image:
             image.verify()
             return image.size == (size, size)
     except Exception:  # as in `_opened`

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pixels import draw, pixel_model
+from pixels import draw, interrupt_at, pixel_model
 
 from svdit.checkpoints.store import load_model, save_model
 from svdit.errors import UserError
@@ -137,6 +137,37 @@ def sample_set(folder: Path, name: str) -> tuple[Path, Use]:
     return folder / name, use
 
 
+def shard(folder: Path) -> tuple[Path, Use]:
+    def use() -> object:
+        array = map_npz(draw(folder / "set", count=3, sink="tar"))
+        images = open_set(folder / "set", Options())
+        return array.tobytes(), [images.read(i).tobytes() for i in range(3)], images.source.labels
+
+    use()
+    return folder / "set" / "000000.tar", use
+
+
+def finished_batch(folder: Path) -> tuple[Path, Use]:
+    """Of an interrupted run, which is completed elsewhere."""
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder / "set", count=3, batch_size=2, sink="npz", progress=interrupt_at(2.5))
+
+    def use() -> object:
+        with tempfile.TemporaryDirectory() as temporary:
+            shutil.copytree(folder / "set", Path(temporary) / "set")
+            return map_npz(draw(Path(temporary) / "set", count=3, sink="npz")).tobytes()
+
+    return next((folder / "set" / ".parts").iterdir()), use
+
+
+def only_npz(folder: Path) -> tuple[Path, Use]:
+    def use() -> object:
+        return map_npz(draw(folder / "set", count=3, sink="npz")).tobytes()
+
+    use()
+    return folder / "set.npz", use
+
+
 def streamed(folder: Path) -> tuple[Path, Use]:
     real, _ = image_npz(folder)
 
@@ -208,6 +239,9 @@ KINDS: dict[str, Callable[[Path], tuple[Path, Use]]] = {
     "images .npz (`evaluate`)": image_npz,
     "images .npz (`sample_ddp`)": lambda folder: sample_set(folder, "set.npz"),
     "image (`sample_ddp`)": lambda folder: sample_set(folder, "set/000001.png"),
+    "shard (`sample_ddp --tar`)": shard,
+    "finished batch (`sample_ddp --tar`, `--no-png`)": finished_batch,
+    "images .npz (`sample_ddp --no-png`)": only_npz,
     "features (`sample_ddp --evaluate`)": streamed,
     "manifest.json (`sample_ddp`)": lambda folder: sample_set(folder, "set/manifest.json"),
     "manifest.json (`evaluate`)": manifest,

@@ -1,45 +1,22 @@
 """Finished batches of an unfinished set: archives of PNGs in a hidden folder, each written whole.
 
-A killed run loses at most one batch per process, on any file system, whichever hosts write.
+A killed run loses only what it was drawing or writing, on any file system, whichever hosts write.
 """
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from svdit.errors import UserError
-from svdit.images import Pixels, decode_image, is_whole_png
 from svdit.printing import warn
 from svdit.progress import counted, progress
-from svdit.storage.tar import read_member, tar_members, write_tar
-from svdit.storage.tar_headers import Member
+from svdit.storage.tar import PackedFile, tar_members, write_tar
 
 NAME = ".parts"
-
-
-class Place(NamedTuple):
-    """Where a PNG lies: an archive, and the place in it."""
-
-    archive: Path
-    member: Member
-
-    def content(self) -> bytes:
-        """The PNG file."""
-        return read_member(self.archive, self.member)
-
-    def pixels(self) -> Pixels:
-        """uint8 (H, W, 3). Raises UserError for a damaged image."""
-        return decode_image(self.content(), f"an image in {self.archive}")
-
-    def is_whole(self, size: int) -> bool:
-        """Whether it is an undamaged PNG of size × size pixels."""
-        return is_whole_png(BytesIO(self.content()), size)
 
 
 class Parts:
@@ -65,34 +42,27 @@ class Parts:
             self.folder.rmdir()
 
 
-def places(archives: Iterable[Path]) -> dict[str, Place]:
+def places(archives: Iterable[Path]) -> dict[str, PackedFile]:
     """Where each PNG of the archives lies, by name. Raises UserError for damaged archives."""
-    return {
-        name: Place(path, member)
-        for path in archives
-        for name, member in tar_members(path).items()
-        if name.endswith(".png")
-    }
+    return {file.name: file for path in archives for file in packed(path) if file.name.endswith(".png")}
 
 
-def discard_damaged(archives: Iterable[Path], size: int) -> None:
+def packed(archive: Path) -> list[PackedFile]:
+    """The files in an archive. Raises UserError for a damaged one."""
+    return [PackedFile(archive, name, member) for name, member in tar_members(archive).items()]
+
+
+def discard_damaged(archives: Iterable[Path], is_whole: Callable[[PackedFile], bool]) -> None:
     """Delete archives with damage, with a warning: their images are generated again."""
+
+    def check(path: Path) -> bool:
+        with suppress(UserError):
+            return all(map(is_whole, packed(path)))
+        return False
+
     archives = list(archives)
     with ThreadPoolExecutor() as pool, progress("checking finished batches", unit="archives") as update:
-        whole_ones = counted(pool.map(whole_archive(size), archives), len(archives), update)
-        for path, whole in zip(archives, whole_ones, strict=True):
+        for path, whole in zip(archives, counted(pool.map(check, archives), len(archives), update), strict=True):
             if not whole:
                 path.unlink()
                 warn(f"{path} is damaged; its images are generated again")
-
-
-def whole_archive(size: int) -> Callable[[Path], bool]:
-    """Whether an archive and all PNGs in it, of size × size pixels, are undamaged."""
-
-    def check(path: Path) -> bool:
-        try:
-            return all(place.is_whole(size) for place in places([path]).values())
-        except UserError:
-            return False
-
-    return check

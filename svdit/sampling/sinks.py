@@ -18,9 +18,9 @@ from svdit.errors import UserError
 from svdit.images import Pixels
 from svdit.printing import warn
 from svdit.progress import counted, progress
-from svdit.sampling.parts import Parts, Place, discard_damaged, places
+from svdit.sampling.parts import Parts, discard_damaged, places
 from svdit.storage.npz import map_npz, write_npz
-from svdit.storage.tar import write_tar
+from svdit.storage.tar import PackedFile, write_tar
 
 SHARD = 1000  # images in an archive
 T = TypeVar("T")
@@ -81,9 +81,13 @@ class ImageSink:
         files = ((self.names[i], images.encode_png(image)) for i, image in zip(indices, pixels, strict=True))
         self.parts.write(indices, files)
 
-    def find(self, archives: Callable[[], Iterable[Path]], count: int) -> dict[str, Place]:
+    def is_whole(self, file: PackedFile) -> bool:
+        """Whether a PNG in an archive is undamaged."""
+        return images.is_whole_png(file, self.size)
+
+    def find(self, archives: Callable[[], Iterable[Path]], count: int) -> dict[str, PackedFile]:
         """Where the last `count` images lie. Raises UserError where other processes wrote elsewhere."""
-        found: dict[str, Place] = {}
+        found: dict[str, PackedFile] = {}
         names = set(self.names[len(self.names) - count :])
 
         def look() -> bool:
@@ -167,7 +171,7 @@ class TarShards(ImageSink):
         for path in self.shards():
             if path.is_dir():
                 raise UserError(f"{path} is a folder where a file belongs; remove or rename it")
-        discard_damaged(self.stored(), self.size)
+        discard_damaged(self.stored(), self.is_whole)
         missing = self.without(places(self.stored()))
         if missing:
             self.npz.unlink(missing_ok=True)
@@ -189,15 +193,26 @@ class TarShards(ImageSink):
         barrier()
         if rank() == 0:
             complete = self.find(lambda: filter(Path.exists, shards), len(self.names))
-            self.write_npz(lambda i: complete[self.names[i]].pixels())
+            self.write_npz(lambda i: images.read_image(complete[self.names[i]]))
             self.parts.remove()
         return self.npz
 
-    def sample(self, i: int, stored: dict[str, Place]) -> Iterator[tuple[str, bytes]]:
+    def is_whole(self, file: PackedFile) -> bool:
+        """Whether a PNG in an archive is undamaged, or a label that of this set."""
+        name, _, suffix = file.name.rpartition(".")
+        if suffix == "cls":
+            return name.isdecimal() and int(name) < len(self.labels) and file.read() == self.label(int(name))
+        return super().is_whole(file)
+
+    def label(self, i: int) -> bytes:
+        """The class of an image as WebDataset reads it."""
+        return str(self.labels[i]).encode()
+
+    def sample(self, i: int, stored: dict[str, PackedFile]) -> Iterator[tuple[str, bytes]]:
         """The two files of an image."""
         name = self.names[i]
-        yield name, stored[name].content()
-        yield name.replace(".png", ".cls"), str(self.labels[i]).encode()
+        yield name, stored[name].read()
+        yield f"{i:06d}.cls", self.label(i)
 
 
 class NpzOnly(ImageSink):
@@ -220,7 +235,7 @@ class NpzOnly(ImageSink):
             self.npz.replace(self.earlier)
         else:
             self.npz.unlink(missing_ok=True)
-        discard_damaged(self.parts.paths(), self.size)
+        discard_damaged(self.parts.paths(), self.is_whole)
         kept = count_images(self.earlier, self.size)
         return self.without([*self.names[:kept], *places(self.parts.paths())])
 
@@ -233,7 +248,9 @@ class NpzOnly(ImageSink):
         if rank() == 0:
             earlier = map_npz(self.earlier) if self.earlier.exists() else ()
             parts = {} if self.npz.exists() else self.find(self.parts.paths, len(self.names) - len(earlier))
-            self.write_npz(lambda i: np.asarray(earlier[i]) if i < len(earlier) else parts[self.names[i]].pixels())
+            self.write_npz(
+                lambda i: np.asarray(earlier[i]) if i < len(earlier) else images.read_image(parts[self.names[i]])
+            )
             self.parts.remove()
             self.earlier.unlink(missing_ok=True)
         return self.npz

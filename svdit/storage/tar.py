@@ -80,6 +80,10 @@ class PackedFile(NamedTuple):
         """The content as a file; nothing of it is in memory yet."""
         return io.BufferedReader(_Window(self.archive, self.member))
 
+    def read(self) -> bytes:
+        """The content."""
+        return read_member(self.archive, self.member)
+
 
 class _Window(io.RawIOBase):
     """A part of a file as a file."""

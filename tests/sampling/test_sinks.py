@@ -207,6 +207,16 @@ def test_a_damaged_shard_is_drawn_again(
     assert "000001.tar is damaged; its images are generated again" in capsys.readouterr().err
 
 
+def test_a_wrong_label_is_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draw(tmp_path / "set", sink="tar")
+    path = tmp_path / "set" / "000000.tar"
+    shard, place = path.read_bytes(), tar_members(path)["000002.cls"].offset
+    path.write_bytes(shard[:place] + bytes([shard[place] ^ 1]) + shard[place + 1 :])
+    draw(tmp_path / "set", sink="tar")
+    assert path.read_bytes() == shard
+    assert "000000.tar is damaged" in capsys.readouterr().err
+
+
 def test_a_damaged_npz_without_files_is_drawn_again(
     tmp_path: Path, reference: np.ndarray, capsys: pytest.CaptureFixture[str]
 ) -> None:
