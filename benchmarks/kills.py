@@ -1,6 +1,6 @@
 """Images lost and changed by killed runs: sets drawn through many kills, compared with undisturbed ones.
 
-    python benchmarks/kills.py [KILLS]
+    python benchmarks/kills.py [KILLS [FORM …]]
 
 For every form of a set (files, tar shards, .npz) draws images of the quantized digits model with `sample_ddp.py` under
 torchrun, kills the run at a random time and starts it again with another number of processes and another batch size.
@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMS = {"png": [], "tar": ["--tar"], "npz": ["--no-png"]}
-IMAGES, LONGEST = 600, 25.0  # seconds until a kill
+IMAGES, LONGEST = 2000, 25.0  # seconds until a kill
 QUANTIZE = "--ckpt digits --preset w8a8 --calib-images 8 --calib-steps 5 --no-figures"
 SAMPLE = f"--num-fid-samples {IMAGES} --num-sampling-steps 40 --vae none"
 
@@ -76,7 +76,7 @@ def strays(folder: Path, reference: Path) -> list[str]:
     return sorted(files(folder) ^ files(reference))
 
 
-def main(kills: int) -> None:
+def main(kills: int, forms: list[str]) -> None:
     """Print the table."""
     random.seed(0)
     print("| form | kills | runs with 1, 2, 3 processes | lost | changed | strays | longest end, s |")
@@ -87,7 +87,7 @@ def main(kills: int) -> None:
             [sys.executable, "quantize_ptq.py", *QUANTIZE.split(), "--output", str(checkpoint)], cwd=ROOT, check=True,
             capture_output=True,
         )  # fmt: skip
-        for form in FORMS:
+        for form in forms:
             reference, folder = Path(temporary) / f"{form}-reference", Path(temporary) / f"{form}-killed"
             subprocess.run(
                 command(checkpoint, reference / "set", form, 1, 32), cwd=ROOT, check=True, capture_output=True
@@ -109,4 +109,4 @@ def main(kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 9)
+    main(int((sys.argv[1:] or ["9"])[0]), sys.argv[2:] or list(FORMS))
