@@ -26,6 +26,19 @@ def test_streamed_npz_loads_in_numpy(tmp_path: Path):
         np.testing.assert_array_equal(archive["arr_0"], images)
 
 
+def test_streamed_npz_can_be_read_as_a_stream(tmp_path: Path):
+    """As ADM's evaluator does: the header of version 1.0, then batches of images, in the order of the bytes."""
+    images = np.stack([random_image(seed=i) for i in range(5)])
+    write_npz(tmp_path / "x.npz", iter(images), 5)
+    with zipfile.ZipFile(tmp_path / "x.npz") as archive, archive.open("arr_0.npy") as stream:
+        assert np.lib.format.read_magic(stream) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        assert (shape, fortran, dtype) == (images.shape, False, np.uint8)
+        batches = [np.frombuffer(stream.read(2 * images[0].nbytes), np.uint8) for _ in range(3)]
+        assert stream.read() == b""
+    assert np.array_equal(np.concatenate(batches).reshape(shape), images)
+
+
 @pytest.mark.parametrize(("shapes", "count"), [([(5, 7), (5, 7)], 3), ([(5, 7), (7, 5)], 2)])
 def test_wrong_counts_and_sizes_are_errors_and_leave_no_file(tmp_path: Path, shapes, count: int):
     with pytest.raises(UserError, match=r"; (use images of one size|pass all of them)$"):
