@@ -25,6 +25,8 @@ REMEDIES = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit of open files",
     errno.EIO: "check the disk or the network, then try again",
+    errno.ESTALE: "check the network, then try again",
+    errno.ETIMEDOUT: "check the network, then try again",
 }
 LESS_MEMORY = "use a smaller batch or model, or a machine with more memory"
 NO_MEMORY = r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Unable to allocate"

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from svdit.errors import UserError, failed
+from svdit.errors import UnreadableError, UserError, failed
 from svdit.files import Openable, atomic_path, check_expansion, reading
 
 Pixels = npt.NDArray[np.uint8]
@@ -227,11 +227,13 @@ def _rgb(image: Image.Image) -> Pixels:
 
 
 def is_whole_png(file: Openable, size: int) -> bool:
-    """Whether a file is a PNG of size × size pixels whose checksums match."""
+    """Whether a file is a PNG of size × size pixels whose checksums match. Raises UnreadableError."""
     try:
-        with file.open("rb") as content, Image.open(content, formats=["PNG"]) as image:
+        with reading(file), file.open("rb") as content, Image.open(content, formats=["PNG"]) as image:
             image.verify()
             return image.size == (size, size)
+    except UnreadableError:
+        raise
     except Exception:  # as in `_opened`
         return False
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 
 from svdit.distributed import barrier, on_first, rank, seen, world_size
-from svdit.errors import UserError
+from svdit.errors import UnreadableError, UserError
 from svdit.evaluation.evaluate import FAKE_ROWS, extraction, feature_metrics, prepare, reference, report
 from svdit.evaluation.features import (
     Extraction,
@@ -149,6 +149,8 @@ class Stream:
         """The images of a file; none if it is damaged, and deleted. Raises UserError if it is of another run."""
         try:
             part = _read(path)
+        except UnreadableError:
+            raise
         except UserError:
             path.unlink()
             warn(f"{path} is damaged; its images are generated again")

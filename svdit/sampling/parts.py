@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from svdit.errors import UserError
+from svdit.errors import UnreadableError, UserError
 from svdit.printing import warn
 from svdit.progress import counted, progress
 from svdit.storage.tar import PackedFile, tar_members, write_tar
@@ -53,12 +53,15 @@ def packed(archive: Path) -> list[PackedFile]:
 
 
 def discard_damaged(archives: Iterable[Path], is_whole: Callable[[PackedFile], bool]) -> None:
-    """Delete archives with damage, with a warning: their images are generated again."""
+    """Delete archives with damage, with a warning: their images are generated again. Raises UnreadableError."""
 
     def check(path: Path) -> bool:
-        with suppress(UserError):
+        try:
             return all(map(is_whole, packed(path)))
-        return False
+        except UnreadableError:
+            raise
+        except UserError:
+            return False
 
     archives = list(archives)
     with ThreadPoolExecutor() as pool, progress("checking finished batches", unit="archives") as update:

@@ -14,7 +14,7 @@ import numpy as np
 
 from svdit import images
 from svdit.distributed import barrier, claimed, rank, seen
-from svdit.errors import UserError
+from svdit.errors import UnreadableError, UserError
 from svdit.images import Pixels
 from svdit.printing import warn
 from svdit.progress import counted, progress
@@ -265,11 +265,16 @@ def npz_path(folder: Path) -> Path:
 
 
 def count_images(npz: Path, size: int) -> int:
-    """The number of images in an undamaged .npz of size × size pixels; 0 for others, with a warning."""
+    """The number of images in an undamaged .npz of size × size pixels; 0 for others, with a warning.
+
+    Raises UnreadableError.
+    """
     if not npz.exists():
         return 0
     try:
         array = map_npz(npz)  # compares the checksum
+    except UnreadableError:
+        raise
     except UserError:
         array = None
     if array is None or array.dtype != "uint8" or array.shape[1:] != (size, size, 3):
