@@ -63,7 +63,8 @@ def generate_dataset(
     """Generate images 0 … count − 1 into `folder`; returns the path of `<folder>.npz`, or what another `sink` returns.
 
     `label_policy`: "random" (uniform over the classes) or "balanced" (i modulo the number of classes).
-    `sink`: "png", "tar" or "npz", see `SINKS`. `batch_size`: at most so many images at once.
+    `sink`: "png", "tar" or "npz", see `SINKS`, or an object with the methods of `Sink`, as `evaluation.stream.Stream`.
+    `batch_size`: at most so many images at once.
     `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision), on every
     process.
     `progress(done, total)` counts the images of all processes, this one's unfinished ones as fractions.
@@ -147,10 +148,10 @@ def _check_alike(manifest: dict[str, Any]) -> None:
 
 
 def _sink(sink: str | Sink) -> Sink:
-    if isinstance(sink, str):
-        if sink not in SINKS:
-            raise UserError(f"there is no sink {sink!r}; choose one of {', '.join(SINKS)}")
+    if isinstance(sink, str) and sink in SINKS:
         return SINKS[sink]()
+    if isinstance(sink, str | type) or not isinstance(sink, Sink):
+        raise UserError(f"there is no sink {sink!r}; choose one of {', '.join(SINKS)}, or pass an object like them")
     return sink
 
 

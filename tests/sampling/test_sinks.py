@@ -7,7 +7,9 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Sequence
+from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pixels
@@ -143,7 +145,7 @@ def test_a_set_that_stops_growing_can_be_completed_as_it_was(tmp_path: Path, ref
     assert visible(folder) == expected(form, 5)
 
 
-@pytest.mark.parametrize(("form", "other"), zip(SINKS, [*list(SINKS)[1:], next(iter(SINKS))], strict=True))
+@pytest.mark.parametrize(("form", "other"), list(permutations(SINKS, 2)))
 def test_another_form_is_refused(tmp_path: Path, form: str, other: str) -> None:
     draw(tmp_path / "set", sink=form, count=1)
     with pytest.raises(UserError, match=f"belongs to a run with storage '{form}', not '{other}'"):
@@ -162,10 +164,38 @@ def test_a_set_without_the_field_has_files(tmp_path: Path) -> None:
         draw(folder, count=2, sink="tar")
 
 
-@pytest.mark.parametrize("sink", ["zip", ""])
-def test_an_unknown_sink_is_an_error(tmp_path: Path, sink: str) -> None:
-    with pytest.raises(UserError, match=f"no sink '{sink}'; choose one of png, tar, npz"):
+@pytest.mark.parametrize("sink", ["zip", "", None, 3, Path("png"), sinks.TarShards])
+def test_an_unknown_sink_is_an_error(tmp_path: Path, sink: object) -> None:
+    with pytest.raises(
+        UserError, match=r"there is no sink .*; choose one of png, tar, npz, or pass an object like them"
+    ):
         draw(tmp_path / "set", sink=sink)
+
+
+class Means:
+    """A sink of one's own: the mean colour of each image."""
+
+    form, threaded = "means", True
+
+    def open(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder, self.count = folder, manifest["num_images"]
+
+    def missing(self) -> list[int]:
+        return [i for i in range(self.count) if not (self.folder / f"{i}.txt").exists()]
+
+    def write(self, indices: Sequence[int], pixels: images.Pixels) -> None:
+        for i, image in zip(indices, pixels, strict=True):
+            (self.folder / f"{i}.txt").write_text(str(image.mean()))
+
+    def finish(self) -> list[float]:
+        return [float((self.folder / f"{i}.txt").read_text()) for i in range(self.count)]
+
+
+def test_a_sink_of_ones_own_resumes_too(tmp_path: Path, reference: np.ndarray) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        draw(tmp_path / "set", sink=Means(), progress=interrupt_at(4.5))
+    (tmp_path / "set" / "0.txt").write_text("7")
+    assert draw(tmp_path / "set", sink=Means()) == [7, *(image.mean() for image in reference[1:])]
 
 
 def flip(path: Path) -> None:
