@@ -194,7 +194,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--fake_dir nowhere", "nowhere", "fix the path"),
         ("--fake_dir ''", "'' is not a path"),
         ("--fake_dir {empty}", "empty", "pass a folder of"),
-        ("--fake_dir {text}", "text", "neither a folder nor an .npz"),
+        ("--fake_dir {text}", "text", "is no folder, .npz or .tar"),
         ("--fake_dir {text_npz}", "text.npz", "create or download it again"),
         ("--fake_dir {fifo}", "neither a file nor a folder"),
         ("--real_dir nowhere", "nowhere", "fix the path"),

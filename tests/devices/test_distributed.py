@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from conftest import randomize
 from devices.fake_cuda import FakeCuda, state_of
-from test_distributed import in_world
 from torch import Tensor
+from worlds import in_world
 
 from svdit import distributed
 from svdit.cli import setup
@@ -36,12 +36,14 @@ def small() -> DiT:
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Rank 1 on a machine of two GPUs, without them; the devices that become the current one."""
     current: list[Any] = []
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in torchrun.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: current.append(backend))
+    monkeypatch.setattr(distributed, "connect", lambda **options: dist.HashStore())
     monkeypatch.setattr(distributed.Watch, "start", lambda watch: None)
     monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
     return current
