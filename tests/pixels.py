@@ -1,7 +1,6 @@
 """A tiny model of pixels with random weights: in memory, in a file, and generating a set of images.
 
-Under torchrun, with the repository on PYTHONPATH: pixels.py FOLDER COUNT BATCH_SIZE [SINK] also notes every image's
-noise.
+Under torchrun, with the repository on PYTHONPATH: pixels.py FOLDER COUNT BATCH_SIZE also notes every image's noise.
 """
 
 import hashlib
@@ -90,5 +89,5 @@ if __name__ == "__main__":
     dataset.image_noise = noting(notes)
     folder = Path(sys.argv[1])
     with session():
-        draw(folder, count=int(sys.argv[2]), batch_size=int(sys.argv[3]), sink=(sys.argv[4:] or ["png"])[0])
+        draw(folder, count=int(sys.argv[2]), batch_size=int(sys.argv[3]))
         (folder / f"noise-{rank()}.json").write_text(json.dumps(notes))

@@ -142,6 +142,7 @@ def test_an_agent_joins_dies_and_comes_back(tmp_path: Path, start: Start) -> Non
     check(tmp_path, first, third)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_started_again(tmp_path: Path, start: Start) -> None:
     allow(tmp_path, 8)
     agent = start("a", "--standalone", "--nproc-per-node=2", "--max-restarts=2")

@@ -1,9 +1,6 @@
 """Every form of a set holds the same images; all resume, grow, and find damage and strays."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 import zipfile
 from collections.abc import Callable, Sequence
@@ -12,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pixels
 import pytest
 import webdataset
-from pixels import ROOT, SEED, draw, interrupt_at
+from pixels import SEED, draw, interrupt_at
+from worlds import in_world
 
 from svdit import distributed, images
 from svdit.errors import UserError
@@ -73,17 +70,10 @@ def test_every_form_holds_the_same_images(tmp_path: Path, reference: np.ndarray,
 
 @pytest.mark.parametrize("form", IN_PARTS)
 def test_processes_share_a_set(tmp_path: Path, reference: np.ndarray, form: str) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
-    subprocess.run(
-        [*torchrun, pixels.__file__, str(tmp_path / "set"), str(COUNT), "2", form],
-        check=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    assert np.abs(arrays(tmp_path / "set.npz").astype(int) - reference).max() <= 1
-    for note in (tmp_path / "set").glob("noise-*.json"):
-        note.unlink()
-    assert [name for name in visible(tmp_path / "set") if "000001.tar" not in name] == expected(form, 4)
+    paths = in_world(3, lambda: draw(tmp_path / "set", sink=form, batch_size=2))
+    assert paths == [tmp_path / "set.npz"] * 3
+    assert np.abs(arrays(paths[0]).astype(int) - reference).max() <= 1
+    assert visible(tmp_path / "set") == expected(form)
 
 
 @pytest.mark.parametrize("form", SINKS)
