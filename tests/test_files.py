@@ -10,7 +10,9 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -62,28 +64,37 @@ def test_the_second_process_is_refused_until_the_first_is_killed(tmp_path: Path,
 
 
 def test_whoever_waits_gets_the_lock(tmp_path: Path) -> None:
-    first = holder(tmp_path / "cache")
+    first, acquired = holder(tmp_path / "cache"), threading.Event()
+
+    def wait() -> None:
+        with exclusive(tmp_path / "cache", wait=60):
+            acquired.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not acquired.wait(0.2)
     assert first.stdin
     first.stdin.close()
-    with exclusive(tmp_path / "cache", wait=60):
-        pass
+    thread.join()
+    assert acquired.is_set()
     first.wait()
 
 
+@pytest.mark.parametrize(("restarts", "seconds"), [("0", 0), ("3", files.RESTARTING)])
 def test_where_torchrun_restarts_processes_they_wait_for_those_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, seconds: float
 ) -> None:
-    first = holder(tmp_path / "set")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    monkeypatch.setattr(files, "RESTARTING", 0.3)
-    with pytest.raises(UserError, match="another process is writing"), exclusive(tmp_path / "set"):
+    waits: list[float] = []
+
+    def locked(place: Path, wait: float) -> AbstractContextManager[None]:
+        waits.append(wait)
+        return nullcontext()
+
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setattr(files, "_locked", locked)
+    with exclusive(tmp_path / "set"), exclusive(tmp_path / "cache", wait=7):
         pass
-    monkeypatch.setattr(files, "RESTARTING", 60.0)
-    assert first.stdin
-    first.stdin.close()
-    with exclusive(tmp_path / "set"):
-        pass
-    first.wait()
+    assert waits == [seconds, 7]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
