@@ -1,10 +1,11 @@
-"""The recipes of docs/scale.md: shell syntax, existing options, and runs with stand-ins for SLURM's commands."""
+"""docs/scale.md: its arithmetic; its recipes' syntax, options, and runs with stand-ins for SLURM's commands."""
 
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,21 @@ import torch
 from layers import CONFIGS
 from pixels import pixel_model
 from torch.distributed.run import get_args_parser
+from torch.utils.flop_counter import FlopCounterMode
 from worlds import free_port
 
 from svdit.checkpoints.store import save_model
 from svdit.cli import command, parser
+from svdit.model.dit import DiT, DiTConfig
 from svdit.quant.quantize import quantize_
+from svdit.shims import allow_cpu_torchvision
+
+allow_cpu_torchvision()
+from diffusers import AutoencoderKL  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "scale.md").read_text(), re.DOTALL)
+PAGE = (ROOT / "docs" / "scale.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 SCRIPTS = [block for block in BLOCKS if block.startswith("#!")]
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = {"sample_ddp.py": "generate", "evaluate_metrics.py": "evaluate"}
@@ -49,6 +57,69 @@ def test_torchruns_options_exist() -> None:
     assert len(lines) >= 4
     for line in lines:
         assert get_args_parser().parse_args(line[1:]).training_script == "sample_ddp.py"
+
+
+def gmac(call: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops() / 2e9
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[int, tuple[float, float]]:
+    """GMAC of a forward pass of DiT-XL/2 and of decoding, by the size of the image."""
+    stages, counts = 4, {}
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * stages,
+            up_block_types=("UpDecoderBlock2D",) * stages,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        )
+        for size in (256, 512):
+            model, z = DiT(DiTConfig(input_size=size // 8)), torch.empty(1, 4, size // 8, size // 8)
+            labels = torch.zeros(1, dtype=torch.int64)
+            counts[size] = gmac(lambda: model(z, torch.zeros(1), labels)), gmac(lambda: vae.decode(z))  # noqa: B023
+    return counts
+
+
+def check_time(cell: str, seconds: float) -> None:
+    """`cell`, "2.1 h" or "16 min", is the time up to its last digit."""
+    text, unit = cell.split()
+    value, last = float(text), 10 ** -len(text.partition(".")[2])
+    assert abs(seconds / {"h": 3600, "min": 60}[unit] - value) <= 0.51 * last, cell
+
+
+def table(heading: str) -> list[list[str]]:
+    """The rows of the table with this heading."""
+    rows = PAGE[PAGE.index(f"| {heading} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_the_times_on_gpus_follow_from_the_operations(counted: dict[int, tuple[float, float]]) -> None:
+    (forward, decode), (large_forward, large_decode) = counted[256], counted[512]
+    text = " ".join(PAGE.split())
+    assert f"has {forward:.1f} GMAC at 256 px and {large_forward:.1f} GMAC at 512 px" in text
+    assert f"the VAE {decode:.0f} and {large_decode:.0f} GMAC" in text
+    rows = table("50 000 images")
+    assert len(rows) == 4
+    for name, flop, *times in rows:
+        size, _, _, steps = name.replace(" (default)", "").split()
+        forward, decode = counted[int(size)]
+        total = 50_000 * (2 * int(steps) * forward + decode) * 2e9
+        assert flop == f"{total / 1e18:.3g}"
+        for cell, gpus in zip(times, (1, 8, 64), strict=True):
+            check_time(cell, total / 100e12 / gpus)
+
+
+def test_the_times_on_cpus_follow_from_the_measured_rows() -> None:
+    step, whole, rest = map(float, re.findall(r"(\d\.\d+) s(?: per image|\s+for all)", PAGE))
+    assert abs(whole - 20 * step - rest) < 0.01
+    for name, hours, *times in table("50 000 images of 256 px, W8A8"):
+        seconds = 2 * 50_000 * (int(name.split()[1]) * step + rest)
+        assert abs(seconds / 3600 - float(hours)) <= 50
+        for cell, cores in zip(times, (64, 16 * 64), strict=True):
+            check_time(cell, seconds / cores)
 
 
 # On this machine srun starts its command twice, and the only host is 127.0.0.1.
