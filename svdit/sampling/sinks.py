@@ -77,8 +77,8 @@ class ImageSink:
         names = set(present)
         return [i for i, name in enumerate(self.names) if name not in names]
 
-    def write_parts(self, indices: Sequence[int], pixels: Pixels) -> None:
-        """Keep a batch (N, H, W, 3) until the set is complete."""
+    def write(self, indices: Sequence[int], pixels: Pixels) -> None:
+        """See `Sink`: keep a batch (N, H, W, 3) until the set is complete."""
         files = ((self.names[i], images.encode_png(image)) for i, image in zip(indices, pixels, strict=True))
         self.parts.write(indices, files)
 
@@ -178,10 +178,6 @@ class TarShards(ImageSink):
             self.npz.unlink(missing_ok=True)
         return missing
 
-    def write(self, indices: Sequence[int], pixels: Pixels) -> None:
-        """See `Sink`."""
-        self.write_parts(indices, pixels)
-
     def finish(self) -> Path:
         """Write the shards, each by one process, then the .npz; returns its path."""
         shards, stored = self.shards(), self.find(self.stored, len(self.names))
@@ -239,10 +235,6 @@ class NpzOnly(ImageSink):
         discard_damaged(self.parts.paths(), self.is_whole)
         kept = count_images(self.earlier, self.size)
         return self.without([*self.names[:kept], *places(self.parts.paths())])
-
-    def write(self, indices: Sequence[int], pixels: Pixels) -> None:
-        """See `Sink`."""
-        self.write_parts(indices, pixels)
 
     def finish(self) -> Path:
         """Write the .npz; returns its path."""
