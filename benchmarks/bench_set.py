@@ -43,7 +43,7 @@ class Sampler:
         grain = stream.randint(-6, 7, (SIZE, SIZE, 3))
         smooth = [np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(int) for image in coarse]
         self.images = np.stack([(image + grain).clip(0, 255).astype(np.uint8) for image in smooth])
-        self.seconds, self.busy, self.turns = seconds, 0.0, 0
+        self.seconds, self.busy, self.turns, self.ended = seconds, 0.0, 0, 0.0
 
     def __call__(self, model: DiT, labels: Sequence[int], *rest: Any, **options: Any) -> Pixels:
         """uint8 (N, 256, 256, 3)"""
@@ -51,7 +51,8 @@ class Sampler:
         time.sleep(self.seconds * len(labels) / 32)
         self.turns += 1
         batch = np.roll(self.images[np.array(labels) % len(self.images)], self.turns, axis=1)
-        self.busy += time.perf_counter() - start
+        self.ended = time.perf_counter()
+        self.busy += self.ended - start
         return batch
 
 
@@ -114,19 +115,10 @@ def measure_memory(form: str) -> None:
 
 def measure_writers(form: str) -> None:
     """The share of the time from the first batch to the last in which the sampler works."""
-    sampler, ends = Sampler(GPU_SECONDS), list[float]()
+    sampler, start = Sampler(GPU_SECONDS), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        done = [0.0]
-        start = time.perf_counter()
-        sampler_call = sampler.__call__
-
-        def timed(*arguments: Any, **options: Any) -> Pixels:
-            pixels = sampler_call(*arguments, **options)
-            ends.append(time.perf_counter())
-            return pixels
-
-        draw(form, Path(temporary) / "set", 25 * 32, timed, done)  # type: ignore[arg-type]
-    share = sampler.busy / (ends[-1] - start)
+        draw(form, Path(temporary) / "set", 25 * 32, sampler, [0.0])
+    share = sampler.busy / (sampler.ended - start)
     record("set", f"{form}, share of the sampler", 100 * share, "%", f"25 batches of 32, {GPU_SECONDS} s each")
 
 

@@ -26,11 +26,22 @@ QUANTIZE = "--ckpt digits --preset w8a8 --calib-images 8 --calib-steps 5 --no-fi
 SAMPLE = f"--num-fid-samples {IMAGES} --num-sampling-steps 40 --vae none"
 
 
+def quantize(checkpoint: Path) -> None:
+    """Write the quantized digits model."""
+    arguments = [sys.executable, "quantize_ptq.py", *QUANTIZE.split(), "--output", str(checkpoint)]
+    subprocess.run(arguments, cwd=ROOT, check=True, capture_output=True)
+
+
+def script(checkpoint: Path, folder: Path, form: str, batch: int) -> list[str]:
+    """The script and its arguments."""
+    where = ["--ckpt", str(checkpoint), "--sample-dir", str(folder), "--per-proc-batch-size", str(batch)]
+    return ["sample_ddp.py", *where, *SAMPLE.split(), *FORMS[form]]
+
+
 def command(checkpoint: Path, folder: Path, form: str, world: int, batch: int) -> list[str]:
     """One run of `world` processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    where = ["--ckpt", str(checkpoint), "--sample-dir", str(folder), "--per-proc-batch-size", str(batch)]
-    return [*torchrun, "sample_ddp.py", *where, *SAMPLE.split(), *FORMS[form]]
+    return [*torchrun, *script(checkpoint, folder, form, batch)]
 
 
 def members(group: int) -> list[int]:
@@ -83,10 +94,7 @@ def main(kills: int, forms: list[str]) -> None:
     print("|---" * 7 + "|")
     with tempfile.TemporaryDirectory() as temporary:
         checkpoint = Path(temporary) / "w8a8.safetensors"
-        subprocess.run(
-            [sys.executable, "quantize_ptq.py", *QUANTIZE.split(), "--output", str(checkpoint)], cwd=ROOT, check=True,
-            capture_output=True,
-        )  # fmt: skip
+        quantize(checkpoint)
         for form in forms:
             reference, folder = Path(temporary) / f"{form}-reference", Path(temporary) / f"{form}-killed"
             subprocess.run(
