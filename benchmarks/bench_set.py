@@ -3,8 +3,10 @@
     python benchmarks/bench_set.py memory [FORM …]      # 50 000 images of 256 px, needs 20 GB of disk, minutes per form
     python benchmarks/bench_set.py writers [FORM …]     # a sampler that waits as for a GPU, 25 batches of 32
 
-Everything is `generate_dataset` but the sampler: its images are smooth noise that PNG compresses to 110 kB, about as
-photographs. Memory is what the process holds itself (anonymous pages) and, with files that it maps, in total.
+Forms: png, tar, npz, and for memory features, which is `--evaluate` with FID and IS against 10 000 images. Everything
+is `generate_dataset` but the sampler, whose images are smooth noise that PNG compresses to 110 kB, about as
+photographs, and the network, whose features are random. Memory is what the process holds itself (anonymous pages) and,
+with files that it maps, in total.
 """
 
 import csv
@@ -18,9 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from record import record
 
+from svdit.evaluation.options import Options
+from svdit.evaluation.stream import Stream
 from svdit.files import sha256
 from svdit.images import Pixels
 from svdit.model.dit import DiT, DiTConfig
@@ -56,6 +61,28 @@ class Sampler:
         return batch
 
 
+class Network:
+    """In place of Inception: features of its widths, of 256 random directions."""
+
+    name, digest, comparable = "random", "of the benchmark", False
+
+    def __init__(self) -> None:
+        self.widths = {"pool": 2048, "spatial": 2023, "logits": 1008}
+        self.stream = torch.Generator().manual_seed(0)
+        self.mix = torch.randn(256, sum(self.widths.values()), generator=self.stream) / 16
+
+    def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8 (N, 3, H, W) to features (N, D) by layer."""
+        features = torch.randn(len(pixels), 256, generator=self.stream) @ self.mix
+        return dict(zip(self.widths, features.relu().split(list(self.widths.values()), 1), strict=True))
+
+
+def stream(folder: Path) -> Stream:
+    """The sink of `--evaluate`."""
+    np.savez(folder / "real.npz", arr_0=np.random.RandomState(0).randint(0, 256, (10_000, 8, 8, 3), dtype=np.uint8))
+    return Stream(folder / "real.npz", Network(), Options(("fid", "is")))
+
+
 def memory() -> tuple[int, int]:
     """Anonymous and total resident memory in MB."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
@@ -78,8 +105,8 @@ def watched(rows: list[tuple[float, int, int, float]], done: list[float]) -> Ite
     thread.join()
 
 
-def draw(form: str, folder: Path, count: int, sampler: Sampler, done: list[float]) -> Path:
-    """The set of `count` images; returns its .npz."""
+def draw(form: str, folder: Path, count: int, sampler: Sampler, done: list[float]) -> None:
+    """The set of `count` images, in `folder`/set."""
     dataset.generate_images = sampler  # type: ignore[assignment]
     model = DiT(DiTConfig(input_size=SIZE, patch_size=32, in_channels=3, hidden_size=32, depth=1, num_heads=2))
 
@@ -87,7 +114,8 @@ def draw(form: str, folder: Path, count: int, sampler: Sampler, done: list[float
         done[0] = images
 
     config = SamplingConfig("ddim", "ddim50", 1.5)
-    return dataset.generate_dataset(model, folder, count, config, batch_size=32, sink=form, progress=progress)
+    sink = stream(folder) if form == "features" else form
+    dataset.generate_dataset(model, folder / "set", count, config, batch_size=32, sink=sink, progress=progress)
 
 
 def measure_memory(form: str) -> None:
@@ -96,10 +124,11 @@ def measure_memory(form: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         before, done, start = memory(), [0.0], time.perf_counter()
         with watched(rows, done):
-            npz = draw(form, Path(temporary) / "set", IMAGES, Sampler(0), done)
-        seconds = time.perf_counter() - start
-        assert map_npz(npz).shape == (IMAGES, SIZE, SIZE, 3)
-        record("set", f"{form}, size of the .npz", npz.stat().st_size / 1e9, "GB", f"sha256 {sha256(npz)[:12]}")
+            draw(form, Path(temporary), IMAGES, Sampler(0), done)
+        seconds, npz = time.perf_counter() - start, Path(temporary) / "set.npz"
+        if form != "features":
+            assert map_npz(npz).shape == (IMAGES, SIZE, SIZE, 3)
+            record("set", f"{form}, size of the .npz", npz.stat().st_size / 1e9, "GB", f"sha256 {sha256(npz)[:12]}")
     drawn = next(row[0] for row in rows if row[3] == IMAGES)
     note = (
         f"{IMAGES} images of {SIZE} px, {before[0]} MB before; {seconds:.0f} s, of which {drawn:.0f} s for the batches"
@@ -117,7 +146,7 @@ def measure_writers(form: str) -> None:
     """The share of the time from the first batch to the last in which the sampler works."""
     sampler, start = Sampler(GPU_SECONDS), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        draw(form, Path(temporary) / "set", 25 * 32, sampler, [0.0])
+        draw(form, Path(temporary), 25 * 32, sampler, [0.0])
     share = sampler.busy / (sampler.ended - start)
     record("set", f"{form}, share of the sampler", 100 * share, "%", f"25 batches of 32, {GPU_SECONDS} s each")
 
