@@ -1,7 +1,8 @@
 """SIGTERM and SIGHUP end a command as Ctrl-C does: the stack unwinds, so temporary files are deleted.
 
 Python delays a signal until the main thread returns from C, which it does not do while it waits for other processes.
-A thread ends the process then.
+A thread ends the process then. Python also drops what is raised in a destructor or in the callback of a weak reference;
+the signal is sent again then.
 """
 
 import os
@@ -9,9 +10,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 GRACE = 5.0  # seconds that the main thread has
@@ -31,11 +33,14 @@ def ending() -> Iterator[None]:
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=force, args=(reader,), daemon=True).start()
+    unraisable = sys.unraisablehook
+    sys.unraisablehook = lambda dropped: resend(dropped, unraisable)
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:
+        sys.unraisablehook = unraisable
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
@@ -47,6 +52,19 @@ def unwind(number: int, frame: FrameType | None) -> None:
     for each in SIGNALS:
         signal.signal(each, signal.SIG_IGN)
     sys.exit(128 + number)
+
+
+def resend(dropped: Any, otherwise: Callable[[Any], object]) -> None:
+    """Send a signal again whose exception Python has dropped (a `sys.UnraisableHookArgs`)."""
+    if isinstance(dropped.exc_value, SystemExit) and isinstance(dropped.exc_value.code, int):
+        number = dropped.exc_value.code - 128
+        signal.signal(number, unwind)
+    elif isinstance(dropped.exc_value, KeyboardInterrupt):
+        number = signal.SIGINT
+    else:
+        otherwise(dropped)
+        return
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # after this hook, which drops exceptions too
 
 
 def force(reader: socket.socket) -> None:

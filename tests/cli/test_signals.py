@@ -1,9 +1,13 @@
-"""SIGTERM, SIGHUP and Ctrl-C leave no temporary file and no traceback; the exit code is 128 + signal, also inside C."""
+"""SIGTERM, SIGHUP and Ctrl-C leave no temporary file and no traceback; the exit code is 128 + signal.
+
+So it is inside C and in a destructor.
+"""
 
 import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +29,17 @@ def wait_in_c() -> None:
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
 
 
+def wait_in_a_destructor() -> None:
+    """Python drops what is raised there."""
+
+    class Last:
+        def __del__(self) -> None:
+            wait_in_python()
+
+    Last()
+    wait_in_python()
+
+
 def child(folder: Path, wait: Callable[[], None], ignore: int | None) -> None:
     """A command that waits in the middle of writing a file."""
 
@@ -35,7 +50,8 @@ def child(folder: Path, wait: Callable[[], None], ignore: int | None) -> None:
             wait()
 
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
-    signals.GRACE = 0.5
+    sys.stderr, sys.unraisablehook = os.fdopen(2, "w"), sys.__unraisablehook__  # pytest has its own
+    signals.GRACE = 0.5 if wait is wait_in_c else 60
     inspect.run = run
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if ignore:
@@ -60,7 +76,7 @@ def stopped(
     return process.exitcode
 
 
-@pytest.mark.parametrize("wait", [wait_in_python, wait_in_c])
+@pytest.mark.parametrize("wait", [wait_in_python, wait_in_c, wait_in_a_destructor])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_a_command_and_leaves_nothing(
     number: signal.Signals, wait: Callable[[], None], tmp_path: Path
