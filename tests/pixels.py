@@ -55,10 +55,12 @@ def draw(folder: Path, **options: Any) -> Any:
     return dataset.generate_dataset(pixel_model(), folder, config=CONFIG, autoencoder=Squash(), **options)  # type: ignore[arg-type]
 
 
-def interrupt_at(images: float) -> Callable[[float, int], None]:
-    """A progress callback that interrupts the run, as Ctrl-C does, when so many images are drawn."""
+def interrupt_at(images: float, drawn: list[float] | None = None) -> Callable[[float, int], None]:
+    """A progress callback that interrupts the run, as Ctrl-C does, when so many images are drawn; adds to `drawn`."""
 
     def progress(done: float, total: int) -> None:
+        if drawn is not None:
+            drawn.append(done)
         if done >= images:
             raise KeyboardInterrupt
 

@@ -1,6 +1,6 @@
 """Evaluation while sampling: a sink of `generate_dataset` that keeps the features of images instead of the images.
 
-DIR/features/000000-….npz hold for each batch what the metrics need of its images, 20 KB per image: features, hashes of
+DIR/features/000000.npz, … hold for each batch what the metrics need of its images, 20 KB per image: features, hashes of
 the pixels, distances to counterparts, and the pixels of the 64 images to show. They stay there: the same command, also
 with another reference, samples nothing, and the set can grow.
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -104,9 +103,7 @@ class Stream:
         part |= {"kept": part["index"][kept], "pixels": pixels[kept]}
         with full_precision():
             part |= self._measured(indices, pixels)
-        number = zlib.crc32(part["index"].tobytes())  # other batches may begin with the same image
-        path = self.parts / f"{indices[0]:06d}-{number:08x}.npz"
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
+        with atomic_path(self.parts / f"{indices[0]:06d}.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **part)
 
     def _measured(self, indices: Sequence[int], pixels: Pixels) -> Part:

@@ -3,13 +3,10 @@
 A killed run loses only what it was drawing or writing, on any file system, whichever hosts write.
 """
 
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
 
 from svdit.errors import UnreadableError, UserError
 from svdit.printing import warn
@@ -26,9 +23,8 @@ class Parts:
         self.folder = folder / NAME
 
     def write(self, indices: Sequence[int], files: Iterable[tuple[str, bytes]]) -> None:
-        """Store the files, (name, content) each, of the images of a batch."""
-        number = zlib.crc32(np.array(indices, "<i8").tobytes())  # other batches may begin with the same image
-        write_tar(self.folder / f"{indices[0]:06d}-{number:08x}.tar", files)
+        """Store the files, (name, content) each, of the images of a batch. No other part has its first image."""
+        write_tar(self.folder / f"{indices[0]:06d}.tar", files)
 
     def paths(self) -> list[Path]:
         """The archives."""

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pixels import ROOT, SEED, draw, interrupt_at
 from worlds import in_world
 
-from svdit import images
+from svdit import distributed, images
 from svdit.distributed import rank
 from svdit.errors import UserError
 from svdit.model.dit import DiT
@@ -88,8 +88,12 @@ def test_three_processes_draw_what_one_does(reference: Path, tmp_path: Path) -> 
     assert same_images(arrays(folder.with_suffix(".npz")), arrays(reference))
 
 
-def test_a_slower_process_draws_less(reference: Path, tmp_path: Path) -> None:
-    """The first one draws its first batch as long as the others need for the rest."""
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_slower_process_draws_less(
+    reference: Path, tmp_path: Path, slow: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It draws its first batch as long as the others need for the rest; they wait for it, and not for a slow disk."""
+    monkeypatch.setattr(distributed, "LATE", 0)
     folder, genuine = tmp_path / "set", dataset.generate_images
 
     def drawn() -> int:
@@ -98,7 +102,7 @@ def test_a_slower_process_draws_less(reference: Path, tmp_path: Path) -> None:
         def generate_images(model: DiT, labels: Sequence[int], *rest: Any, **options: Any) -> images.Pixels:
             nonlocal drawn
             drawn += len(labels)
-            while rank() == 0 and len(list(folder.glob("*.png"))) < COUNT - 1:
+            while rank() == slow and len(list(folder.glob("*.png"))) < COUNT - 1:
                 time.sleep(0.01)
             return genuine(model, labels, *rest, **options)
 
@@ -107,7 +111,7 @@ def test_a_slower_process_draws_less(reference: Path, tmp_path: Path) -> None:
         return drawn
 
     counts = in_world(3, drawn)
-    assert counts[0] == 1
+    assert counts[slow] == 1
     assert sum(counts) == COUNT
     assert same_images(arrays(folder.with_suffix(".npz")), arrays(reference))
 
@@ -122,6 +126,17 @@ def test_processes_that_would_draw_other_images_are_refused(tmp_path: Path) -> N
     assert sentence == other
     assert sentence.startswith("process 1 has the backend 'cpu (avx2)', the first one 'cpu (avx512vnni)'; use the same")
     assert not (tmp_path / "set").exists()
+
+
+def test_hosts_that_do_not_share_the_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> str:
+        with pytest.raises(UserError) as caught:
+            draw(tmp_path / str(rank()))
+        return str(caught.value)
+
+    monkeypatch.setattr(distributed, "LATE", 0)
+    first, _ = in_world(2, refused)
+    assert "manifest.json is not the same file on" in first
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -319,6 +334,7 @@ def test_batches_share_the_images_evenly(images: int, batch_size: int, processes
     batches = list(split(range(images), batch_size, processes))
     assert [i for batch in batches for i in batch] == list(range(images))
     assert all(len(batch) <= batch_size for batch in batches)
+    assert all(len(batch) >= batch_size // 4 for batch in batches[:-1])
     if images >= processes * batch_size:
         assert all(len(batch) == batch_size for batch in batches[: images // batch_size - processes])
     if batches:

@@ -111,11 +111,15 @@ def test_what_other_hosts_wrote_may_be_seen_late(
 
 @pytest.mark.parametrize("form", SINKS)
 def test_a_set_grows(tmp_path: Path, reference: np.ndarray, form: str) -> None:
+    """Killed at the start and later; images are kept."""
     folder, drawn = tmp_path / "set", list[float]()
     draw(folder, sink=form, count=5)
-    with pytest.raises(KeyboardInterrupt):
-        draw(folder, sink=form, batch_size=1, progress=interrupt_at(6.5))
-    assert not folder.with_suffix(".npz").exists(), "it would be taken for the larger set"
+    for stop in (0, 6.5):
+        with pytest.raises(KeyboardInterrupt):
+            draw(folder, sink=form, batch_size=1, progress=interrupt_at(stop, drawn))
+        assert drawn[0] == 5.25
+        drawn.clear()
+        assert not folder.with_suffix(".npz").exists(), "it would be taken for the larger set"
     grown = draw(folder, sink=form, progress=lambda done, total: drawn.append(done))
     assert drawn[0] > 6
     assert np.array_equal(arrays(grown), reference)
