@@ -13,6 +13,7 @@ from torch import Tensor
 from svdit.kernels import reference as ref
 from svdit.kernels.cpu.features import capabilities
 from svdit.kernels.formats import Format
+from svdit.kernels.fused import by_image, composed
 from svdit.kernels.layer import Layer, Linear, LinearSpec
 
 FACTORS_ONLY = "two factors and no quantized weight"
@@ -20,7 +21,7 @@ FACTORS_ONLY = "two factors and no quantized weight"
 
 def reference(layer: Layer, inner: bool = False) -> Linear:
     """The definition itself; weights are decoded at every call."""
-    return ref.composed(ref.by_image(partial(ref.linear, layer)))
+    return composed(by_image(partial(ref.linear, layer)))
 
 
 def dequantized(layer: Layer, inner: bool = False) -> Linear:
@@ -33,7 +34,7 @@ def dequantized(layer: Layer, inner: bool = False) -> Linear:
     def product(hat: Tensor) -> Tensor:
         return F.linear(ref.fake_quantize(hat, act) if act else hat, weight, rest.bias)
 
-    return ref.composed(ref.by_image(lambda x: ref.linear(rest, x, product)))
+    return composed(by_image(lambda x: ref.linear(rest, x, product)))
 
 
 def torch_int8(layer: Layer, inner: bool = False) -> Linear | None:
@@ -48,7 +49,7 @@ def torch_int8(layer: Layer, inner: bool = False) -> Linear | None:
         y = torch._int_mm(codes, weight).float() * scales.groups * channel
         return (y if rest.bias is None else y + rest.bias).view(*hat.shape[:-1], -1)
 
-    return ref.composed(ref.by_image(lambda x: ref.linear(rest, x, product)))
+    return composed(by_image(lambda x: ref.linear(rest, x, product)))
 
 
 def torch_int8_missing(device: torch.device) -> str:

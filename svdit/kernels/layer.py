@@ -191,10 +191,14 @@ class Layer:
 
 
 class Modulation(NamedTuple):
-    """First LayerNorm, then x · (1 + scale) + shift; (N, I) each."""
+    """First LayerNorm, or RMSNorm, without weights (ε 1e-6), then x · (1 + scale) + shift; (N, I) each.
+
+    A weight w of RMSNorm belongs into the scale: (1 + scale) w − 1.
+    """
 
     shift: Tensor
     scale: Tensor
+    rms: bool = False
 
 
 class Residual(NamedTuple):
@@ -204,12 +208,34 @@ class Residual(NamedTuple):
     gate: Tensor
 
 
-class Linear(Protocol):
-    """A packed layer: y = residual + gate · gelu(linear(modulate(LayerNorm(x)))), every part around `linear` optional.
+class HeadNorms(NamedTuple):
+    """Norms of queries and keys over the head, weights (2, head): LayerNorm (ε 1e-5) with a bias (2, head), else
+    RMSNorm (ε 1e-6)."""
 
-    (N, T, I) float32 to (N, T, O) float32, which is the residual's x where there is one.
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Rotation(NamedTuple):
+    """Rotary positions of queries and keys: x · cos + rot(x) · sin, tables (T, head); rot(x₀, x₁) = (−x₁, x₀)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Linear(Protocol):
+    """A packed layer: y = residual + gate · gelu(linear(modulate(norm(x)))), every part around `linear` optional.
+
+    (N, T, I) float32 to (N, T, O) float32, which is the residual's x where there is one. With `glu` x is (N, T, 2I),
+    of which silu(x[…, :I]) · x[…, I:] is the input of the layer.
     """
 
     def __call__(
-        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
+        self,
+        x: Tensor,
+        *,
+        modulation: Modulation | None = None,
+        gelu: bool = False,
+        residual: Residual | None = None,
+        glu: bool = False,
     ) -> Tensor: ...

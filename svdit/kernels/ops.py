@@ -2,7 +2,7 @@
 
 Each packs a stored layer (`layer.Layer`) once and computes
 
-    y = residual + gate · gelu(linear(modulate(LayerNorm(x))))        every part around `linear` optional
+    y = residual + gate · gelu(linear(modulate(norm(x))))        every part around `linear` optional
 
 Activation codes, unpacked weights and int32 sums are the same in all of them; floats differ by rounding.
 Layers the backend does not support fall back to `dequant`; `unsupported` says why.
@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.errors import UserError
-from svdit.kernels import generic
-from svdit.kernels import reference as ref
+from svdit.kernels import fused, generic
 from svdit.kernels.checks import check
 from svdit.kernels.cpu import ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cuda import backend as cuda
-from svdit.kernels.layer import Layer, Linear, LinearSpec
+from svdit.kernels.fused import by_image, composed
+from svdit.kernels.layer import HeadNorms, Layer, Linear, LinearSpec, Rotation
 
 Shape = tuple[int, int]  # (O, I)
 
@@ -112,19 +112,18 @@ def float_linear(weight: Tensor, bias: Tensor | None, backend: str) -> Linear:
     """A layer that is not quantized, of weight (O, I) and bias (O,)."""
     if backend == "cpu":
         return cpu.float_linear(weight, bias, ffi.kernels())
-    return ref.composed(ref.by_image(lambda x: F.linear(x.float(), weight, bias)))
+    return composed(by_image(lambda x: F.linear(x.float(), weight, bias)))
 
 
-def attention(qkv: Tensor, heads: int, backend: str) -> Tensor:
-    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); in bfloat16 on a GPU, and where `pack` made qkv bfloat16."""
-    if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype:
-        return cpu.attention(qkv, heads, ffi.kernels())
+def attention(
+    qkv: Tensor, heads: int, backend: str, *, norms: HeadNorms | None = None, rotation: Rotation | None = None
+) -> Tensor:
+    """softmax(q kᵀ / √head) v of (N, T, 3D) to (N, T, D); q and k first normed and rotated, where asked for.
+
+    In bfloat16 on a GPU, and where `pack` made qkv bfloat16.
+    """
     if backend == "triton" and qkv.is_cuda:
         qkv = qkv.bfloat16()
-    return ref.by_image(partial(_attention, heads=heads))(qkv)
-
-
-def _attention(qkv: Tensor, heads: int) -> Tensor:
-    N, T, width = qkv.shape
-    q, k, v = qkv.view(N, T, 3, heads, -1).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, width // 3)
+    if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype and norms is None and rotation is None:
+        return cpu.attention(qkv, heads, ffi.kernels())
+    return by_image(partial(fused.attention, heads=heads, norms=norms, rotation=rotation))(qkv)

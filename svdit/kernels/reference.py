@@ -15,7 +15,7 @@ from torch import Tensor
 
 from svdit.kernels.formats import ELEMENT_MAX, TWO_LEVEL, Format
 from svdit.kernels.layer import SCALE_DTYPES as SCALE_DTYPES
-from svdit.kernels.layer import Layer, Linear, Modulation, Residual
+from svdit.kernels.layer import Layer
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the magnitudes of FP4; code c stands for sign(c) · E2M1[|c|]
 
@@ -245,48 +245,3 @@ def linear(layer: Layer, x: Tensor, product: Callable[[Tensor], Tensor] | None =
     for term in rest:
         y = y + term
     return y
-
-
-def by_image(core: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`core`, (N, T, I) to (N, T, O), for one image after the other on a CPU.
-
-    A float product rounds by its number of rows, and one code that tips over changes more than rounding does.
-    """
-
-    def call(x: Tensor) -> Tensor:
-        return torch.cat([core(image) for image in torch.split(x, 1)]) if x.device.type == "cpu" else core(x)
-
-    return call
-
-
-def gelu(x: Tensor) -> Tensor:
-    """tanh-GELU of x (…), x / (1 + e^−2√(2/π)(x + 0.044715 x³)).
-
-    On a CPU an element's result does not depend on its place; torch's own gelu treats the ends of a tensor otherwise.
-    """
-    if x.device.type != "cpu":
-        return F.gelu(x, approximate="tanh")
-    return x / (1 + (x * (x * x * 0.044715 + 1) * -math.sqrt(8 / math.pi)).exp())
-
-
-def silu(x: Tensor) -> Tensor:
-    """x / (1 + e^−x) of x (…), as `gelu`."""
-    return x / (1 + (-x).exp())
-
-
-def composed(core: Callable[[Tensor], Tensor]) -> Linear:
-    """`core`, (N, T, I) to (N, T, O), with everything around it from torch's own operations."""
-
-    activation = gelu
-
-    def call(
-        x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
-    ) -> Tensor:
-        if modulation is not None:
-            x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-            x = x * (1 + modulation.scale[:, None]) + modulation.shift[:, None]
-        y = core(x)
-        y = activation(y) if gelu else y
-        return y if residual is None else residual.x.add_(residual.gate[:, None] * y)
-
-    return call

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from svdit.kernels import ops
+from svdit.kernels.fused import silu
 from svdit.kernels.layer import Modulation, Residual
-from svdit.kernels.reference import silu
 from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
 from svdit.model.layers import Block, FinalLayer
@@ -38,7 +38,7 @@ class FastBlock(nn.Module):
     def attention(self, qkv: Tensor) -> Tensor:
         """(N, T, 3D) to (N, T, D)"""
         if self.backend == "cpu" and torch.compiler.is_compiling():
-            return linear.attention(qkv, self.heads)
+            return linear.attention(qkv, self.heads, None, None, None, None)
         return ops.attention(qkv, self.heads, self.backend)
 
     def parts(self, x: Tensor) -> list[slice]:

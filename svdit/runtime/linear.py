@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from svdit.errors import UserError
 from svdit.kernels import ops
-from svdit.kernels import reference as ref
-from svdit.kernels.layer import Linear, Modulation, Residual
+from svdit.kernels.fused import by_image, composed
+from svdit.kernels.layer import HeadNorms, Linear, Modulation, Residual, Rotation
 from svdit.quant.linear import SVDLinear
 
 NUMBERS, LAYERS = count(), WeakValueDictionary[int, "FastLinear"]()
@@ -69,17 +69,24 @@ class FastLinear(nn.Module):
         return y.view(*input.shape[:-1], self.out_features).to(input.dtype)  # (…, O)
 
     def fused(
-        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
+        self,
+        x: Tensor,
+        *,
+        modulation: Modulation | None = None,
+        gelu: bool = False,
+        residual: Residual | None = None,
+        glu: bool = False,
     ) -> Tensor:
-        """(N, T, I) to (N, T, O), as `kernels.layer.Linear`. With `debug` raises UserError for NaN or Inf."""
-        if self.debug and not all(bool(p.isfinite().all()) for p in (x, *(modulation or ()), *(residual or ()))):
+        """(N, T, I or 2I) to (N, T, O), as `kernels.layer.Linear`. With `debug` raises UserError for NaN or Inf."""
+        shift, scale, rms = modulation or (None, None, False)
+        read = [part for part in (x, shift, scale, *(residual or ())) if part is not None]
+        if self.debug and not all(bool(part.isfinite().all()) for part in read):
             raise UserError(f"the input of layer {self.name} contains NaN or Inf; check the layers before it")
         if not torch.compiler.is_compiling():
-            return self.linear(x, modulation=modulation, gelu=gelu, residual=residual)
-        shift, scale = modulation or (None, None)
+            return self.linear(x, modulation=modulation, gelu=gelu, residual=residual, glu=glu)
         if residual is None:
-            return linear(self.number, x, shift, scale, gelu)
-        linear_(self.number, x, shift, scale, gelu, residual.gate, residual.x)
+            return linear(self.number, x, shift, scale, rms, gelu, glu)
+        linear_(self.number, x, shift, scale, rms, gelu, glu, residual.gate, residual.x)
         return residual.x
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FastLinear":
@@ -137,7 +144,7 @@ def packed(module: nn.Module, name: str, backend: str, debug: bool = False, inne
     if type(module) is nn.Linear:
         return packed_floats(module.weight, module.bias, name, backend, debug)
     if not isinstance(module, SVDLinear):
-        linear = ref.composed(ref.by_image(lambda x: module(x.float())))
+        linear = composed(by_image(lambda x: module(x.float())))
         return FastLinear(linear, next(module.parameters()).detach(), None, name, None, debug)
     with torch.no_grad():
         layer = module.layer().detached()
@@ -148,36 +155,53 @@ def packed(module: nn.Module, name: str, backend: str, debug: bool = False, inne
     return FastLinear(linear, weight, layer.bias, name, reason, debug)
 
 
-def _modulation(shift: Tensor | None, scale: Tensor | None) -> Modulation | None:
-    return None if shift is None or scale is None else Modulation(shift, scale)
+def _modulation(shift: Tensor | None, scale: Tensor | None, rms: bool) -> Modulation | None:
+    return None if shift is None or scale is None else Modulation(shift, scale, rms)
 
 
 @torch.library.custom_op("svdit::linear", mutates_args=())
-def linear(number: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, gelu: bool) -> Tensor:
-    """The layer of that number: (N, T, I) to (N, T, O)."""
-    return LAYERS[number].linear(x, modulation=_modulation(shift, scale), gelu=gelu)
+def linear(
+    number: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, rms: bool, gelu: bool, glu: bool
+) -> Tensor:
+    """The layer of that number: (N, T, I or 2I) to (N, T, O)."""
+    return LAYERS[number].linear(x, modulation=_modulation(shift, scale, rms), gelu=gelu, glu=glu)
 
 
 @linear.register_fake
-def _(number: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, gelu: bool) -> Tensor:
+def _(number: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, rms: bool, gelu: bool, glu: bool) -> Tensor:
     layer = LAYERS[number]
     return x.new_empty(*x.shape[:-1], layer.outputs, dtype=layer.dtype)
 
 
 @torch.library.custom_op("svdit::linear_", mutates_args=("stream",))
 def linear_(
-    number: int, x: Tensor, shift: Tensor | None, scale: Tensor | None, gelu: bool, gate: Tensor, stream: Tensor
+    number: int,
+    x: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    rms: bool,
+    gelu: bool,
+    glu: bool,
+    gate: Tensor,
+    stream: Tensor,
 ) -> None:
     """The same, times the gate (N, O) and added to the stream (N, T, O)."""
-    LAYERS[number].linear(x, modulation=_modulation(shift, scale), gelu=gelu, residual=Residual(stream, gate))
+    modulation, residual = _modulation(shift, scale, rms), Residual(stream, gate)
+    LAYERS[number].linear(x, modulation=modulation, gelu=gelu, residual=residual, glu=glu)
 
 
 @torch.library.custom_op("svdit::attention", mutates_args=())
-def attention(qkv: Tensor, heads: int) -> Tensor:
-    """Attention of the backend `cpu`: (N, T, 3D) to (N, T, D)."""
-    return ops.attention(qkv, heads, "cpu")
+def attention(
+    qkv: Tensor, heads: int, weight: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None
+) -> Tensor:
+    """Attention of the backend `cpu` with optional norms and rotation: (N, T, 3D) to (N, T, D)."""
+    norms = None if weight is None else HeadNorms(weight, bias)
+    rotation = None if cos is None or sin is None else Rotation(cos, sin)
+    return ops.attention(qkv, heads, "cpu", norms=norms, rotation=rotation)
 
 
 @attention.register_fake
-def _(qkv: Tensor, heads: int) -> Tensor:
+def _(
+    qkv: Tensor, heads: int, weight: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None
+) -> Tensor:
     return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=torch.float32)

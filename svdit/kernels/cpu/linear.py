@@ -25,6 +25,7 @@ from svdit.kernels.cpu.ffi import (
     row_pointer,
 )
 from svdit.kernels.formats import Format
+from svdit.kernels.fused import composed, gated, modulated
 from svdit.kernels.layer import Layer, Linear, LinearSpec, Modulation, Residual
 
 GROUPS = (16, 32, 64, 128, 256)  # group sizes that are summed in fp32
@@ -182,8 +183,17 @@ class IntegerLinear:
         return out
 
     def __call__(
-        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
+        self,
+        x: Tensor,
+        *,
+        modulation: Modulation | None = None,
+        gelu: bool = False,
+        residual: Residual | None = None,
+        glu: bool = False,
     ) -> Tensor:
+        x = gated(x) if glu else x
+        if modulation is not None and modulation.rms:
+            x, modulation = modulated(x, modulation), None
         return self.multiply(self.quantize(x.contiguous(), modulation), len(x), gelu, residual)
 
 
@@ -217,13 +227,13 @@ def weight_only(layer: Layer, kernels: Kernels) -> Linear:
             y = y - weigh(ref.grouped(hat, form).sum(-1), offsets, None, kernels)
         return y + weigh(weigh(hat, factors[0], None, kernels), factors[1], None, kernels) if factors else y
 
-    return ref.composed(call)
+    return composed(call)
 
 
 def float_linear(weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Linear:
     """A layer of floats (O, I)."""
     weight, bias = weight.detach().float().contiguous(), None if bias is None else bias.detach().float().contiguous()
-    return ref.composed(lambda x: weigh(x.float(), weight, bias, kernels))
+    return composed(lambda x: weigh(x.float(), weight, bias, kernels))
 
 
 def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from svdit.kernels import generic
 from svdit.kernels import reference as ref
 from svdit.kernels.formats import Format
+from svdit.kernels.fused import composed
 from svdit.kernels.layer import Layer, Linear
 
 FP8 = Format(8, element="e4m3")
@@ -26,4 +27,4 @@ def float8(layer: Layer) -> Linear:
         y = torch._scaled_mm(codes, weight.t(), scales.values(), channel, out_dtype=torch.bfloat16).float()
         return (y if rest.bias is None else y + rest.bias).view(*hat.shape[:-1], -1)
 
-    return ref.composed(lambda x: ref.linear(rest, x, product))
+    return composed(lambda x: ref.linear(rest, x, product))

@@ -19,6 +19,7 @@ from svdit.kernels import generic
 from svdit.kernels import reference as ref
 from svdit.kernels.cuda.gemm import multiply, weigh
 from svdit.kernels.cuda.quantize import quantize_rows
+from svdit.kernels.fused import composed, gated, modulated
 from svdit.kernels.layer import Layer, Linear, Modulation, Residual
 
 HALF = 64  # columns that share scales at least, and that a byte of 4-bit weights holds apart
@@ -148,7 +149,7 @@ class IntegerLinear:
         codes = x.new_empty(M, self.width, dtype=torch.int8)
         steps = x.new_empty((M, self.width // HALF) if self.group else (M,), dtype=torch.float32)
         low = None if self.l2 is None else x.new_empty(M, self.rank, dtype=self.l2.dtype)
-        shift, scale = modulation or (None, None)
+        shift, scale, _ = modulation or (None, None, False)
         stride = 0 if modulation is None else row_distance(modulation.shift, N, I, x)
         if modulation is not None and row_distance(modulation.scale, N, I, x) != stride:
             raise ValueError(f"shift has rows {stride} apart, scale {modulation.scale.stride(0)}; they must be equal")
@@ -163,8 +164,17 @@ class IntegerLinear:
         return codes, steps, low
 
     def __call__(
-        self, x: Tensor, *, modulation: Modulation | None = None, gelu: bool = False, residual: Residual | None = None
+        self,
+        x: Tensor,
+        *,
+        modulation: Modulation | None = None,
+        gelu: bool = False,
+        residual: Residual | None = None,
+        glu: bool = False,
     ) -> Tensor:
+        x = gated(x) if glu else x
+        if modulation is not None and modulation.rms:
+            x, modulation = modulated(x, modulation), None
         out = x.new_empty(*x.shape[:2], self.shape[0], dtype=self.dtype) if residual is None else residual.x
         self.multiply(*self.quantize(x.contiguous(), modulation), out, gelu, residual)
         return out
@@ -203,4 +213,4 @@ def weight_only(layer: Layer) -> Linear:
             )  # fmt: skip
         return generic.less_zero_points(rest, out, rows).view(*hat.shape[:-1], O)
 
-    return ref.composed(lambda x: ref.linear(rest, x, product))
+    return composed(lambda x: ref.linear(rest, x, product))
