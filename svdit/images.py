@@ -1,6 +1,6 @@
 """Images as arrays: uint8 (N, H, W, 3) in files, float (N, C, H, W) in [-1, 1] in models.
 
-Conversion to uint8 follows DiT: clamp(127.5 x + 128) and truncate, which rounds half up. Another rule changes FID.
+Conversion to uint8 follows the family's published script (`UINT8`): the rule changes FID.
 Files are always RGB; images of one-channel models are written in grey. Only the listed formats are opened, and what
 a file declares is checked before it is decoded; EXIF rotation, colour profiles and all but the first frame are ignored.
 """
@@ -12,7 +12,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -37,9 +37,16 @@ SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I;16N"}
 WIDTH, WHITE_IS_ZERO = 258, 262  # TIFF tags: bits per sample, photometric interpretation
 
 
-def to_uint8(x: Tensor) -> Pixels:
-    """Float (N, C, H, W) in [-1, 1], with C 1 or 3, to uint8 (N, H, W, 3)."""
-    levels = (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+UINT8: dict[str, Callable[[Tensor], Tensor]] = {  # floats in [-1, 1] to levels whose fraction is dropped
+    "half_up": lambda x: 127.5 * x + 128,  # DiT, SiT, LightningDiT
+    "truncate": lambda x: 255 * ((x + 1) / 2),  # REPA; 127.5 x + 127.5 differs in float32
+    "half_even": lambda x: (255 * ((x + 1) / 2)).round(),  # JiT
+}
+
+
+def to_uint8(x: Tensor, rule: str = "half_up") -> Pixels:
+    """Float (N, C, H, W) in [-1, 1], with C 1 or 3, to uint8 (N, H, W, 3) by a rule of `UINT8`."""
+    levels = UINT8[rule](x.float()).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().cpu().numpy()
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from svdit.errors import UserError
 from svdit.images import (
+    UINT8,
     center_crop,
     class_numbers,
     class_summary,
@@ -29,6 +30,8 @@ from svdit.images import (
     to_uint8,
     write_png,
 )  # fmt: skip
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 def random_image(height: int = 5, width: int = 7, seed: int = 0) -> np.ndarray:
@@ -46,6 +49,17 @@ def test_rounding_is_half_up_as_in_torchvision():
     assert (to_uint8(x)[..., 0] != expected[:, 0].numpy()).mean() < 1e-3  # ties of float32 aside
     assert to_uint8(torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 1, 3))[0, 0, :, 0].tolist() == [0, 128, 255]
     assert to_uint8(x).shape == (1, 1, 4001, 3)  # grey is written as RGB
+
+
+@pytest.mark.parametrize(
+    ("family", "rule"),
+    [("sit", "half_up"), ("lightningdit", "half_up"), ("repa", "truncate"), ("jit", "half_even")],
+)
+def test_pixels_are_those_of_the_published_scripts(family: str, rule: str):
+    golden = np.load(GOLDEN / family / "uint8.npz")
+    x = torch.from_numpy(golden["float_in"]).view(1, 1, 1, -1)
+    np.testing.assert_array_equal(to_uint8(x, rule)[0, 0, :, 0], golden["uint8_out"])
+    assert all((to_uint8(x, other)[0, 0, :, 0] != golden["uint8_out"]).any() for other in set(UINT8) - {rule})
 
 
 def test_natural_order():
