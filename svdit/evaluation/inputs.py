@@ -16,7 +16,11 @@ from svdit.evaluation.options import Options
 from svdit.evaluation.sources import ImageSet, Indices, Source, choose
 from svdit.files import sha256
 
-SAMPLE_FIELDS = ("image_size", "sampler", "steps", "cfg_scale", "cfg_channels", "cfg_interval", "vae", "label_policy")
+SAMPLE_FIELDS = (
+    *("image_size", "family", "prediction", "time", "path", "noise_scale", "precision", "vae", "latents", "uint8"),
+    *("sampler", "steps", "time_shift", "sde_form", "sde_norm", "last_step", "last_step_size"),
+    *("cfg_scale", "cfg_channels", "cfg_interval", "label_policy"),
+)
 SAME_NOISE = ("model", "seed", *SAMPLE_FIELDS)  # equal in the manifests of counterparts, which differ in their weights
 
 

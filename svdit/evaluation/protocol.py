@@ -18,8 +18,10 @@ from svdit.evaluation.metrics import KID_SUBSET_SIZE
 from svdit.evaluation.options import Options
 from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.weights import SHA256
+from svdit.storage.manifest import EARLIER
 
-NOT_COMPARED = ("sample_seed",)  # another seed is another sample of the same protocol; errors are then not paired
+# Another seed is another sample of the same protocol; errors are then not paired. A name says no more than its fields.
+NOT_COMPARED = ("sample_seed", "sample_protocol")
 OF_PAIRS = ("counterparts_sha256",)  # concerns the metrics of pairs only
 PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "pillow")
 
@@ -44,6 +46,7 @@ def protocol(inputs: Inputs, network: FeatureNetwork | None, options: Options) -
         "selection_seed": options.seed,
         **{"sample_" + name: manifest.get(name) for name in SAMPLE_FIELDS},
         "sample_seed": manifest.get("seed"),
+        "sample_protocol": manifest.get("protocol"),
     }
 
 
@@ -54,8 +57,17 @@ def _count(real: ImageSet) -> int | None:
 
 def disagreements(a: dict[str, Any], b: dict[str, Any], pairs: bool = True) -> list[str]:
     """The names of the fields in which two protocols differ; `pairs`: the fields of paired metrics too."""
+    a, b = completed(a, b), completed(b, a)
     ignored = NOT_COMPARED if pairs else NOT_COMPARED + OF_PAIRS
     return [name for name in a | b if name not in ignored and a.get(name) != b.get(name)]
+
+
+def completed(protocol: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """With the sampling fields that earlier versions did not record: DiT's, and the precision of the other set."""
+    if protocol.get("sample_sampler") is None:  # no manifest
+        return protocol
+    earlier = {"sample_" + name: EARLIER[name] for name in SAMPLE_FIELDS if name in EARLIER}
+    return {**earlier, "sample_precision": other.get("sample_precision"), **protocol}
 
 
 def versions() -> dict[str, str]:
@@ -80,6 +92,10 @@ def input_warnings(inputs: Inputs, network: FeatureNetwork | None, metrics: Sequ
         if generated is not None and generated.copies:
             counts = f"{generated.copies} of {generated.count} images of {generated.source.path}"
             warnings.append(f"{counts} are exact copies of others")
+    reference = fake.source.manifest.get("reference")
+    if real and reference and not real.source.manifest and real.source.path.name != reference:
+        name = fake.source.manifest["protocol"]
+        warnings.append(f"{name} is published against {reference}, not {real.source.path.name}; see docs/protocols.md")
     if real is None or real.count == 0:
         return warnings
     if real.content == fake.content:

@@ -223,7 +223,6 @@ def _compare(record: Path, manifest: dict[str, Any]) -> None:
     written = read_manifest(record)
     if written is None or written.get("num_images") is None:
         raise UserError(f"{record} is not a manifest written by svdit; choose another folder")
-    written.setdefault("storage", "png")  # earlier versions wrote nothing else
     for field, value in json.loads(json.dumps(manifest)).items():
         if field not in MAY_CHANGE and written.get(field) != value:
             raise UserError(

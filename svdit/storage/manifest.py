@@ -19,6 +19,24 @@ TYPES: dict[str, type | list[type]] = {
     "labels": [int],
     "files": [str],
 }
+EARLIER: dict[str, Any] = {  # fields that earlier versions did not record, with the only values they had
+    "storage": "png",
+    "family": "dit",
+    "prediction": "epsilon",
+    "time": "timesteps",
+    "path": "ddpm",
+    "noise_scale": 1.0,
+    "uint8": "half_up",
+    "latents": None,
+    "time_shift": 1.0,
+    "sde_form": "sigma",
+    "sde_norm": 1.0,
+    "last_step": "mean",
+    "last_step_size": 0.04,
+    "protocol": None,
+    "overrides": None,
+    "reference": None,
+}
 
 
 def write_manifest(path: Path, fields: dict[str, Any]) -> None:
@@ -33,7 +51,7 @@ def write_manifest(path: Path, fields: dict[str, Any]) -> None:
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """The fields; None for files that svdit did not write. Raises UserError for a manifest that was changed.
 
-    Those of earlier versions have no checksum.
+    Those of earlier versions have no checksum, and lack the fields `EARLIER`.
     """
     if not path.is_file():
         return None
@@ -50,7 +68,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     for key, kind in TYPES.items():
         if fields.get(key) is not None and not _has_type(fields[key], kind):
             raise UserError(f"{key} in {path} is not {_name(kind)}; restore it, or generate the images again")
-    return fields
+    return {**EARLIER, **fields}
 
 
 def _has_type(value: object, kind: type | list[type]) -> bool:

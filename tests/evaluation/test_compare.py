@@ -8,7 +8,9 @@ import pytest
 
 from svdit.errors import UserError
 from svdit.evaluation.compare import compare
+from svdit.evaluation.inputs import SAMPLE_FIELDS
 from svdit.evaluation.protocol import disagreements
+from svdit.storage.manifest import EARLIER
 
 
 def report(path: Path, fid: float, leave_out: list[float], psnr: float | None = None, **protocol: Any) -> Path:
@@ -98,3 +100,20 @@ def test_protocols_disagree_in_any_field_but_the_sampling_seed():
     assert disagreements(a, dict(a)) == []
     assert disagreements(a, a | {"sample_seed": 1}) == []
     assert disagreements(a, a | {"n_fake": 2, "x": 1, "y": 0}) == ["n_fake", "x", "y"]
+
+
+FLOW = {
+    **{"sample_family": "sit", "sample_prediction": "velocity", "sample_uint8": "truncate", "sample_latents": "ab"},
+    **{"sample_time_shift": 0.3, "sample_sde_form": "linear", "sample_last_step": "none", "sample_precision": "tf32"},
+}
+
+
+def test_reports_of_earlier_versions_are_of_dits():
+    old = {"sample_sampler": "ddpm", "sample_steps": "250"}
+    new = {f"sample_{name}": EARLIER.get(name) for name in SAMPLE_FIELDS} | old | {"sample_precision": "float32"}
+    assert disagreements(old, new) == disagreements(new, old) == []
+    assert disagreements(old, new | {"sample_protocol": "dit-250"}) == []
+    for field, value in FLOW.items():
+        assert disagreements(old, new | {field: value}) == ([] if field == "sample_precision" else [field])
+        assert disagreements(new, new | {field: value}) == [field]
+    assert disagreements({}, new)  # without a manifest, nothing is known

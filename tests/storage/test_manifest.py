@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svdit.errors import UserError
-from svdit.storage.manifest import read_manifest, write_manifest
+from svdit.storage.manifest import EARLIER, read_manifest, write_manifest
 
 FIELDS = {
     "tool": "svdit",
@@ -21,7 +21,7 @@ FIELDS = {
 
 def test_all_fields_come_back(tmp_path: Path) -> None:
     write_manifest(tmp_path / "m.json", FIELDS)
-    assert read_manifest(tmp_path / "m.json") == json.loads(json.dumps(FIELDS))
+    assert read_manifest(tmp_path / "m.json") == {**EARLIER, **json.loads(json.dumps(FIELDS))}
     assert len((tmp_path / "m.json").read_text().splitlines()) == len(FIELDS) + 3  # one field per line
 
 
