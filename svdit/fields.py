@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar, get_args
+from math import isfinite
+from typing import Any, TypeVar, get_args, get_origin
 
 from svdit.errors import UserError
 
@@ -12,10 +13,14 @@ Options = TypeVar("Options")
 def check_types(options: Any) -> None:
     """Raises UserError for a field of another type than declared, such as a bool for an int, and for NaN or Inf.
 
-    An int may stand for a float. The values of `Literal` types must be among those named.
+    An int may stand for a float. The values of `Literal` types must be among those named; tuples contain floats.
     """
     for field in fields(options):
         value, choices = getattr(options, field.name), get_args(field.type)
+        if get_origin(field.type) is tuple:
+            if type(value) is not tuple or not all(type(each) is float and isfinite(each) for each in value):
+                raise UserError(f"{field.name} is {value!r}; pass a tuple of finite floats")
+            continue
         if choices and not any(isinstance(choice, type) for choice in choices):
             if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
                 raise UserError(f"{field.name} is {value!r}; choose one of {', '.join(map(str, choices))}")
@@ -33,7 +38,7 @@ def names(types: set[Any]) -> str:
 
 
 def from_json(kind: type[Options], values: object) -> Options:
-    """A dataclass from the fields in a file; absent ones get their defaults.
+    """A dataclass from the fields in a file; absent ones get their defaults, and lists become tuples.
 
     Raises UserError for anything that is no mapping, for unknown fields, and for what the dataclass itself refuses.
     """
@@ -41,4 +46,4 @@ def from_json(kind: type[Options], values: object) -> Options:
         raise UserError(f"{kind.__name__} is {values!r}, not a set of fields; pass an unchanged file")
     if unknown := [key for key in values if key not in {field.name for field in fields(kind)}]:  # type: ignore[arg-type]
         raise UserError(f"{kind.__name__} has no field {unknown[0]!r}; pass an unchanged file, or upgrade svdit")
-    return kind(**values)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})

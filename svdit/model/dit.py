@@ -1,77 +1,59 @@
-"""DiT, the class-conditional diffusion transformer (Peebles & Xie, arXiv 2212.09748).
+"""The class-conditional diffusion transformer: DiT (Peebles & Xie, arXiv 2212.09748) and the families built on it.
 
-Predicts the noise in x_t (or what `prediction` names), and with `learn_sigma` also where the log variance lies
-between the smallest and the largest posterior variance. Parameter names are those of the published checkpoints.
-Guidance, schedules and label dropout are in `svdit.diffusion` and `svdit.training`.
+Predicts what its configuration names. DiT predicts the noise in x_t, and with `learn_sigma` also where the log variance
+lies between the smallest and the largest posterior variance; SiT, REPA and LightningDiT the velocity of a flow; JiT the
+clean image. Parameter names are those of the published checkpoints. Guidance, schedules, flows and label dropout are in
+`svdit.diffusion` and `svdit.training`.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from svdit.errors import UserError
-from svdit.fields import check_types
-from svdit.model.embeddings import LabelEmbedder, PatchEmbed, TimestepEmbedder, position_embedding, sinusoids
+from svdit.model.config import DiTConfig as DiTConfig
+from svdit.model.embeddings import (
+    BottleneckPatchEmbed,
+    LabelEmbedder,
+    PatchEmbed,
+    TimestepEmbedder,
+    position_embedding,
+    rotation,
+    sinusoids,
+)
 from svdit.model.layers import Block, FinalLayer
-
-PREDICTIONS = ("epsilon", "velocity", "x0")  # svdit.diffusion.prediction defines them
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """The shape of a DiT and what it predicts; `input_size` is the side of its square input, in latents or pixels."""
-
-    input_size: int = 32
-    patch_size: int = 2
-    in_channels: int = 4
-    hidden_size: int = 1152
-    depth: int = 28
-    num_heads: int = 16
-    mlp_ratio: float = 4.0
-    num_classes: int = 1000
-    learn_sigma: bool = True
-    prediction: str = "epsilon"
-    has_null_class: bool = True  # false after training without label dropout: such a model cannot be guided
-
-    def __post_init__(self) -> None:
-        """Raises UserError for fields of other types, sizes that do not divide, and an unknown prediction."""
-        check_types(self)
-        if self.prediction not in PREDICTIONS:
-            raise UserError(f"prediction is {self.prediction!r}; choose one of {', '.join(PREDICTIONS)}")
-        for value, by, what in (
-            (self.input_size, self.patch_size, "input_size {} by patch_size {}"),
-            (self.hidden_size, self.num_heads, "hidden_size {} by num_heads {}"),
-            (self.hidden_size, 4, "hidden_size {} by {} (sines and cosines of two axes)"),
-        ):
-            if by < 1 or value < by or value % by:
-                raise UserError(f"cannot divide {what.format(value, by)}; choose a multiple")
-        if min(self.depth, self.in_channels, self.num_classes, int(self.hidden_size * self.mlp_ratio)) < 1:
-            raise UserError(f"{self} has a size below 1; choose larger depth, in_channels, num_classes and mlp_ratio")
 
 
 class DiT(nn.Module):
-    """(N, C, H, W) noisy images, (N,) timesteps and (N,) labels to (N, C or 2C, H, W)."""
+    """(N, C, H, W) noisy images, (N,) times and (N,) labels to (N, C or 2C, H, W)."""
+
+    rotation: Tensor
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
         self.class_names: tuple[str, ...] = ()  # of all classes, or none
-        side = config.input_size // config.patch_size
-        self.x_embedder = PatchEmbed(config.patch_size, config.in_channels, config.hidden_size)
-        self.t_embedder = TimestepEmbedder(config.hidden_size)
-        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size, config.has_null_class)
-        self.pos_embed = nn.Parameter(position_embedding(config.hidden_size, side), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(config.hidden_size, config.num_heads, config.mlp_ratio) for _ in range(config.depth)
-        )
-        self.final_layer = FinalLayer(config.hidden_size, config.patch_size, self.out_channels)
+        D, side = config.hidden_size, config.input_size // config.patch_size
+        self.x_embedder = BottleneckPatchEmbed(config) if config.bottleneck else PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(config.num_classes, D, config.has_null_class)
+        self.pos_embed = nn.Parameter(position_embedding(D, side), requires_grad=False)
+        if config.context_tokens:
+            self.in_context_posemb = nn.Parameter(torch.zeros(1, config.context_tokens, D))
+        if config.rope:
+            table = rotation(D // config.num_heads, side, config.context_tokens)
+            self.register_buffer("rotation", table, persistent=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, self.out_channels)
         initialize(self)
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output: the prediction's, then as many for a learned variance."""
+        """Channels of the last layer: the prediction's, with `learn_sigma` as many again."""
         return self.config.in_channels * (2 if self.config.learn_sigma else 1)
+
+    @property
+    def used_channels(self) -> int:
+        """Channels of the output: a flow has no variance to learn."""
+        return self.config.in_channels if self.config.is_flow else self.out_channels
 
     @property
     def null_class(self) -> int:
@@ -86,10 +68,24 @@ class DiT(nn.Module):
     # fmt: off
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         x = self.x_embedder(x) + self.pos_embed                               # (N, T, D)
-        c = self.t_embedder(sinusoids(t).to(x.dtype)) + self.y_embedder(y)    # (N, D)
-        for block in self.blocks:
-            x = block(x, c)                                                   # (N, T, D)
-        return self.unpatchify(self.final_layer(x, c))                        # (N, C or 2C, H, W)
+        label = self.y_embedder(y)                                            # (N, D)
+        c = self.t_embedder(sinusoids(t).to(x.dtype)) + label                 # (N, D)
+        for i, block in enumerate(self.blocks):
+            if i == self.config.context_start:
+                x = self.with_context(x, label)                               # (N, L + T, D)
+            x = block(x, c, self.rotation_of(x))                              # (N, L + T, D)
+        x = self.final_layer(x[:, self.config.context_tokens:], c)            # (N, T, P·P·C or 2C)
+        return self.unpatchify(x)[:, :self.used_channels]                     # (N, C or 2C, H, W)
+
+    def with_context(self, x: Tensor, label: Tensor) -> Tensor:
+        """Tokens (N, T, D) behind those of the label (N, D), if any: (N, L + T, D)."""
+        if not self.config.context_tokens:
+            return x
+        return torch.cat([label[:, None] + self.in_context_posemb, x], dim=1)
+
+    def rotation_of(self, x: Tensor) -> Tensor | None:
+        """The rotations (2, …, D/heads) of the tokens x (N, …, D); None without RoPE."""
+        return self.rotation[:, -x.shape[1]:] if self.config.rope else None
 
     def unpatchify(self, x: Tensor) -> Tensor:
         """Patches (N, T, P·P·C) to images (N, C, H, W)."""
@@ -103,13 +99,12 @@ class DiT(nn.Module):
 def initialize(model: DiT) -> None:
     """Xavier for linears, N(0, 0.02²) for the embedders, zero for adaLN and the last layer (the paper's adaLN-Zero)."""
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-    patches = model.x_embedder.proj
-    nn.init.xavier_uniform_(patches.weight.view(patches.out_channels, -1))
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
-        if name.startswith(("t_embedder", "y_embedder")) and name.endswith("weight"):
+        if (name.startswith(("t_embedder", "y_embedder")) and name.endswith("weight")) or name == "in_context_posemb":
             nn.init.normal_(parameter, std=0.02)
-        elif "adaLN" in name or name.startswith("final_layer") or name == "x_embedder.proj.bias":
+        elif "adaLN" in name or name.startswith("final_layer.linear"):
             nn.init.zeros_(parameter)

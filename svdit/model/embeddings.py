@@ -5,16 +5,31 @@ import math
 import torch
 from torch import Tensor, nn
 
+from svdit.model.config import DiTConfig
+
 
 class PatchEmbed(nn.Module):
     """(N, C, H, W) images to (N, T, D) tokens, one for each P × P patch, row by row."""
 
-    def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
+    def __init__(self, config: DiTConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)
+        self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class BottleneckPatchEmbed(nn.Module):
+    """The same through a few channels (JiT): raw patches are high-dimensional, natural images are not."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        P = config.patch_size
+        self.proj1 = nn.Conv2d(config.in_channels, config.bottleneck, P, P, bias=False)
+        self.proj2 = nn.Conv2d(config.bottleneck, config.hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
 
 
 def sinusoids(t: Tensor, frequencies: int = 128) -> Tensor:
@@ -55,3 +70,17 @@ def position_embedding(hidden_size: int, side: int) -> Tensor:
     columns = axis.repeat(side, 1)
     rows = axis.repeat_interleave(side, dim=0)
     return torch.cat([columns, rows], dim=1).float()[None]
+
+
+def rotation(head: int, side: int, others: int = 0) -> Tensor:
+    """Cosines and sines, (2, others + T, head), that turn the channels of a head by a token's place (RoPE, 2104.09864).
+
+    The first half turns with the row of a side × side grid, the second with the column, in pairs of neighbours with
+    frequencies from 1 down to almost 1e-4. The `others`, tokens in front of the grid, are not turned.
+    """
+    steps = torch.arange(0, head // 2, 2, device="cpu").float() / (head // 2)  # no buffer of a file: never on meta
+    angles = torch.arange(side, device="cpu").float()[:, None] / 10000**steps
+    axis = angles.repeat_interleave(2, dim=1)  # (side, head/2)
+    grid = torch.cat([axis.repeat_interleave(side, dim=0), axis.repeat(side, 1)], dim=1)
+    angles = torch.cat([torch.zeros(others, head, device="cpu"), grid])
+    return torch.stack([angles.cos(), angles.sin()])

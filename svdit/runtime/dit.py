@@ -13,8 +13,8 @@ from svdit.kernels import ops
 from svdit.kernels.fused import silu
 from svdit.kernels.layer import Modulation, Residual
 from svdit.model.dit import DiT
-from svdit.model.embeddings import sinusoids
-from svdit.model.layers import Block, FinalLayer
+from svdit.model.embeddings import PatchEmbed, sinusoids
+from svdit.model.layers import Block, FinalLayer, Mlp
 from svdit.runtime import linear
 from svdit.runtime.graph import Replayed
 from svdit.runtime.linear import check_move, packed, packed_floats
@@ -30,6 +30,7 @@ class FastBlock(nn.Module):
         self.backend, self.heads = backend, block.attn.num_heads
         self.qkv = packed(block.attn.qkv, f"{name}.attn.qkv", backend, debug, inner=True)
         self.proj = packed(block.attn.proj, f"{name}.attn.proj", backend, debug)
+        assert isinstance(block.mlp, Mlp)
         self.fc1 = packed(block.mlp.fc1, f"{name}.mlp.fc1", backend, debug, inner=True)
         self.fc2 = packed(block.mlp.fc2, f"{name}.mlp.fc2", backend, debug)
         self.tokens = HIDDEN_BYTES // (self.fc1.dtype.itemsize * self.fc1.outputs)  # at once, in whole images
@@ -67,6 +68,7 @@ class FastDiT(DiT):
     def __init__(self, model: DiT, backend: str, debug: bool = False) -> None:
         nn.Module.__init__(self)
         self.config, self.backend = model.config, backend
+        assert isinstance(model.x_embedder, PatchEmbed)
         embedding, (first, _, second) = model.x_embedder.proj, model.t_embedder.mlp
         self.patch_embedding = packed_floats(
             embedding.weight.flatten(1), embedding.bias, "x_embedder.proj", backend, debug

@@ -12,7 +12,7 @@ from svdit.model.zoo import CONFIGS, config_for
 
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("DiT")])
 def test_every_named_configuration_is_inferred(name: str, learn_sigma: bool) -> None:
     config = config_for(name, learn_sigma=learn_sigma, input_size=16, in_channels=3, num_classes=7)
     with torch.device("meta"):
