@@ -31,6 +31,9 @@ class Squash:
 
     factor, channels, name = 1, None, "none"
 
+    def for_model(self, config: DiTConfig) -> "Squash":
+        return self
+
     def decode(self, x: Tensor) -> Tensor:
         return torch.tanh(x / 300)
 

@@ -1,13 +1,15 @@
-"""Images to latents and back: Stable Diffusion's VAE through diffusers, or the identity for models of pixels.
+"""Images to latents and back: an AutoencoderKL of diffusers, or the identity for models of pixels.
 
-latents = 0.18215 · (mean + std·ε) of the encoder's Gaussian, as for the published DiT. Large batches are split to
-bound memory.
+raw = mean + std·ε of the encoder's Gaussian. latents = 0.18215 · raw (the VAE's scaling factor), as for DiT, SiT and
+REPA; or (raw − μ)/σ by channel, for models with latent statistics (LightningDiT, REPA-E). REPA-E trains with
+√(σ² + 1e-4) and decodes with σ. Large batches are split to bound memory.
 """
 
+import re
 import ssl
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -19,9 +21,12 @@ from torch import Tensor, nn
 from svdit.download import redacted
 from svdit.errors import UserError
 from svdit.extras import require
+from svdit.model.config import DiTConfig
 from svdit.storage.checksum import digest
 
 REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner and name on Hugging Face
+SD_CHANNELS, VA_VAE_CHANNELS = 4, 32
 TIMEOUT = 5.0  # seconds for an answer of Hugging Face
 MAX_PIXELS = 8 * 256 * 256  # per call of the VAE
 WORKERS = 8  # images at the same time on a CPU; one of 256 px needs 0.5 GB
@@ -29,10 +34,12 @@ WORKERS = 8  # images at the same time on a CPU; one of 256 px needs 0.5 GB
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """`vae` is a diffusers AutoencoderKL, or None if the model works on pixels."""
+    """`vae` is a diffusers AutoencoderKL, or None if the model works on pixels; `mean` and `std` are of raw latents."""
 
     name: str
     vae: Any = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     @property
     def factor(self) -> int:
@@ -51,6 +58,19 @@ class Autoencoder:
             return ""
         return digest({}, {name: tensor.cpu() for name, tensor in self.vae.state_dict().items()})[:16]
 
+    def for_model(self, config: DiTConfig) -> "Autoencoder":
+        """With the latent statistics of a model, which replace the scaling factor.
+
+        Raises UserError where the published models of a family have statistics and this one has none.
+        """
+        normalized = config.family in ("repa", "lightningdit") or config.in_channels == VA_VAE_CHANNELS
+        if self.vae is not None and normalized and config.in_channels != SD_CHANNELS and not config.latent_std:
+            raise UserError(
+                f"the model has no statistics of its {config.in_channels} latent channels, so they cannot be decoded; "
+                "pass --latent-stats, with latents_stats.pt for example"
+            )
+        return replace(self, mean=config.latent_mean, std=config.latent_std) if config.latent_std else self
+
     @torch.no_grad()
     def encode(self, x: Tensor, noise: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] and ε ~ N(0, 1), (N, channels, H / factor, W / factor), to latents of ε's shape.
@@ -61,15 +81,27 @@ class Autoencoder:
             return x
         parts = self._map(lambda part: self.vae.encode(part).latent_dist, x, 1)
         mean, std = torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts])
-        return (mean + std * noise.to(mean)) * self.vae.config.scaling_factor
+        return self.normalized(mean + std * noise.to(mean))
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents (N, channels, h, w) to images (N, C, H, W), clamped to [-1, 1]."""
         if self.vae is None:
             return z.clamp(-1, 1)
-        z = z / self.vae.config.scaling_factor
-        return torch.cat(self._map(lambda part: self.vae.decode(part).sample, z, self.factor)).clamp(-1, 1)
+        raw = self.denormalized(z)
+        return torch.cat(self._map(lambda part: self.vae.decode(part).sample, raw, self.factor)).clamp(-1, 1)
+
+    def normalized(self, raw: Tensor) -> Tensor:
+        """Latents of the VAE to those of the model, (N, C, h, w)."""
+        if not self.std:
+            return raw * self.vae.config.scaling_factor
+        return (raw - per_channel(self.mean, raw)) / per_channel(self.std, raw)
+
+    def denormalized(self, z: Tensor) -> Tensor:
+        """Latents of the model to those of the VAE, (N, C, h, w)."""
+        if not self.std:
+            return z / self.vae.config.scaling_factor
+        return z * per_channel(self.std, z) + per_channel(self.mean, z)
 
     def _map(self, function: Callable[[Tensor], Any], x: Tensor, factor: int) -> list[Any]:
         """`function` of parts of x (N, …), each part's factor² times as many pixels.
@@ -80,6 +112,11 @@ class Autoencoder:
         if self.vae.device.type == "cpu":
             return in_single_threads(function, torch.split(x, 1))
         return [function(part) for part in torch.split(x, max(1, MAX_PIXELS // (x[0, 0].numel() * factor**2)))]
+
+
+def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers as (1, C, 1, 1), for `like` (N, C, h, w)."""
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
 
 
 def in_single_threads(function: Callable[[Tensor], Any], parts: Sequence[Tensor]) -> list[Any]:
@@ -101,22 +138,27 @@ PIXELS = Autoencoder("none")
 
 
 def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencoder:
-    """`name`: "ema" or "mse" (of Stable Diffusion, from Hugging Face), a folder saved by diffusers, or "none".
+    """`name`: "ema" or "mse" (of Stable Diffusion, from Hugging Face), a folder saved by diffusers, a repository of
+    Hugging Face, as "REPA-E/e2e-vavae-hf", or "none".
 
     Raises UserError for another name, an incomplete file, or without diffusers or a network.
     """
     if name == "none":
         return PIXELS
-    if name not in REPOSITORIES and not Path(name).is_dir():
-        raise UserError(f"there is no autoencoder {name}; choose ema, mse, none or a folder saved by diffusers")
+    download = name in REPOSITORIES or (not Path(name).exists() and REPOSITORY.fullmatch(name) is not None)
+    if not download and not Path(name).is_dir():
+        raise UserError(
+            f"there is no autoencoder {name}; choose ema, mse, none, a folder saved by diffusers, or a repository of "
+            "Hugging Face, REPA-E/e2e-vavae-hf for example"
+        )
     source = REPOSITORIES.get(name, name)
     if (Path(source) / "model_index.json").is_file():  # a pipeline
         source = str(Path(source) / "vae")
     try:
-        vae, missing = from_diffusers(source, download=name in REPOSITORIES)
+        vae, missing = from_diffusers(source, download)
     except (OSError, ValueError) as error:
         remedy = "save it again with diffusers"
-        if name in REPOSITORIES:
+        if download:
             remedy = f"download it elsewhere, `hf download {source} --local-dir vae`, and pass --vae ./vae"
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"cannot load the autoencoder {source} ({reason}); {remedy}") from None

@@ -98,9 +98,10 @@ def generate_images(
 ) -> Pixels:
     """As `generate`, decoded to uint8 (N, H, W, 3). Raises UserError also for a latent model without autoencoder."""
     check_autoencoder(model, autoencoder)
-    decoded = autoencoder.decode(generate(model, labels, config, seed=seed, noise=noise, callback=callback))
+    z = generate(model, labels, config, seed=seed, noise=noise, callback=callback)
+    decoded = autoencoder.for_model(model.config).decode(z)
     _check_finite(decoded, labels, f" after the autoencoder {autoencoder.name}; choose another one")
-    return to_uint8(decoded)
+    return to_uint8(decoded, model.config.uint8)
 
 
 def check_guidance(model: DiT, scale: float) -> None:
@@ -122,6 +123,7 @@ def check_autoencoder(model: DiT, autoencoder: Autoencoder) -> None:
             f"the model has {channels} channels, the autoencoder {autoencoder.name} {autoencoder.channels}; "
             "pass the one it was trained with"
         )
+    autoencoder.for_model(model.config)
 
 
 def _check_finite(x: Tensor, labels: Sequence[int] | Tensor, advice: str) -> None:

@@ -87,10 +87,12 @@ def train(
     The model learns the latents of `autoencoder`. Every `checkpoint_every` steps and at the end, rank 0 measures the
     error on `held_out`, writes `loss.png` and a grid of samples, calls `export` and writes `last.pt`.
     `report` gets a line every `log_every` steps; `progress(done, total)` counts steps.
-    Raises UserError if the loss is not finite, the options differ from those of `last.pt`, or not all hosts see it.
+    Raises UserError if the loss is not finite, the options differ from those of `last.pt`, or not all hosts see it; and
+    without the statistics of latents that need them.
     """
     if not model.config.has_null_class:
         raise UserError("the model has no null class for label dropout; train one with has_null_class=True")
+    autoencoder = autoencoder.for_model(model.config)
     require("matplotlib")  # for loss.png: fail now, not at the first checkpoint
     state = fresh(model, options.lr)
     binding = {**asdict(model.config), **options.binding(), "images": len(images)}

@@ -86,5 +86,5 @@ def sample_grid(model: DiT, autoencoder: Autoencoder, path: Path, seed: int, cfg
     noise = image_noise(seed, range(len(labels)), model.input_shape, device)
     denoise = guided(model, labels, model.null_class, cfg_scale, channels=None)
     z = ddim(denoise, noise(), make_schedule("ddim25"), noise=noise, prediction=model.config.prediction)
-    samples = to_uint8(autoencoder.decode(z))
+    samples = to_uint8(autoencoder.decode(z), model.config.uint8)
     write_png(path, grid(samples, columns, scale=max(1, 64 // samples.shape[2])))

@@ -1,7 +1,9 @@
 """The autoencoder against diffusers' own encode and decode, on a tiny random VAE."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomize, relative
@@ -10,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from svdit.errors import UserError
 from svdit.model import autoencoder
 from svdit.model.autoencoder import Autoencoder, load_autoencoder
+from svdit.model.config import DiTConfig
 from svdit.shims import allow_cpu_torchvision
 
 allow_cpu_torchvision()
 from diffusers import AutoencoderKL  # noqa: E402
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -49,6 +54,50 @@ def test_equals_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once
     assert images.abs().max() > 1
 
 
+def statistics(mean: np.ndarray, std: np.ndarray) -> Autoencoder:
+    return Autoencoder("", None, tuple(mean.ravel().tolist()), tuple(std.ravel().tolist()))
+
+
+def test_latent_statistics_are_applied_as_published() -> None:
+    golden = np.load(GOLDEN / "lightningdit" / "lightningdit.npz")
+    ours = statistics(golden["latent_mean"], golden["latent_std"])
+    z = torch.from_numpy(golden["ode_euler_10"])
+    raw = ours.denormalized(z)
+    assert relative(raw, torch.from_numpy(golden["denormalized_mult1"])) < 1e-6
+    scaled = statistics(golden["latent_mean"], golden["latent_std"] / 0.18215)
+    assert relative(scaled.denormalized(z), torch.from_numpy(golden["denormalized_mult018215"])) < 1e-6
+    assert relative(ours.normalized(raw), z) < 1e-6
+
+
+def test_latent_statistics_of_repa_e() -> None:
+    golden = np.load(GOLDEN / "repae" / "repae.npz")
+    std = 1 / golden["latents_scale"]
+    ours = statistics(golden["latents_bias"], std)
+    z = torch.from_numpy(golden["sde_10_cfg18_0_07"])
+    assert relative(ours.denormalized(z).float(), torch.from_numpy(golden["denormalized_sde_10"])) < 1e-6
+    trained = torch.from_numpy(golden["normalized_raw"] * np.sqrt(std**2 + 1e-4) / std)  # trained with another divisor
+    assert relative(ours.normalized(torch.from_numpy(golden["raw_latents"])), trained) < 1e-6
+
+
+def test_32_channels_at_a_factor_of_16(tmp_path: Path) -> None:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 5, "up_block_types": ("UpDecoderBlock2D",) * 5}
+    vae = AutoencoderKL(
+        block_out_channels=(4,) * 5, layers_per_block=1, norm_num_groups=2, latent_channels=32, **blocks
+    )
+    randomize(vae).save_pretrained(tmp_path)
+    mean, std = tuple(torch.randn(32).tolist()), tuple((torch.rand(32) + 0.5).tolist())
+    config = DiTConfig(input_size=2, patch_size=1, in_channels=32, latent_mean=mean, latent_std=std)
+    ours = load_autoencoder(str(tmp_path)).for_model(config)
+    with pytest.raises(UserError, match=r"no statistics of its 32 latent channels.*--latent-stats"):
+        ours.for_model(replace(config, latent_mean=(), latent_std=()))
+    assert (ours.factor, ours.channels) == (16, 32)
+    x = torch.rand(2, 3, 32, 32) * 2 - 1
+    z = ours.encode(x, torch.zeros(2, 32, 2, 2))
+    raw = vae.eval().encode(x).latent_dist.mean
+    assert relative(z, (raw - torch.tensor(mean).view(32, 1, 1)) / torch.tensor(std).view(32, 1, 1)) < 1e-5
+    assert relative(ours.decode(z), vae.decode(raw).sample.clamp(-1, 1)) < 1e-5
+
+
 def test_images_depend_neither_on_the_batch_nor_on_the_number_of_threads() -> None:
     vae = AutoencoderKL(
         block_out_channels=(64, 64),
@@ -80,7 +129,7 @@ def test_pixels_pass_through() -> None:
 
 
 def test_what_cannot_be_loaded_is_an_error(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no autoencoder nowhere; choose ema, mse, none or a folder"):
+    with pytest.raises(UserError, match="no autoencoder nowhere; choose ema, mse, none, a folder"):
         load_autoencoder("nowhere")
     with pytest.raises(UserError, match=r"cannot load the autoencoder .*config\.json.*; save it again with diffusers"):
         load_autoencoder(str(tmp_path))
@@ -95,12 +144,13 @@ def test_what_cannot_be_loaded_is_an_error(folder: Path, tmp_path: Path) -> None
         load_autoencoder(str(folder))
 
 
-@pytest.mark.parametrize("name", autoencoder.REPOSITORIES)
+@pytest.mark.parametrize("name", [*autoencoder.REPOSITORIES, "REPA-E/e2e-vavae-hf"])
 def test_offline_the_error_says_how_to_download_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = autoencoder.REPOSITORIES.get(name, name)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        UserError, match=rf"sd-vae-ft-{name} .*; download it elsewhere, `hf download stabilityai/sd-vae-ft-{name} "
+        UserError, match=rf"autoencoder {repository} .*; download it elsewhere, `hf download {repository} "
     ):
         load_autoencoder(name)
 

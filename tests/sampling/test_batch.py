@@ -4,6 +4,7 @@ import copy
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import Golden, relative
@@ -14,6 +15,7 @@ from svdit.diffusion.noise import image_noise
 from svdit.diffusion.prediction import PREDICTIONS
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.errors import UserError
+from svdit.images import UINT8, to_uint8
 from svdit.model.dit import DiT
 from svdit.sampling.batch import SamplingConfig, generate, generate_images
 
@@ -54,6 +56,13 @@ def test_a_gpu_generates_the_same_images(golden_learned: Golden) -> None:
     model = copy.deepcopy(golden_learned.model).to(device)
     x = generate(model, golden_learned["y"][: len(z)], SamplingConfig(steps="10"), noise=draws.__next__)
     assert relative(x.cpu(), golden_learned["ddpm_10"]) < 1e-3
+
+
+@pytest.mark.parametrize("rule", UINT8)
+def test_grey_levels_follow_the_models_rule(rule: str) -> None:
+    model, config = pixel_model(uint8=rule), SamplingConfig("ddim", "2")
+    images = generate_images(model, [0, 1], config, autoencoder=Squash())  # type: ignore[arg-type]
+    np.testing.assert_array_equal(images, to_uint8(Squash().decode(generate(model, [0, 1], config)), rule))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

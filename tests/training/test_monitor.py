@@ -1,5 +1,6 @@
 """The learning curve resumes with the run; sample grids have the right size."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +59,7 @@ def test_sample_grid_has_a_column_for_each_class(tiny: DiT, tmp_path: Path) -> N
     image = np.asarray(Image.open(tmp_path / "a.png"))
     assert image.shape == (4 * 66 + 2, 5 * 66 + 2, 3)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    tiny.config = replace(tiny.config, uint8="truncate")
+    sample_grid(tiny, FirstThree(), tmp_path / "c.png", seed=0)
+    darker = image.astype(int) - np.asarray(Image.open(tmp_path / "c.png"))
+    assert set(np.unique(darker)) == {0, 1}
