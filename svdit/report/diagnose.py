@@ -28,7 +28,7 @@ HALVES = ("conditional", "unconditional")
 
 
 def measure(model: DiT, original: DiT, lines: Sequence[LayerReport], cfg_scale: float, seed: int) -> dict[str, Any]:
-    """Errors by layer, timestep and guidance half, spectra, smoothing scales and input histograms, as JSON."""
+    """Errors by layer, time and guidance half, spectra, smoothing scales and input histograms, as JSON."""
     import torch
 
     from svdit.quant.linear import quantized_layers
@@ -38,7 +38,7 @@ def measure(model: DiT, original: DiT, lines: Sequence[LayerReport], cfg_scale: 
     layers, linears = quantized_layers(model), {line.name: linear_of(original, line.name) for line in lines}
     images, steps = affordable(original)
     loop = held_out_loop(images, steps, cfg_scale, seed)
-    inputs = m.layer_inputs(original, layers, loop, timestep_and_half(original), rows=ROWS * images)
+    inputs = m.layer_inputs(original, layers, loop, time_and_half(original), rows=ROWS * images)
     errors = {name: m.relative_errors(linears[name], layer, inputs[name]) for name, layer in layers.items()}
     power = {name: sum(error**2 for error in groups.values()) / len(groups) for name, groups in errors.items()}
     worst = sorted(layers, key=lambda name: -power[name])
@@ -48,7 +48,7 @@ def measure(model: DiT, original: DiT, lines: Sequence[LayerReport], cfg_scale: 
     return {
         "measured_on": {"images": images, "steps": steps, "cfg_scale": cfg_scale, "seed": seed},
         "sqnr": {name: -10 * math.log10(noise) if noise else None for name, noise in power.items()},
-        **by_timestep(errors),
+        **by_time(errors, original),
         "spectra": {name: asdict(m.spectrum(linears[name], layers[name])) for name in one_of_each_kind(branched)[:FEW]},
         "smoothing": {
             line.name: {"alpha": line.alpha, "beta": line.beta, "scale_quantiles": quantiles}
@@ -91,20 +91,27 @@ def held_out_loop(images: int, steps: int, cfg_scale: float, seed: int) -> Calla
     return loop
 
 
-def timestep_and_half(model: DiT) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def ticks(model: DiT) -> int:
+    """Groups are integers: a flow's t, from 0 to 1, is counted in ten-thousandths, DDPM's timesteps as they are."""
+    return 10_000 if model.config.is_flow else 1
+
+
+def time_and_half(model: DiT) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A group (N,) for each row of a batch: 2 t with a class, 2 t + 1 without."""
-    return lambda x, t, y: 2 * t.long() + (y == model.null_class)
+    return lambda x, t, y: 2 * (ticks(model) * t).round().long() + (y == model.null_class)
 
 
-def by_timestep(errors: dict[str, dict[int, float]]) -> dict[str, Any]:
-    """Timesteps in descending order, and for each guidance half the errors of every layer at them."""
-    keys = sorted({key for groups in errors.values() for key in groups})
+def by_time(errors: dict[str, dict[int, float]], model: DiT) -> dict[str, Any]:
+    """Times from noise to data, and for each guidance half the errors of every layer at them; None: no call."""
+    keys = {key for groups in errors.values() for key in groups}
+    times = sorted({key // 2 for key in keys}, reverse=model.config.time != "noise_to_data")
     table = {
-        half: {name: [groups[key] for key in reversed(keys) if key % 2 == odd] for name, groups in errors.items()}
+        half: {name: [groups.get(2 * time + odd) for time in times] for name, groups in errors.items()}
         for odd, half in enumerate(HALVES)
         if any(key % 2 == odd for key in keys)
     }
-    return {"timesteps": sorted({key // 2 for key in keys}, reverse=True), "errors": table}
+    shown = [time / ticks(model) for time in times] if model.config.is_flow else times
+    return {"time": model.config.time, "timesteps": shown, "errors": table}
 
 
 def one_of_each_kind(names: Iterable[str]) -> list[str]:

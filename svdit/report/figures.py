@@ -35,7 +35,7 @@ def draw(folder: Path, lines: Sequence[LayerReport], measured: dict[str, Any]) -
     """Write a PNG for every quantity in `measured`; returns the paths."""
     figures: dict[str, tuple[Any, Callable[[], Figure]]] = {
         "layers": (measured["sqnr"], lambda: layers(lines, measured["sqnr"])),
-        "timesteps": (measured["errors"], lambda: timesteps(measured["timesteps"], measured["errors"])),
+        "timesteps": (measured["errors"], lambda: timesteps(measured)),
         "spectra": (measured["spectra"], lambda: spectra(measured["spectra"])),
         "smoothing": (measured["smoothing"], lambda: smoothing(measured["smoothing"])),
         "activations": (measured["activations"], lambda: activations(measured["activations"])),
@@ -76,27 +76,40 @@ def layers(lines: Sequence[LayerReport], sqnr: dict[str, float | None]) -> Figur
     return figure
 
 
-def timesteps(steps: Sequence[int], errors: dict[str, dict[str, list[float]]]) -> Figure:
-    """A heat map of layers and timesteps for each guidance half."""
+TIMES = {  # axis label of a model's time
+    "timesteps": "timestep",
+    "noise_to_data": "t, from noise (0) to data (1)",
+    "data_to_noise": "t, from noise (1) to data (0)",
+}
+
+
+def timesteps(measured: dict[str, Any]) -> Figure:
+    """A heat map of layers and times for each guidance half; blank where the half was not computed."""
     from matplotlib.colors import LogNorm
 
+    times, errors = measured["timesteps"], measured["errors"]
     halves = {half: by_kind(table) for half, table in errors.items()}
     kinds = next(iter(halves.values()))
     rows = sum(map(len, kinds.values()))
     figure, (panels,) = blank(1, len(halves), 2.2 + 3 * len(halves), min(9.0, 2.6 + 0.055 * rows), sharey=True)
     order = [name for members in kinds.values() for name in members]
-    tables = {half: [[100 * error for error in errors[half][name]] for name in order] for half in halves}
-    positive = [error for table in tables.values() for row in table for error in row if error]
+    tables = {half: [[percent(error) for error in errors[half][name]] for name in order] for half in halves}
+    positive = [error for table in tables.values() for row in table for error in row if error > 0]
     norm = LogNorm(min(positive, default=1), max(positive, default=1))
     for axis, (half, table) in zip(panels, tables.items(), strict=True):
         image = axis.imshow(table, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
-        axis.set(title=half, xlabel="timestep")
-        axis.set_xticks(range(len(steps)), [str(t) for t in steps], rotation=90)
+        axis.set(title=half, xlabel=TIMES[measured["time"]])
+        axis.set_xticks(range(len(times)), [f"{t:.3g}" for t in times], rotation=90)
         separate(axis, kinds)
     bar = figure.colorbar(image, ax=list(panels), label="relative output error, %")
     few_decades(bar.ax.yaxis)
-    figure.suptitle("Relative output error by timestep; one row per block, the first on top")
+    figure.suptitle("Relative output error by time; one row per block, the first on top")
     return figure
+
+
+def percent(error: float | None) -> float:
+    """In percent; NaN for None."""
+    return float("nan") if error is None else 100 * error
 
 
 def separate(axis: Axes, kinds: dict[str, Any]) -> None:

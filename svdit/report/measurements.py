@@ -2,7 +2,7 @@
 
     error of a group = ‖y' − y‖ / ‖y‖ over its rows,   y = x Wᵀ,   y' the quantized layer's output without its bias
 
-The caller assigns each row of the model's batch to a group, an integer: its timestep for example.
+The caller assigns each row of the model's batch to a group, an integer: its time for example.
 """
 
 from collections.abc import Callable, Iterable

@@ -10,6 +10,7 @@ import torch
 
 from svdit.checkpoints.store import save_model
 from svdit.cli import command
+from svdit.model.config import FAMILIES, DiTConfig
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
 from svdit.quant.config import QuantConfig, Rule, recipe_for
@@ -67,13 +68,27 @@ def test_the_work_is_bounded(name: str, size: int, expected: tuple[int, int]) ->
 
 
 def test_rows_are_grouped_by_timestep_and_half(tiny: DiT) -> None:
-    keys = diagnose.timestep_and_half(tiny)(torch.empty(3), torch.tensor([0, 999, 999]), torch.tensor([4, 4, 5]))
+    keys = diagnose.time_and_half(tiny)(torch.empty(3), torch.tensor([0, 999, 999]), torch.tensor([4, 4, 5]))
     assert keys.tolist() == [0, 1998, 1999]
-    table = diagnose.by_timestep({"a": {0: 0.1, 1998: 0.2, 1999: 0.3, 1: 0.4}})
+    table = diagnose.by_time({"a": {0: 0.1, 1998: 0.2, 1999: 0.3, 1: 0.4}}, tiny)
     assert table == {
+        "time": "timesteps",
         "timesteps": [999, 0],
         "errors": {"conditional": {"a": [0.2, 0.1]}, "unconditional": {"a": [0.3, 0.4]}},
     }
+
+
+@pytest.mark.parametrize(("family", "times"), [("sit", [0.0, 0.02, 1.0]), ("repa", [1.0, 0.02, 0.0])])
+def test_times_of_a_flow_run_from_noise_to_data(family: str, times: list[float]) -> None:
+    with torch.device("meta"):
+        model = DiT(DiTConfig(depth=1, num_classes=5, **{"family": family, **FAMILIES[family]}))
+    t, y = torch.tensor([0.02, 0.0, 1.0, 0.02]), torch.tensor([4, 4, 4, 5])
+    keys = diagnose.time_and_half(model)(torch.empty(4), t, y).tolist()
+    assert keys == [400, 0, 20_000, 401]
+    table = diagnose.by_time({"a": {key: t / 100 for t, key in enumerate(keys)}}, model)
+    assert (table["time"], table["timesteps"]) == (model.config.time, times)
+    assert table["errors"]["unconditional"]["a"] == [None, 0.03, None]  # outside of the guidance interval
+    assert None not in table["errors"]["conditional"]["a"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 199, 200, 201, 399, 16384])

@@ -29,6 +29,7 @@ def numbers(blocks: int, halves: tuple[str, ...] = ("conditional", "unconditiona
     histogram = {"limit": 5.0, "shares": [0.0, 0.1, 0.8, 0.1, 0.0], "peak": 3.0}
     return {
         "sqnr": {name: float(rng.uniform(20, 50)) for name in every},
+        "time": "timesteps",
         "timesteps": STEPS,
         "errors": {half: {name: rng.uniform(0.001, 0.1, len(STEPS)).tolist() for name in every} for half in halves},
         "spectra": {n: {"rank": 2, **{key: [1.0, 0.5, 0.1] for key in LINES}}
@@ -76,7 +77,7 @@ def test_layers_are_at_their_blocks_with_their_sqnr_and_size() -> None:
 
 def test_the_heat_map_is_the_errors_by_kind_and_block() -> None:
     measured = numbers(3)
-    figure = figures.timesteps(STEPS, measured["errors"])
+    figure = figures.timesteps(measured)
     left, right, bar = figure.axes
     order = [f"blocks.{i}.{kind}" for kind in KINDS for i in range(3)] + ["final_layer.adaLN_modulation.1"]
     for axis, half in ((left, "conditional"), (right, "unconditional")):
@@ -92,11 +93,21 @@ def test_the_heat_map_is_the_errors_by_kind_and_block() -> None:
 
 
 def test_without_guidance_there_is_one_panel_and_errors_may_be_zero() -> None:
-    errors = numbers(1, ("conditional",))["errors"]
-    errors["conditional"]["blocks.0.attn.qkv"] = [0.0, 0.0, 0.0]
-    figure = figures.timesteps(STEPS, errors)
+    measured = numbers(1, ("conditional",))
+    measured["errors"]["conditional"]["blocks.0.attn.qkv"] = [0.0, 0.0, 0.0]
+    figure = figures.timesteps(measured)
     assert len(figure.axes) == 2
     assert figure.axes[0].images[0].norm.vmin > 0
+
+
+@pytest.mark.parametrize(("time", "label"), [("noise_to_data", "noise (0)"), ("data_to_noise", "noise (1)")])
+def test_the_time_of_a_flow_is_named_with_its_direction(time: str, label: str) -> None:
+    measured = numbers(1) | {"time": time, "timesteps": [0.0, 0.02, 1.0]}
+    measured["errors"]["unconditional"]["blocks.0.attn.qkv"] = [None, 0.1, 0.2]  # outside of the guidance interval
+    left, right, _ = figures.timesteps(measured).axes
+    assert label in left.get_xlabel()
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["0", "0.02", "1"]
+    assert np.isnan(np.ma.filled(right.images[0].get_array(), np.nan)).sum() == 1
 
 
 def test_the_pareto_curve_marks_the_choice() -> None:
