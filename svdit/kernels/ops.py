@@ -122,8 +122,8 @@ def attention(
 
     In bfloat16 on a GPU, and where `pack` made qkv bfloat16.
     """
-    if backend == "triton" and qkv.is_cuda:
-        qkv = qkv.bfloat16()
+    if backend == "triton":
+        return cuda.attention(qkv, heads, norms, rotation)
     if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype and norms is None and rotation is None:
         return cpu.attention(qkv, heads, ffi.kernels())
     return by_image(partial(fused.attention, heads=heads, norms=norms, rotation=rotation))(qkv)

@@ -20,7 +20,7 @@ from svdit.kernels import ops
 from svdit.kernels import reference as ref
 from svdit.kernels.cuda import backend, fp8
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
-from svdit.kernels.layer import Layer, Modulation, Residual
+from svdit.kernels.layer import HeadNorms, Layer, Modulation, Residual, Rotation
 from svdit.model.dit import DiT
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -75,10 +75,17 @@ class Compiled:
 
 
 @pytest.fixture
-def sm_90(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """(layer, tiles of rows, tiles of the product, …) to what its launches compile to on Hopper."""
+def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Launches compile for Hopper, nothing is cached."""
     from triton.runtime import driver
 
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", FakeDriver())  # since Triton 3.5
+
+
+@pytest.fixture
+def sm_90(monkeypatch: pytest.MonkeyPatch, hopper: None) -> Any:
+    """(layer, tiles of rows, tiles of the product, …) to what its launches compile to on Hopper."""
     from svdit.kernels.cuda import linear as tri
 
     def compile_for(layer: Layer, row_tiles: slice, tiles: slice, inner: bool = False, **around: Any) -> list[Any]:
@@ -87,11 +94,10 @@ def sm_90(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             for name, kernel in zip(("ROWS", "PRODUCT", "weigh"), kernels, strict=True):
                 patch.setattr(tri, name, kernel)
             packed = backend.pack(layer, inner)
-            packed(torch.zeros(1, 16, layer.shape[1]), **around)
+            x = torch.zeros(1, 16, layer.shape[1] * (2 if around.get("glu") else 1))
+            packed(x.bfloat16() if around.get("glu") else x, **around)
         return [made for kernel in kernels for made in kernel.made]
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(driver, "_active" if hasattr(driver, "_active") else "active", FakeDriver())  # since Triton 3.5
     return compile_for
 
 
@@ -115,6 +121,8 @@ def hopper_layer(weight: str, act: str | None = "int8") -> Layer:
 AROUND: dict[str, dict[str, Any]] = {
     "residual": {"residual": Residual(torch.zeros(1, 16, 256), torch.zeros(1, 256))},
     "gelu": {"gelu": True, "inner": True, "modulation": Modulation(torch.zeros(1, 256), torch.zeros(1, 256))},
+    "rms": {"inner": True, "modulation": Modulation(torch.zeros(1, 256), torch.zeros(1, 256), True)},
+    "glu": {"glu": True, "residual": Residual(torch.zeros(1, 16, 256), torch.zeros(1, 256))},
 }
 ALL, NONE, FIRST, TWO, LAST = slice(None), slice(0, 0), slice(0, 1), slice(0, 2), slice(-1, None)
 
@@ -124,11 +132,15 @@ ALL, NONE, FIRST, TWO, LAST = slice(None), slice(0, 0), slice(0, 1), slice(0, 2)
     ("int8", "int8", "residual", NONE, TWO), ("int8", "int8", "gelu", TWO, FIRST),
     ("int4", "int8", "residual", NONE, FIRST),
     ("int4", "int4", "residual", FIRST, FIRST),
+    ("int8", "int8", "rms", FIRST, NONE), ("int8", "int8", "glu", TWO, NONE),
     pytest.param("int8", "int8", "residual", NONE, ALL, marks=pytest.mark.slow),
     pytest.param("int8", "int8", "gelu", ALL, ALL, marks=pytest.mark.slow),
     pytest.param("int4", "int8", "residual", NONE, ALL, marks=pytest.mark.slow),
     pytest.param("int4", "int8", "gelu", NONE, ALL, marks=pytest.mark.slow),
     pytest.param("int4", "int4", "residual", ALL, ALL, marks=pytest.mark.slow),
+    pytest.param("int8", "int8", "rms", ALL, NONE, marks=pytest.mark.slow),
+    pytest.param("int8", "int8", "glu", ALL, NONE, marks=pytest.mark.slow),
+    pytest.param("int4", "int4", "glu", ALL, NONE, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_nothing_is_spilled_on_hopper(
     sm_90: Any, tmp_path: Path, weight: str, act: str, around: str, row_tiles: slice, tiles: slice
@@ -152,6 +164,27 @@ def test_every_scheme_compiles(sm_90: Any, tmp_path: Path, weight: str, act: str
     made = sm_90(hopper_layer(weight, act), FIRST, LAST)
     assert len(made) == kernels
     assert all(resources(kernel, tmp_path)[1] == 0 for kernel in made)
+
+
+@needs_triton
+@pytest.mark.parametrize(("head", "tables"), [(72, 2), (80, 1), pytest.param(64, 0, marks=pytest.mark.slow)])
+def test_queries_and_keys_are_prepared_without_spills(
+    hopper: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, head: int, tables: int
+) -> None:
+    """LightningDiT-XL's heads with REPA's norms, JiT-H's, and a rotation alone."""
+    from svdit.kernels.cuda import attention
+
+    compiled = Compiled(attention.prepare)
+    monkeypatch.setattr(attention, "prepare", compiled)
+    norms = HeadNorms(*torch.ones(tables, 2, head)) if tables else None
+    rotation = Rotation(*torch.ones(2, 16, head))
+    attention.prepared(torch.ones(2, 16, 3, 2, head, dtype=torch.bfloat16), norms, rotation)
+    (kernel,) = compiled.made
+    registers, stack = resources(kernel, tmp_path)
+    assert 16 < registers <= 128 and stack == 0, f"{registers} registers, {stack} bytes of stack"
+    ptx = kernel.asm["ptx"]
+    assert "fma.rn" not in ptx and ".ftz" not in ptx and "rsqrt.approx" not in ptx
+    assert re.search(r"ld.global.*v[24]", ptx) and re.search(r"st.global.*v[24]", ptx), "loads and stores are scalar"
 
 
 @needs_triton

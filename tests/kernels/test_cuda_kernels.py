@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from conftest import relative
 from layers import U_BF16, U, error_around, layer_of, random_layer, shapes, with_spec
 
-from svdit.kernels import generic
+from svdit.kernels import fused, generic, ops
 from svdit.kernels import reference as ref
 from svdit.kernels.cuda import backend
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
-from svdit.kernels.layer import Layer, Modulation
+from svdit.kernels.layer import HeadNorms, Layer, Modulation, Rotation
 from svdit.model.dit import DiT
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -28,6 +28,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs TRITON_INTERPRET=1 (test_cuda.py sets it) or a GPU", allow_module_level=True)
 tri = pytest.importorskip("svdit.kernels.cuda.linear", reason="triton is not installed")
+attention = pytest.importorskip("svdit.kernels.cuda.attention")
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 INT8, INT4 = Format(8), ACT_FORMATS["int4"]
@@ -206,6 +207,107 @@ def test_layer_norm_and_gelu_are_precise() -> None:
     rounded = wide[0, :, :64].round().double()
     got = tri.IntegerLinear(layer)(wide, gelu=True)[0]
     assert (got - F.gelu(rounded, approximate="tanh")).abs().max() < 2e-6
+
+
+BEFORE = {"rms": (True, False), "glu": (False, True), "glu, rms": (True, True)}  # norm, gated
+
+
+def before_the_codes(
+    scheme: str, before: str, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of x (2, T, I or 2I): codes and steps of the kernel, x̂ / step by the definition (2T, I), and its codes."""
+    rms, glu = BEFORE[before]
+    I = x.shape[-1] // (2 if glu else 1)
+    layer = make(scheme, 3, I, 0, 1, 0 if I % 64 else 64)
+    parts = rows(2, 2 * I, 3).chunk(2, dim=1)
+    modulation = Modulation(*parts, True) if rms else None
+    codes, steps, _ = tri.IntegerLinear(layer).quantize(x, modulation, glu)
+    hat = fused.gated(x.cpu()) if glu else x.cpu()
+    hat = hat if not rms else fused.modulated(hat, Modulation(parts[0].cpu(), parts[1].cpu(), True))
+    hat = ref.transform(layer, hat.to(DEVICE)).flatten(0, 1)
+    assert layer.spec.act is not None
+    expected, scales = ref.quantize(hat, layer.spec.act)
+    groups = scales.groups.shape[1]
+    ratio = (hat.view(len(hat), groups, -1) / scales.values()[:, :, None]).flatten(1)
+    steps = steps.view(len(hat), -1)[:, :groups]
+    assert ((steps - scales.values()).abs() <= scales.values().abs() * (2**-7 if groups > 1 else 64 * U)).all()
+    return codes[:, :I], steps, ratio, expected
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A4"])
+@pytest.mark.parametrize("before", BEFORE)
+def test_norm_and_gate_before_the_codes_are_the_definitions(before: str, scheme: str) -> None:
+    """Bit for bit where both are exact: a mean square of 4^k, and silu(a) = a from 18 on or zero below −104."""
+    rms, glu = BEFORE[before]
+    g = torch.Generator().manual_seed(0)
+    pattern = torch.tensor([10, 5, 1, 1, 1, 0, 0, 0]) * 1024.0 if rms else torch.randn(8, generator=g)
+    order = torch.rand(2, 5, 192, generator=g).argsort(-1)
+    x = pattern.repeat(24)[order] * (torch.randint(0, 2, (2, 5, 192), generator=g) * 2 - 1)
+    if glu:
+        a = torch.full_like(x, 32.0) if rms else torch.randint(18, 90, x.shape, generator=g).float()
+        a = a if rms else torch.where(torch.rand(x.shape, generator=g) < 0.2, -105.0, a)
+        x = torch.cat([a, x], dim=-1)
+    codes, _, ratio, expected = before_the_codes(scheme, before, x.to(DEVICE))
+    assert torch.equal(codes, expected) and ratio.abs().max() >= 7
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_norm_and_gate_of_any_row(before: str) -> None:
+    """Codes move by one only where the number lies within a thousandth of the edge between two."""
+    for seed, columns in enumerate((64, 85, 2, 320)):
+        x = rows(6, columns * (1 + BEFORE[before][1]), seed, 10.0 ** (seed - 1)).view(2, 3, -1)
+        codes, _, ratio, _ = before_the_codes("W8A8", before, x + seed)
+        away = (codes - ratio).abs()
+        assert 0.4 < away.max() <= 0.501
+        edge = ((ratio - ratio.floor()) - 0.5).abs() < 1e-3
+        assert torch.equal(codes[~edge], ratio.round().to(torch.int8)[~edge])
+
+
+def test_a_gate_that_overflows_and_rows_without_numbers() -> None:
+    """e^−a overflows below −88, where silu is zero; NaN and infinities become NaN as in the definition."""
+    layer = on_device(layer_of(torch.eye(64, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8))
+    x = torch.ones(1, 5, 128, device=DEVICE)
+    x[0, 1, 3], x[0, 2, 3], x[0, 3, 3], x[0, 4, 70] = -1e30, torch.nan, -torch.inf, torch.inf
+    y = tri.IntegerLinear(layer)(x, glu=True)[0]
+    expected = torch.full((64,), float(F.silu(torch.tensor(1.0))), device=DEVICE)
+    assert torch.allclose(y[0], expected, rtol=1e-6)
+    assert y[1, 3] == 0 and torch.allclose(y[1, 4:], expected[4:], rtol=1e-6)
+    assert y[2:].isnan().all()
+
+
+NORMS = {"none": 0, "rms": 1, "layer": 2}  # tables
+
+
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_and_rotation_of_queries_and_keys(norm: str, turn: bool) -> None:
+    for seed, (N, T, heads, head) in enumerate(((2, 5, 3, 72), (1, 1, 1, 2), (1, 7, 2, 80), (3, 2, 1, 16))):
+        qkv = rows(N * T, 3 * heads * head, seed, 3).view(N, T, 3, heads, head) + 1
+        qkv = qkv if INTERPRETED else qkv.bfloat16()
+        tables = [rows(2, head, i) + 1 - i for i in range(NORMS[norm])]
+        norms = HeadNorms(*tables) if tables else None
+        angles = rows(T, head, 5) * 3
+        rotation = Rotation(angles.cos(), angles.sin()) if turn else None
+        got = attention.prepared(qkv, norms, rotation)
+        expected = fused.prepared(qkv, norms, rotation)[:, :, :2]
+        assert got.shape == (N, T, 2, heads, head) and got.is_contiguous() and got.dtype == qkv.dtype
+        if norms is None:
+            assert torch.equal(got, expected)
+        unit = U if INTERPRETED else U_BF16
+        assert relative(got, expected) < 8 * unit
+        y = ops.attention(qkv.flatten(2), heads, "triton", norms=norms, rotation=rotation)
+        assert relative(y, fused.attention(qkv.flatten(2), heads, norms, rotation)) < 64 * unit
+
+
+def test_tables_are_checked_before_a_launch() -> None:
+    qkv = rows(4, 3 * 2 * 8, 0).view(1, 4, 48)
+    table = rows(3, 8, 1)  # of three tokens instead of four
+    with pytest.raises(ValueError, match=r"got \(3, 8\) .*expected a contiguous \(4, 8\)"):
+        ops.attention(qkv, 2, "triton", rotation=Rotation(table, table))
+    with pytest.raises(ValueError, match=r"expected a contiguous \(2, 8\)"):
+        ops.attention(qkv, 2, "triton", norms=HeadNorms(table))
+    with pytest.raises(ValueError, match=r"expected a contiguous \(1, 4, 32\)"):
+        tri.IntegerLinear(make("W8A8", 4, 16, 0, 1))(rows(4, 16, 0)[None], glu=True)
 
 
 def test_weight_only() -> None:

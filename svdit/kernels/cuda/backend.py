@@ -7,11 +7,12 @@ import os
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch import Tensor
 
-from svdit.kernels import generic
+from svdit.kernels import fused, generic
 from svdit.kernels.cuda.fp8 import FP8, float8
 from svdit.kernels.formats import Format
-from svdit.kernels.layer import Layer, Linear, LinearSpec
+from svdit.kernels.layer import HeadNorms, Layer, Linear, LinearSpec, Rotation
 
 GROUP, INT8, INT4 = 64, Format(8), Format(4, 64, "bf16", "full")
 MINIMUM = (3, 6)  # Triton; the oldest whose code the tests accept
@@ -83,3 +84,13 @@ def pack(layer: Layer, inner: bool = False) -> Linear | None:
     from svdit.kernels.cuda.linear import IntegerLinear, weight_only
 
     return IntegerLinear(layer, inner) if layer.spec.act else weight_only(layer)
+
+
+def attention(qkv: Tensor, heads: int, norms: HeadNorms | None, rotation: Rotation | None) -> Tensor:
+    """`fused.attention`, (N, T, 3D) to (N, T, D), in bfloat16 on a GPU; norms and rotation in one kernel."""
+    qkv = qkv.bfloat16() if qkv.is_cuda else qkv
+    if norms is None and rotation is None:
+        return fused.attention(qkv, heads)
+    from svdit.kernels.cuda.attention import prepared_attention
+
+    return prepared_attention(qkv, heads, norms, rotation)

@@ -19,7 +19,7 @@ from svdit.kernels import generic
 from svdit.kernels import reference as ref
 from svdit.kernels.cuda.gemm import multiply, weigh
 from svdit.kernels.cuda.quantize import quantize_rows
-from svdit.kernels.fused import composed, gated, modulated
+from svdit.kernels.fused import composed
 from svdit.kernels.layer import Layer, Linear, Modulation, Residual
 
 HALF = 64  # columns that share scales at least, and that a byte of 4-bit weights holds apart
@@ -45,7 +45,7 @@ def _tuned(kernel: Any, tiles: list[Any], key: str, **options: Any) -> Any:
     return kernel if INTERPRETED else triton.autotune(tiles, key.split(), cache_results=True, **options)(kernel)
 
 
-ROWS = _tuned(quantize_rows, ROW_TILES, "K rank tuned_for HADAMARD GROUP")
+ROWS = _tuned(quantize_rows, ROW_TILES, "K rank tuned_for RMS GLU HADAMARD GROUP")
 PRODUCT = _tuned(
     multiply,
     PRODUCT_TILES,
@@ -141,15 +141,17 @@ class IntegerLinear:
         self.l1 = widened(l1.to(dtype), self.rank)
         self.l2 = F.pad(l2.to(dtype), (0, self.width - l2.shape[1], 0, self.rank - R)).contiguous()
 
-    def quantize(self, x: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """x (N, T, I) to codes (M, width), steps (M,) or (M, width / 64), and x̂ L2ᵀ (M, padded R)."""
-        N, T, I = x.shape
+    def quantize(
+        self, x: Tensor, modulation: Modulation | None = None, glu: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x (N, T, I or 2I) to codes (M, width), steps (M,) or (M, width / 64), and x̂ L2ᵀ (M, padded R)."""
+        (N, T, _), I = x.shape, self.shape[1]
         M, parts = N * T, self.rank // self.block_r if self.rank else 1
-        check_rows(x, (N, T, self.shape[1]), self.weight)
+        check_rows(x, (N, T, 2 * I if glu else I), self.weight)
         codes = x.new_empty(M, self.width, dtype=torch.int8)
         steps = x.new_empty((M, self.width // HALF) if self.group else (M,), dtype=torch.float32)
         low = None if self.l2 is None else x.new_empty(M, self.rank, dtype=self.l2.dtype)
-        shift, scale, _ = modulation or (None, None, False)
+        shift, scale, rms = modulation or (None, None, False)
         stride = 0 if modulation is None else row_distance(modulation.shift, N, I, x)
         if modulation is not None and row_distance(modulation.scale, N, I, x) != stride:
             raise ValueError(f"shift has rows {stride} apart, scale {modulation.scale.stride(0)}; they must be equal")
@@ -157,7 +159,7 @@ class IntegerLinear:
             ROWS[lambda tile: (triton.cdiv(M, tile["BLOCK_M"]), parts)](
                 x, shift, scale, self.in_shift, self.in_inverse, self.l2, codes, steps, low,
                 M, T, stride, I, self.width, self.rank, triton.next_power_of_2(M),
-                HADAMARD=self.hadamard, STAGES=max(0, self.hadamard.bit_length() - 1),
+                RMS=rms, GLU=glu, HADAMARD=self.hadamard, STAGES=max(0, self.hadamard.bit_length() - 1),
                 ROOT=1 / math.sqrt(self.hadamard or 1), GROUP=self.group, BLOCK_R=self.block_r,
                 BLOCK_K=self.block_k, enable_fp_fusion=False, **ROW_TILE,
             )  # fmt: skip
@@ -172,11 +174,8 @@ class IntegerLinear:
         residual: Residual | None = None,
         glu: bool = False,
     ) -> Tensor:
-        x = gated(x) if glu else x
-        if modulation is not None and modulation.rms:
-            x, modulation = modulated(x, modulation), None
         out = x.new_empty(*x.shape[:2], self.shape[0], dtype=self.dtype) if residual is None else residual.x
-        self.multiply(*self.quantize(x.contiguous(), modulation), out, gelu, residual)
+        self.multiply(*self.quantize(x.contiguous(), modulation, glu), out, gelu, residual)
         return out
 
     def multiply(

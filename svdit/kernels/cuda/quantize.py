@@ -1,9 +1,9 @@
-"""Activations to codes on a GPU: LayerNorm, modulation, in_shift, in_scale, Hadamard, scales, low-rank projection.
+"""Activations to codes on a GPU: silu(a) · b, norm, modulation, in_shift, in_scale, Hadamard, scales, low-rank product.
 
-A program takes BLOCK_M whole rows, BLOCK_K columns at a time: once for LayerNorm, once for the largest magnitude and
+A program takes BLOCK_M whole rows, BLOCK_K columns at a time: once for the norm, once for the largest magnitude and
 x̂ L2ᵀ, once for the codes; only the first reading comes from memory. Sums, products and quotients are those of
-reference.py in its order (compile without fused multiply-adds), so that without LayerNorm the codes are its, bit for
-bit. A row with a NaN or infinity gets a scale that is NaN. Works on columns padded with zeros to `width`.
+reference.py in its order (compile without fused multiply-adds), so that without norm and silu the codes are its, bit
+for bit. A row with a NaN or infinity gets a scale that is NaN. Works on columns padded with zeros to `width`.
 """
 
 import triton
@@ -36,32 +36,55 @@ def rotate(x, BLOCK: tl.constexpr, STAGES: tl.constexpr):
 
 
 @triton.jit
-def moments(x, rows, some, K, BLOCK_K: tl.constexpr):
-    """Mean and one over the standard deviation of whole rows, chunk by chunk (Chan, Golub & LeVeque 1979)."""
+def silu(a):
+    """a / (1 + e^−a)"""
+    return tl.div_rn(a, 1.0 + tl.exp(-a))
+
+
+@triton.jit
+def read(x, rows, columns, inside, K, GLU: tl.constexpr):
+    """x (M, K) at these places in fp32, zeros outside; where GLU, silu(a) · b of the halves a and b of x (M, 2K)."""
+    at = x + rows[:, None] * (2 * K if GLU else K) + columns[None, :]
+    v = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if GLU:
+        v = silu(v) * tl.load(at + K, mask=inside, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
+def moments(x, rows, some, K, RMS: tl.constexpr, GLU: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What a norm subtracts from whole rows, and then multiplies them by.
+
+    Mean and one over the standard deviation, chunk by chunk (Chan, Golub & LeVeque 1979); where RMS, zero and one over
+    the root of the mean square.
+    """
     mean = tl.zeros(rows.shape, tl.float32)
     squares = tl.zeros(rows.shape, tl.float32)
     for k in range(0, K, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
         inside = some[:, None] & (columns < K)[None, :]
-        v = tl.load(x + rows[:, None] * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        n = tl.minimum(K - k, BLOCK_K).to(tl.float32)
-        local = tl.sum(v, 1) / n
-        d = tl.where(inside, v - local[:, None], 0.0)
-        delta = local - mean
-        mean += delta * (n / (k + n))
-        squares += tl.sum(d * d, 1) + delta * delta * (k * n / (k + n))
+        v = read(x, rows, columns, inside, K, GLU)
+        if RMS:
+            squares += tl.sum(v * v, 1)
+        else:
+            n = tl.minimum(K - k, BLOCK_K).to(tl.float32)
+            local = tl.sum(v, 1) / n
+            d = tl.where(inside, v - local[:, None], 0.0)
+            delta = local - mean
+            mean += delta * (n / (k + n))
+            squares += tl.sum(d * d, 1) + delta * delta * (k * n / (k + n))
     return mean, 1.0 / tl.sqrt_rn(squares / K + 1e-6)
 
 
 @triton.jit
 def transformed(
     x, shift, scale, in_shift, in_inverse, rows, some, k, K, place, mean, inverse,
-    HADAMARD: tl.constexpr, STAGES: tl.constexpr, ROOT: tl.constexpr, BLOCK_K: tl.constexpr,
+    GLU: tl.constexpr, HADAMARD: tl.constexpr, STAGES: tl.constexpr, ROOT: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x̂ of columns k … k + BLOCK_K, zeros beyond K; `place` is where an image's modulation begins."""
     columns = k + tl.arange(0, BLOCK_K)
     inside = some[:, None] & (columns < K)[None, :]
-    v = tl.load(x + rows[:, None] * K + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    v = read(x, rows, columns, inside, K, GLU)
     if shift is not None:
         at = place[:, None] + columns[None, :]
         v = (v - mean[:, None]) * inverse[:, None]
@@ -97,10 +120,10 @@ def group_codes(v, GROUP: tl.constexpr):
 def quantize_rows(
     x, shift, scale, in_shift, in_inverse, l2, codes, steps, low,
     M, tokens, stride, K, width, rank, tuned_for,
-    HADAMARD: tl.constexpr, STAGES: tl.constexpr, ROOT: tl.constexpr,
+    RMS: tl.constexpr, GLU: tl.constexpr, HADAMARD: tl.constexpr, STAGES: tl.constexpr, ROOT: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x (M, K) to codes (M, width) int8, steps (M,) or (M, width / GROUP), low (M, rank) = x̂ L2ᵀ.
+    """x (M, K), where GLU (M, 2K), to codes (M, width) int8, steps (M,) or (M, width / GROUP), low (M, rank) = x̂ L2ᵀ.
 
     shift and scale (images, K) with rows `stride` apart; in_shift and in_inverse (width,); l2 (rank, width), rank a
     multiple of BLOCK_R; each may be None. The second program axis runs over parts of the rank.
@@ -111,7 +134,7 @@ def quantize_rows(
     mean = tl.zeros((BLOCK_M,), tl.float32)
     inverse = mean
     if shift is not None:
-        mean, inverse = moments(x, rows, some, K, BLOCK_K)
+        mean, inverse = moments(x, rows, some, K, RMS, GLU, BLOCK_K)
     most = tl.zeros((BLOCK_M,), tl.int32)
     if l2 is not None:
         part = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -119,7 +142,7 @@ def quantize_rows(
     if GROUP == 0 or l2 is not None:
         for k in range(0, width, BLOCK_K):
             v = transformed(x, shift, scale, in_shift, in_inverse, rows, some, k, K, place, mean, inverse,
-                            HADAMARD, STAGES, ROOT, BLOCK_K)  # fmt: skip
+                            GLU, HADAMARD, STAGES, ROOT, BLOCK_K)  # fmt: skip
             most = tl.maximum(most, tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
             if l2 is not None:
                 factor = tl.load(l2 + part[None, :] * width + (k + tl.arange(0, BLOCK_K))[:, None])
@@ -133,7 +156,7 @@ def quantize_rows(
             tl.store(steps + rows, tl.where(most >= 0x7F800000, float("nan"), step), mask=some)
         for k in range(0, width, BLOCK_K):
             v = transformed(x, shift, scale, in_shift, in_inverse, rows, some, k, K, place, mean, inverse,
-                            HADAMARD, STAGES, ROOT, BLOCK_K)  # fmt: skip
+                            GLU, HADAMARD, STAGES, ROOT, BLOCK_K)  # fmt: skip
             if GROUP > 0:
                 code, values = group_codes(v, GROUP)
                 group = k // GROUP + tl.arange(0, BLOCK_K // GROUP)
