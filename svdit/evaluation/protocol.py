@@ -92,10 +92,9 @@ def input_warnings(inputs: Inputs, network: FeatureNetwork | None, metrics: Sequ
         if generated is not None and generated.copies:
             counts = f"{generated.copies} of {generated.count} images of {generated.source.path}"
             warnings.append(f"{counts} are exact copies of others")
-    reference = fake.source.manifest.get("reference")
+    name, reference = (fake.source.manifest.get(field) for field in ("protocol", "reference"))
     if real and reference and not real.source.manifest and real.source.path.name != reference:
-        name = fake.source.manifest["protocol"]
-        warnings.append(f"{name} is published against {reference}, not {real.source.path.name}; see docs/protocols.md")
+        warnings.append(f"figures of {name} are against {reference}, not {real.source.path.name}")
     if real is None or real.count == 0:
         return warnings
     if real.content == fake.content:

@@ -29,6 +29,7 @@ from svdit.printing import warn
 from svdit.sampling.batch import SamplingConfig, check_autoencoder, check_guidance, generate_images
 from svdit.sampling.sinks import SINKS, Sink, npz_path
 from svdit.sampling.writers import Writers
+from svdit.storage.checksum import digest
 from svdit.storage.manifest import read_manifest, write_manifest
 
 Progress = Callable[[float, int], None]
@@ -37,6 +38,7 @@ LABEL_POLICIES: dict[str, Callable[[int, Sequence[int], int], list[int]]] = {
     "random": image_labels,
     "balanced": lambda seed, indices, classes: [i % classes for i in indices],
 }
+OF_MODEL = ("family", "prediction", "time", "path", "noise_scale", "uint8")  # of its configuration
 # Fields that may differ between the run that created a folder and the one that resumes it.
 MAY_CHANGE = {"num_images", "labels", "files", "checkpoint"}
 POLL = 0.1  # seconds between two looks at what the other processes have finished
@@ -65,8 +67,8 @@ def generate_dataset(
     `label_policy`: "random" (uniform over the classes) or "balanced" (i modulo the number of classes).
     `sink`: "png", "tar" or "npz", see `SINKS`, or an object with the methods of `Sink`, as `evaluation.stream.Stream`.
     `batch_size`: at most so many images at once.
-    `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision), on every
-    process.
+    `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision) and its
+    protocol (protocol, overrides, reference), on every process.
     `progress(done, total)` counts the images of all processes, this one's unfinished ones as fractions.
     Raises UserError for a folder of another run, naming the field that differs, for one that another process writes
     or that not all hosts see, for processes that differ in a setting, and for options out of range.
@@ -159,7 +161,7 @@ def describe(
     model: DiT, autoencoder: Autoencoder, config: SamplingConfig, count: int, seed: int, label_policy: str
 ) -> dict[str, Any]:
     """The manifest: every setting that determines the images, and the label of each file."""
-    classes = model.config.num_classes
+    classes, statistics = model.config.num_classes, (model.config.latent_mean, model.config.latent_std)
     return {
         "tool": "svdit",
         "version": __version__,
@@ -168,6 +170,9 @@ def describe(
         "checkpoint_sha256": "",
         "quantization": None,
         "precision": "float32",
+        **{field: getattr(model.config, field) for field in OF_MODEL},
+        "latents": digest({"statistics": statistics}, {})[:16] if model.config.latent_std else None,
+        **dict.fromkeys(("protocol", "overrides", "reference")),
         "image_size": model.config.input_size * autoencoder.factor,
         "num_images": count,
         "num_classes": classes,

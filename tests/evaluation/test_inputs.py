@@ -1,6 +1,7 @@
 """Sets that belong together: counterparts by name, overlaps, and what is missing."""
 
 import json
+import json
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def test_a_set_can_be_compared_with_itself(tmp_path: Path):
     (tmp_path / "b").symlink_to("a")
     inputs = open_inputs(tmp_path / "a", tmp_path / "b", Options(("fid",)))
     assert input_warnings(inputs, None, ()) == [f"{tmp_path / 'a'} and {tmp_path / 'b'} contain the same images"]
+
+
+def test_another_reference_than_the_protocols_is_a_warning(tmp_path: Path):
+    real, fake = (write_folder(tmp_path / name, make_images(3, seed=i)) for i, name in enumerate(("real", "fake")))
+    for reference, warnings in (("ref.npz", ["figures of dit-250 are against ref.npz, not real"]), ("real", [])):
+        record = {"tool": "svdit", "protocol": "dit-250", "reference": reference}
+        (fake / "manifest.json").write_text(json.dumps(record))
+        assert input_warnings(open_inputs(real, fake, Options(("fid",))), None, ()) == warnings
 
 
 def paired_names(folder: Path, ours: list[str], theirs: list[str]) -> dict[str, str]:

@@ -24,12 +24,14 @@ from svdit.errors import UserError
 from svdit.model.dit import DiT
 from svdit.sampling import dataset
 from svdit.sampling.dataset import LABEL_POLICIES, split
+from svdit.storage.manifest import EARLIER
 
 COUNT = 7
 KEYS = {
     *("tool", "version", "model", "checkpoint", "checkpoint_sha256", "quantization", "precision", "image_size"),
     *("num_images", "num_classes", "label_policy", "labels", "seed", "sampler", "steps", "cfg_scale"),
     *("cfg_channels", "cfg_interval", "vae", "files", "storage", "manifest_sha256"),
+    *("family", "prediction", "time", "path", "noise_scale", "uint8", "latents", "protocol", "overrides", "reference"),
 }
 
 
@@ -205,6 +207,18 @@ def test_another_runs_folder_is_refused(reference: Path, change: dict[str, Any],
     with pytest.raises(UserError) as error:
         draw(reference.with_suffix(""), **change)
     assert message in str(error.value)
+
+
+def test_a_set_of_an_earlier_version_resumes(reference: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(reference.with_suffix(""), folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    earlier = {name: value for name, value in manifest.items() if name not in {*EARLIER, "manifest_sha256"}}
+    (folder / "manifest.json").write_text(json.dumps(earlier))
+    with pytest.raises(UserError, match="a run with family 'dit', not 'sit'"):
+        draw(folder, origin={"family": "sit"})
+    assert np.array_equal(arrays(draw(folder)), arrays(reference))
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b'"x"', b'{"num_images": "7"}', b"\xff", None])
