@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-from svdit.checkpoints import foreign
+from svdit.checkpoints import foreign, statistics
 from svdit.errors import UserError
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -61,6 +61,7 @@ def candidates(folder: Path) -> list[Path]:
         if (file.suffix in SUFFIXES or foreign.is_index(file))
         and not file.is_dir()
         and not file.name.startswith((".", *NO_WEIGHTS))
+        and not statistics.FILE.fullmatch(file.name)
     ]
     parts = {shard for file in files if foreign.is_index(file) for shard in foreign.weight_map(file).values()}
     whole = [file for file in files if file.name not in parts]

@@ -1,8 +1,8 @@
 """Finds the weights of a DiT in what other tools save.
 
 Training scripts nest the state dict ("ema", "state_dict", …) and wrappers lengthen every name ("module.",
-"_orig_mod.", "model.", …), in any order. EMA weights are preferred, as the published script samples from them. An index
-of Hugging Face names the shard of each tensor.
+"_orig_mod.", "model.", …), in any order. EMA weights are preferred, as the published scripts sample from them; of
+several the first by name (JiT's `model_ema1`). An index of Hugging Face names the shard of each tensor.
 """
 
 import json
@@ -13,9 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from svdit.errors import UserError
+from svdit.storage.pickles import Namespace, plain
 
-# One name of each layout that every DiT of it has: the published one, and diffusers'.
-ANCHORS = ("x_embedder.proj.weight", "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight")
+# One name of each layout that every model of it has: the published one, JiT's, and diffusers'.
+PUBLISHED = ("x_embedder.proj.weight", "x_embedder.proj1.weight")
+ANCHORS = (*PUBLISHED, "transformer_blocks.0.norm1.emb.class_embedder.embedding_table.weight")
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # anywhere in a name
 MAX_JSON = 2**26  # bytes
 
@@ -42,8 +44,28 @@ def dicts(content: Any, seen: set[int]) -> Iterator[dict[Any, Any]]:
         return
     seen.add(id(content))
     yield content
-    for key in sorted(content, key=lambda key: "ema" not in str(key).lower()):
+    for key in sorted(content, key=ema_first):
         yield from dicts(content[key], seen)
+
+
+def ema_first(key: Any) -> tuple[bool, str]:
+    """Sorts keys with "ema" to the front, by name; the others keep their order."""
+    is_ema = "ema" in str(key).lower()
+    return not is_ema, str(key) if is_ema else ""
+
+
+def recorded(content: Any) -> dict[str, Any]:
+    """What a training script saved beside the weights, numbers and texts by name.
+
+    SiT, REPA and JiT save `args`, LightningDiT a nested `config`, and `svdit train` the `binding` of its run.
+    """
+    entries = content if isinstance(content, dict) else {}
+    binding = plain(entries.get("binding"))
+    settings = {"family": "dit", **binding} if binding else {}  # which earlier versions, with DiT only, do not record
+    for nested in dicts(entries.get("config"), set()):
+        settings |= plain(nested)
+    args = entries.get("args")
+    return {**settings, **(args.values if isinstance(args, Namespace) else {})}
 
 
 def weights(content: dict[Any, Any]) -> dict[str, Tensor]:
@@ -59,9 +81,9 @@ def weights(content: dict[Any, Any]) -> dict[str, Tensor]:
 
 
 def check_floats(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises UserError for tensors (…) of integers: codes of another quantization, which mean nothing alone."""
+    """Raises UserError for tensors (…) of integers: codes of another quantization. A batch norm counts in one."""
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
             raise UserError(
                 f"{path} has {name} as {tensor.dtype}, as other tools quantize; pass the full-precision checkpoint"
             )

@@ -46,6 +46,12 @@ def published_checkpoint(image_size: int, folder: str | Path = "pretrained_model
     return path
 
 
+def is_published(path: Path) -> bool:
+    """Whether a file has the name of a published DiT-XL/2, or the SHA-256 that the environment variable pins."""
+    pin = os.environ.get(PIN, "")
+    return path.name in PUBLISHED.values() or (pin != "" and not mismatch(path, pin, PIN))
+
+
 def problem(part: Path, record: Path) -> str:
     """What is wrong with a complete download, "" if nothing: its SHA-256, its content, or the archive's checksums."""
     pin, source = os.environ.get(PIN, ""), PIN

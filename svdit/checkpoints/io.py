@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,14 @@ FIELDS: dict[str, type] = {  # of a header; all but the first may be absent
 DEPTH = 20  # of nested values in a header
 
 
+class Contents(NamedTuple):
+    """A file: tensors (…) by name; svdit's own header, or None; what another training script recorded."""
+
+    tensors: dict[str, Tensor]
+    header: Header | None
+    recorded: dict[str, Any]
+
+
 def write(path: str | Path, tensors: Mapping[str, Tensor], header: Header) -> None:
     """Write tensors (…) with a JSON-able header, atomically, in the format of the suffix: .safetensors or .pt.
 
@@ -54,40 +62,39 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Header) -> No
             save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], Header | None]:
-    """The tensors (…), copied into CPU memory, and the verified header of one of svdit's own files.
+def read(path: Path) -> Contents:
+    """A file whose tensors are copied into CPU memory and whose checksums match.
 
     Raises UserError for files that are damaged, incomplete, foreign or newer than this version.
     """
-    tensors, header = contents(path)
+    tensors, header, recorded = contents(path)
     if header is None:
         pickles.check_sums(parts(path))
     tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     if header is not None and header.get("sha256") != digest(header, tensors):
         raise UserError(f"{path} is damaged: its content does not match its checksum; copy or download it again")
-    return tensors, header
+    return Contents(tensors, header, recorded)
 
 
 def read_header(path: Path) -> Header | None:
     """The header of one of svdit's own files, None for others. Reads no tensors and does not verify the checksum."""
-    return contents(path)[1]
+    return contents(path).header
 
 
-def contents(path: Path) -> tuple[dict[str, Tensor], Header | None]:
-    """Memory-mapped tensors (…), and the header, whose checksum is not verified. Raises UserError as `read` does."""
+def contents(path: Path) -> Contents:
+    """A file with memory-mapped tensors and unverified checksums. Raises UserError as `read` does."""
     if foreign.is_index(path):
-        tensors, header = foreign.joined(path, lambda shard: one_file(shard)[0]), None
+        content, header = foreign.joined(path, lambda shard: one_file(shard)[0]), None
     else:
-        tensors, header = one_file(path)
-    if header is None:
-        tensors = foreign.state_dict(tensors, path)
+        content, header = one_file(path)
+    tensors = foreign.state_dict(content, path) if header is None else content
     pickles.check_memory(path, tensors, sum(part.stat().st_size for part in parts(path)))
     if header is not None and header["format_version"] > FORMAT_VERSION:
         raise UserError(
             f"{path} has format {header['format_version']} of svdit {header.get('tool_version')}, "
             f"and svdit {__version__} reads up to format {FORMAT_VERSION}; upgrade svdit"
         )
-    return tensors, header
+    return Contents(tensors, header, foreign.recorded(content) if header is None else {})
 
 
 def parts(path: Path) -> list[Path]:

@@ -1,12 +1,12 @@
 """Checkpoints to models and back: `load_model(path)`, `save_model(model, path)`, `read_header(path)`.
 
 The header of svdit's own files contains the configuration, the specs of quantized layers, and the provenance. For
-published files the configuration is inferred from the shapes. A model is built on the meta device and then assigned
+files of other projects it is inferred from names and shapes. A model is built on the meta device and then assigned
 the file's tensors. Missing or extra tensors, other shapes, and integers in place of floats are errors.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from svdit.checkpoints import foreign, io
 from svdit.checkpoints.convert import from_diffusers, is_diffusers
+from svdit.checkpoints.families import converted
 from svdit.checkpoints.folders import DIT, class_of, in_folder
 from svdit.checkpoints.infer import config_from_shapes
 from svdit.checkpoints.restore import distinct, naming, restore_, unfolded
+from svdit.checkpoints.statistics import beside, latent_statistics, of_batch_norm
 from svdit.errors import UserError
 from svdit.fields import from_json
 from svdit.model.dit import DiT, DiTConfig
@@ -26,7 +28,6 @@ from svdit.quant.linear import SVDLinear, layer_specs
 from svdit.storage.filetype import check_regular
 
 EMBEDDED = Path(__file__).parents[1] / "pretrained"
-PUBLISHED_NAME = foreign.ANCHORS[0]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -59,24 +60,27 @@ def save(model: nn.Module, path: str | Path, header: io.Header, provenance: dict
 
 
 def load_model(
-    path: str | Path, *, name: str | None = None, device: str | torch.device = "cpu", **overrides: Any
+    path: str | Path,
+    /,
+    *,
+    name: str | None = None,
+    device: str | torch.device = "cpu",
+    latent_stats: str | Path | None = None,
+    **overrides: Any,
 ) -> DiT:
-    """A DiT in eval mode from a file, or an embedded model by its name ("digits").
+    """A model in eval mode from a file, or an embedded model by its name ("digits").
 
-    Supports svdit's own files, published state dicts, checkpoints of the published training script (the EMA weights)
+    Supports svdit's own files, published state dicts, checkpoints of the published training scripts (the EMA weights)
     and diffusers' DiT folders. `name` (of `svdit.model.zoo`) and `overrides` (fields of DiTConfig) are checked against
-    the file and change nothing, except that no shape shows `num_heads`, and whether the last of the labels is the null
-    class: with `num_classes` equal to their number it is not.
+    the file and change nothing, except what no tensor shows, such as `family` or `num_heads`, and whether the last of
+    the labels is the null class: with `num_classes` equal to their number it is not. `latent_stats` is a statistics
+    file of LightningDiT or REPA-E; by default one beside the checkpoint.
     Raises UserError where they differ from the file, and for files that are damaged or do not fit their model.
     """
     path = locate(path)
-    tensors, header = io.read(path)
-    claims = {**CONFIGS.get(name or "", {}), **overrides}
-    if header is None:
-        tensors, config = published(tensors, claims, path)
-    else:
-        config = config_from_header(header, path)
-    check_claims(config, name, claims, path)
+    contents = io.read(path)
+    tensors, config = configured(contents, name, overrides, path, latent_stats)
+    header = contents.header
     model = empty(config, tensors, path)
     check_finite(tensors, path)
     restore_(model, tensors, header or {}, path)
@@ -93,12 +97,12 @@ def load_quantized(model: Model, path: str | Path) -> Model:
     if not isinstance(model, nn.Module):
         raise UserError(f"load_quantized got a {type(model).__name__}; pass the model first, then the path")
     path = locate(path)
-    tensors, header = io.read(path)
+    tensors, header, _ = io.read(path)
     if header is None:
         raise UserError(f"{path} was not written by svdit; pass a file of save_quantized or save_model")
     names: tuple[str, ...] = ()
     if isinstance(model, DiT):
-        check_claims(config_from_header(header, path), None, asdict(model.config), path)
+        check_claims(config_from_header(header, path), asdict(model.config), path)
         names = class_names(header, model.config, path)
     restore_(model, tensors, header, path)
     if isinstance(model, DiT):
@@ -133,24 +137,81 @@ def locate(path: str | Path) -> Path:
     return path
 
 
-def published(tensors: Mapping[str, Tensor], claims: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
+def configured(
+    contents: io.Contents,
+    name: str | None,
+    overrides: Mapping[str, Any],
+    path: Path,
+    latent_stats: str | Path | None = None,
+) -> tuple[dict[str, Tensor], DiTConfig]:
+    """A file's tensors (…) in the layout of its model, and the configuration, as `load_model` describes.
+
+    Raises UserError where the configuration stays open, or options contradict it.
+    """
+    named = named_fields(name)
+    if contents.header is None:
+        tensors, config = published(contents, {**named, **overrides}, path)
+    else:
+        tensors, config = contents.tensors, config_from_header(contents.header, path)
+    config = with_statistics(config, contents, path, latent_stats)
+    check_claims(config, named, path, f", so it is not {name}")
+    check_claims(config, overrides, path)
+    return tensors, config
+
+
+def named_fields(name: str | None) -> dict[str, Any]:
+    """The fields of a named model that its files must have; input size, path and prediction may be others.
+
+    Raises UserError for an unknown name.
+    """
+    if name is None:
+        return {}
+    config_for(name)
+    free = ("input_size", "path", "prediction")
+    return {"family": "dit", **{key: value for key, value in CONFIGS[name].items() if key not in free}}
+
+
+def published(contents: io.Contents, claims: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
     """Tensors (…) of other projects' files in fp32 under the published names, and the configuration they imply.
 
-    Raises UserError where they are not a DiT's or leave the configuration open.
+    Raises UserError where they are not a model's of a known family, or leave the configuration open.
     """
-    kind = class_of(path.with_name("config.json"))
-    if kind not in ("", DIT) and not (PUBLISHED_NAME in tensors or is_diffusers(tensors)):
+    tensors, recorded, description = contents.tensors, contents.recorded, path.with_name("config.json")
+    is_ours = any(name in tensors for name in foreign.PUBLISHED)
+    kind = class_of(description)
+    if kind not in ("", DIT) and not (is_ours or is_diffusers(tensors)):
         raise UserError(f"{path} contains a {kind}, not a DiT; pass a published DiT or a {DIT} of diffusers")
-    tensors = {key: tensor.float() for key, tensor in tensors.items()}
     if is_diffusers(tensors):
-        claims = {**claims, **diffusers_claims(path.with_name("config.json"))}
+        claims = {"family": "dit", **claims, **diffusers_claims(description)}
         if "input_size" not in claims:
             raise UserError(
                 f"{path} has no config.json beside it, which contains its input size; copy it there, or in Python "
                 "pass input_size"
             )
-        tensors = from_diffusers(tensors, claims["input_size"])
-    return tensors, config_from_shapes(tensors, path, claims.get("num_heads"), claims.get("num_classes"))
+        floats = {key: tensor.float() for key, tensor in tensors.items()}
+        tensors = from_diffusers(floats, claims["input_size"])
+    config = config_from_shapes(tensors, path, claims, recorded)
+    return converted(tensors, config, path), config
+
+
+def with_statistics(config: DiTConfig, contents: io.Contents, path: Path, latent_stats: str | Path | None) -> DiTConfig:
+    """The configuration with the statistics of latents: those in the checkpoint, in the given file, or one beside it.
+
+    Raises UserError for a given file with other statistics than the checkpoint's, or for other channels.
+    """
+    own, recorded = (config.latent_mean, config.latent_std), contents.recorded
+    if contents.header is None:
+        own = of_batch_norm(contents.tensors, path) or (recorded.get("latent_mean", ()), recorded.get("latent_std", ()))
+    multiplier = recorded.get("latent_multiplier", 1.0)
+    with naming(path, "latent statistics that it cannot be used with", "pass other --latent-stats"):
+        if latent_stats is not None:
+            given = latent_statistics(latent_stats, multiplier)
+            if own[1] and given != own:
+                raise UserError(f"the checkpoint has others than {latent_stats}")
+            own = given
+        elif contents.header is None and not own[1] and config.family in ("repa", "lightningdit"):
+            own = beside(path, config.in_channels, multiplier) or own
+        return replace(config, latent_mean=own[0], latent_std=own[1])
 
 
 def diffusers_claims(path: Path) -> dict[str, Any]:
@@ -190,21 +251,24 @@ def empty(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) -> DiT:
     with naming(path, "a configuration that cannot be built", "quantize the model again, or upgrade svdit"):
         if config.depth != blocks:  # before a billion blocks are built
             raise UserError(f"depth is {config.depth}, but there are {blocks} blocks")
+        grid = (1, (config.input_size // config.patch_size) ** 2, config.hidden_size)
+        if config.rope and tensors["pos_embed"].shape != grid:  # before a table of its size is built
+            raise UserError(f"pos_embed is {tuple(tensors['pos_embed'].shape)} and not {grid}")
+        context = len(tensors["in_context_posemb"][0]) if config.context_tokens else 0
+        if config.context_tokens != context:
+            raise UserError(f"context_tokens is {config.context_tokens}, but there are {context}")
         with torch.device("meta"):
             return DiT(config)
 
 
-def check_claims(config: DiTConfig, name: str | None, claims: Mapping[str, Any], path: Path) -> None:
+def check_claims(config: DiTConfig, claims: Mapping[str, Any], path: Path, conclusion: str = "") -> None:
     """Compare the caller's options with the file's configuration. Raises UserError where they differ."""
-    if name is not None:
-        config_for(name)
     if unknown := set(claims) - {field.name for field in fields(DiTConfig)}:
         raise TypeError(f"DiT has no option {', '.join(sorted(unknown))}")
     actual = asdict(config)
     wrong = [f"{key} {actual[key]} and not {value}" for key, value in claims.items() if actual[key] != value]
     if wrong:
-        reason = f", so it is not {name}" if name else ""
-        raise UserError(f"{path} has {', '.join(wrong)}{reason}; pass the options of the file")
+        raise UserError(f"{path} has {', '.join(wrong)}{conclusion}; pass the options of the file")
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

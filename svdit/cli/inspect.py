@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import setup
@@ -24,7 +24,7 @@ def parser() -> Parser:
     """The options of `svdit inspect`."""
     parser = Parser("svdit inspect", description="Show what a checkpoint contains, layer by layer.")
     parser.add_argument("file", type=path, metavar="FILE", help="checkpoint of any supported format, or 'digits'")
-    parser.add_argument("--model", metavar="NAME", help="DiT-XL/2, ...; for files whose shapes leave a choice")
+    parser.add_argument("--model", metavar="NAME", help="DiT-XL/2, SiT-B/4, ...; for files whose shapes leave a choice")
     setup.add_shape(parser)
     return parser
 
@@ -32,20 +32,15 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> Result:
     """The table of quantized layers, the configuration and the provenance."""
     from svdit.checkpoints import io, restore, store
-    from svdit.model.zoo import CONFIGS
     from svdit.report.tables import spec_table
 
     path = store.locate(args.file)
-    mapped, header = io.contents(path)
-    store.check_finite(mapped, path)
-    tensors = {name: tensor.to("meta") for name, tensor in mapped.items()}
-    claims = {**CONFIGS.get(args.model or "", {}), **setup.claims(args)}
-    if header is None:
-        _, config = store.published(tensors, claims, path)
-    else:
-        config = store.config_from_header(header, path)
-    store.check_claims(config, args.model, claims, path)
-    header = header or {}
+    contents = io.contents(path)
+    store.check_finite(contents.tensors, path)
+    tensors = {name: tensor.to("meta") if tensor.ndim > 1 else tensor for name, tensor in contents.tensors.items()}
+    contents = contents._replace(tensors=tensors)  # with its vectors: a batch norm's are part of the configuration
+    _, config = store.configured(contents, args.model, setup.claims(args), path, args.latent_stats)
+    header = contents.header or {}
     specs = restore.specs_from_header(header, path)
     names = store.class_names(header, config, path)
     layers = {name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}
@@ -71,7 +66,10 @@ def run(args: argparse.Namespace) -> Result:
 def text(data: dict[str, Any], config: "DiTConfig", guessed: bool) -> Iterator[str]:
     """The lines below the table; `guessed`: the file has no header."""
     yield f"file: {data['file'].name}, {data['bytes'] / 1e6:.2f} MB"
-    yield f"model: {data['name'] or 'a DiT'}, {config}"
+    yield f"family: {config.family}, prediction: {config.prediction}, time: {config.time}, path: {config.path}"
+    yield f"model: {data['name'] or 'no name'}, {replace(config, latent_mean=(), latent_std=())}"
+    if config.latent_std:
+        yield f"latents: normalized, with the statistics of {len(config.latent_std)} channels"
     yield f"classes: {classes(config, guessed)}"
     if data["class_names"]:
         yield f"class names: {listed(data['class_names'])}"

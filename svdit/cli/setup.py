@@ -40,7 +40,7 @@ class Checkpoint(NamedTuple):
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--ckpt, --model, --image-size, --num-classes, --num-heads, --device"""
+    """--ckpt, --model, --image-size, the options of `add_shape`, --device"""
     group = parser.add_argument_group("model")
     add = group.add_argument
     add(
@@ -49,15 +49,20 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="checkpoint file, or 'digits'; default: download the published DiT-XL/2",
     )
-    add("--model", metavar="NAME", help="DiT-XL/2, DiT-B/4, ...; must match the checkpoint")
+    add("--model", metavar="NAME", help="DiT-XL/2, SiT-B/4, ...; must match the checkpoint")
     add("--image-size", type=pixels, metavar="PIXELS", help="must match the checkpoint")
     add_shape(group)
     add_device(group)
 
 
 def add_shape(group: argparse._ActionsContainer) -> None:
-    """--num-classes, --num-heads"""
+    """--family, --num-classes, --num-heads, --context-start, --latent-stats"""
     add = group.add_argument
+    add(
+        "--family",
+        choices=keys("model/config.py", "FAMILIES"),
+        help="for checkpoints whose tensors do not show it, such as SiT's, which are like DiT's",
+    )
     add(
         "--num-classes",
         type=many,
@@ -65,11 +70,18 @@ def add_shape(group: argparse._ActionsContainer) -> None:
         help="must match the checkpoint; as many as its label table has rows: no null class, so no guidance",
     )
     add("--num-heads", type=many, metavar="H", help="for checkpoints that do not record it and of no named size")
+    add("--context-start", type=natural, metavar="BLOCK", help="the same, of JiT: the first block with class tokens")
+    add(
+        "--latent-stats",
+        type=path,
+        metavar="PATH",
+        help="statistics of latents (latents_stats.pt); default: the checkpoint's, or those beside it",
+    )
 
 
-def claims(args: argparse.Namespace) -> dict[str, int]:
-    """The options of `add_shape` that were passed."""
-    values = {"num_classes": args.num_classes, "num_heads": args.num_heads}
+def claims(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of DiTConfig that options of `add_shape` passed."""
+    values = {key: getattr(args, key) for key in ("family", "num_classes", "num_heads", "context_start")}
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -170,7 +182,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoin
     from svdit.checkpoints.store import load_model, read_header
 
     path = checkpoint_path(args)
-    model = load_model(path, name=args.model, device=device, **claims(args))
+    model = load_model(path, name=args.model, device=device, latent_stats=args.latent_stats, **claims(args))
     size = image_size(model)
     if args.image_size not in (None, size):
         raise UserError(f"--image-size is {args.image_size}, but {path} generates {size}×{size} images; omit it")

@@ -26,6 +26,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> Result:
     """Recompute the weight error of every layer. Raises UserError at the first that differs from the record."""
+    from svdit.checkpoints.infer import UNSEEN
     from svdit.checkpoints.io import fingerprint
     from svdit.checkpoints.store import load_model, locate, read_header
 
@@ -38,8 +39,8 @@ def run(args: argparse.Namespace) -> Result:
     if digest != expected:
         raise UserError(f"{source} is not the source of {path}: its sha256 is {digest[:16]}…, not {expected[:16]}…")
     model = load_model(path)
-    heads, classes = model.config.num_heads, model.config.num_classes  # which files of other tools do not record
-    errors = weight_errors(model, load_model(source, num_heads=heads, num_classes=classes))
+    unrecorded = {key: getattr(model.config, key) for key in ("num_classes", "family", *UNSEEN)}  # by other tools
+    errors = weight_errors(model, load_model(source, **unrecorded))
     for name in sorted(set(errors) | set(recorded)):
         error, record = errors.get(name), recorded.get(name)
         if error is None or record is None or not abs(error - record) <= TOLERANCE * record:

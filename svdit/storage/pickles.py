@@ -1,7 +1,8 @@
 """Reads files of torch.save as data: they run no code and use no more memory than the file has bytes.
 
 The names in a pickle are listed before anything is built. Torch's weights-only unpickler rebuilds the tensors; objects
-that only describe a run (paths, NumPy scalars, argparse.Namespace) become placeholders. Other names are refused.
+that only describe a run (paths, NumPy scalars) become placeholders, and an argparse.Namespace keeps numbers and texts.
+Other names are refused.
 """
 
 import pickle
@@ -11,6 +12,7 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
@@ -48,6 +50,22 @@ class Placeholder:
         """Ignore the state."""
 
 
+class Namespace(Placeholder):
+    """In place of an argparse.Namespace: keeps the numbers and texts in it."""
+
+    values: Mapping[str, Any] = MappingProxyType({})
+
+    def __setstate__(self, state: object) -> None:
+        """Keep numbers and texts."""
+        self.values = plain(state)
+
+
+def plain(entries: object) -> dict[str, Any]:
+    """The entries of a dict that are numbers, texts or tuples."""
+    pairs = entries.items() if isinstance(entries, dict) else ()
+    return {key: value for key, value in pairs if type(key) is str and type(value) in (bool, int, float, str, tuple)}
+
+
 def new_dict(*_: object) -> dict[Any, Any]:
     """In place of a defaultdict."""
     return {}
@@ -63,7 +81,7 @@ def placeholder(name: str) -> type[Placeholder]:
     return type(name.rpartition(".")[2].replace("_reconstruct", "ndarray"), (Placeholder,), {})
 
 
-STAND_INS = {"collections.defaultdict": new_dict, "collections.deque": new_list}
+STAND_INS = {"argparse.Namespace": Namespace, "collections.defaultdict": new_dict, "collections.deque": new_list}
 
 
 def load(path: Path) -> Any:

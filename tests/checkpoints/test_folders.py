@@ -141,7 +141,7 @@ def test_other_pipelines_are_named(
 def test_a_published_checkpoint_beside_another_config_loads(tiny: DiT, tmp_path: Path) -> None:
     torch.save(tiny.state_dict(), tmp_path / "x.pt")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    assert same(load_model(tmp_path, num_heads=2), tiny)
+    assert same(load_model(tmp_path, num_heads=2, family="dit"), tiny)
 
 
 def test_a_pipeline_has_its_autoencoder_beside_it(tmp_path: Path) -> None:

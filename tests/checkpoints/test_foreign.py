@@ -32,7 +32,7 @@ PREFIXES = ["module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "_or
 def test_prefixes_that_every_name_has_are_removed(tiny: DiT, tmp_path: Path, prefix: str, suffix: str) -> None:
     state, path = prefixed(tiny.state_dict(), prefix), tmp_path / f"x.{suffix}"
     save_file(state, path) if suffix == "safetensors" else torch.save({"ema": state}, path)
-    loaded = load_model(path, num_heads=2).state_dict()
+    loaded = load_model(path, num_heads=2, family="dit").state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in tiny.state_dict().items())
 
 
@@ -60,7 +60,7 @@ def test_state_dicts_are_found_in_any_nesting(tiny: DiT, tmp_path: Path, layout:
     state = tiny.state_dict()
     other = {key: tensor + 1 for key, tensor in state.items()}
     torch.save(layout(state, other), tmp_path / "x.pt")
-    loaded = load_model(tmp_path / "x.pt", num_heads=2).state_dict()
+    loaded = load_model(tmp_path / "x.pt", num_heads=2, family="dit").state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in state.items())
 
 
@@ -99,7 +99,7 @@ def sharded(state: State, folder: Path, kind: str = "safetensors") -> Path:
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_an_index_joins_its_shards(tiny: DiT, tmp_path: Path, kind: str) -> None:
     index = sharded(prefixed(tiny.state_dict(), "module."), tmp_path, kind)
-    loaded = load_model(index, num_heads=2).state_dict()
+    loaded = load_model(index, num_heads=2, family="dit").state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in tiny.state_dict().items())
     before = fingerprint(index)
     shard = tmp_path / f"model-00002-of-00002.{kind}"
@@ -145,7 +145,7 @@ def test_weights_quantized_by_other_tools_are_refused(tiny: DiT, tmp_path: Path,
     state = {**tiny.state_dict(), "blocks.0.mlp.fc1.weight": torch.ones(256, 64, dtype=dtype)}
     torch.save(state, tmp_path / "x.pt")
     with pytest.raises(UserError, match=rf"has blocks\.0\.mlp\.fc1\.weight as {dtype}, as other tools quantize; pass"):
-        load_model(tmp_path / "x.pt", num_heads=2)
+        load_model(tmp_path / "x.pt", num_heads=2, family="dit")
 
 
 def test_placeholders_have_the_names_of_their_classes(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_changed_byte_of_another_tools_archive_is_found(tiny: DiT, tmp_path: P
     content[content.index(tiny.pos_embed.numpy().tobytes()) + 40] ^= 1
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(UserError, match="is damaged: its content does not match its checksum; copy or download"):
-        load_model(tmp_path / "x.pt", num_heads=2)
+        load_model(tmp_path / "x.pt", num_heads=2, family="dit")
 
 
 def test_names_that_are_no_strings_are_an_error(tiny: DiT, tmp_path: Path) -> None:

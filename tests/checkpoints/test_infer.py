@@ -1,5 +1,6 @@
 """Configurations are inferred from shapes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ from svdit.model.dit import DiT
 from svdit.model.zoo import CONFIGS, config_for
 
 
-@pytest.mark.parametrize("learn_sigma", [True, False])
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name.startswith("DiT")])
-def test_every_named_configuration_is_inferred(name: str, learn_sigma: bool) -> None:
-    config = config_for(name, learn_sigma=learn_sigma, input_size=16, in_channels=3, num_classes=7)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_named_configuration_is_inferred(name: str) -> None:
+    learn_sigma = not name.startswith("REPA")
+    config = config_for(name, learn_sigma=learn_sigma, input_size=64, in_channels=3, num_classes=7)
     with torch.device("meta"):
-        model = DiT(config)
-    assert config_from_shapes(model.state_dict(), Path("file")) == config
+        state = DiT(config).state_dict()
+    claims = {"family": config.family, "rope": config.rope}
+    padded = -(-config.mlp_width // 64) * 64 if config.mlp == "swiglu" else 0
+    assert config_from_shapes(state, Path("file"), claims) == replace(config, mlp_hidden=padded)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 4, 2, 2), (64, 0, 2, 2), (64, 4, 0, 0)])
@@ -25,14 +28,14 @@ def test_shapes_of_no_dit_are_an_error(shape: tuple[int, ...]) -> None:
     with torch.device("meta"):
         state = {**DiT(config_for("DiT-S/2")).state_dict(), "x_embedder.proj.weight": torch.empty(shape)}
     with pytest.raises(UserError, match="file is not a checkpoint of a DiT: its tensors have other shapes"):
-        config_from_shapes(state, Path("file"))
+        config_from_shapes(state, Path("file"), {"family": "dit"})
 
 
 def test_as_many_classes_as_rows_leave_no_null_class() -> None:
     with torch.device("meta"):
         state = DiT(config_for("DiT-S/2", num_classes=9)).state_dict()  # 10 rows
-    guessed = config_from_shapes(state, Path("file"))
+    guessed = config_from_shapes(state, Path("file"), {"family": "dit"})
     assert (guessed.num_classes, guessed.has_null_class) == (9, True)
-    claimed = config_from_shapes(state, Path("file"), num_classes=10)
+    claimed = config_from_shapes(state, Path("file"), {"family": "dit", "num_classes": 10})
     assert (claimed.num_classes, claimed.has_null_class) == (10, False)
     assert DiT(claimed).y_embedder.embedding_table.weight.shape[0] == 10

@@ -129,8 +129,8 @@ def test_published_weights_reproduce_the_published_outputs(golden: Golden, tmp_p
     path = tmp_path / "published.pt"
     torch.save(golden.model.state_dict(), path)
     with pytest.raises(UserError, match="pass num_heads"):
-        load_model(path)
-    model = load_model(path, num_heads=golden.model.config.num_heads, input_size=8, num_classes=10)
+        load_model(path, family="dit")
+    model = load_model(path, family="dit", num_heads=golden.model.config.num_heads, input_size=8, num_classes=10)
     assert model.config == golden.model.config
     assert relative(model(golden["x"], golden["t"], golden["y"]), golden["forward"]) < 2e-5
     assert read_header(path) is None
@@ -143,13 +143,13 @@ def test_named_sizes_need_no_num_heads(name: str, tmp_path: Path) -> None:
     published.to_empty(device="cpu")
     published.load_state_dict({key: torch.zeros_like(tensor) for key, tensor in published.state_dict().items()})
     torch.save(published.state_dict(), tmp_path / "bare.pt", _use_new_zipfile_serialization=False)  # the legacy layout
-    assert load_model(tmp_path / "bare.pt").config == published.config
+    assert load_model(tmp_path / "bare.pt", family="dit").config == published.config
     assert load_model(tmp_path / "bare.pt", name=name, input_size=16).config == published.config
 
 
 def test_training_checkpoints_load_their_ema() -> None:
     path = GOLDEN / "train_format_checkpoint.pt"
-    model = load_model(path, num_heads=2)
+    model = load_model(path, num_heads=2, family="dit")
     with torch.serialization.safe_globals([argparse.Namespace]):
         loaded = torch.load(path, weights_only=True)
     assert same(model.state_dict(), loaded["ema"])
@@ -161,7 +161,7 @@ def test_training_checkpoints_load_their_ema() -> None:
 def test_half_precision_is_kept_in_own_files_and_becomes_fp32_in_published_ones(tiny: DiT, tmp_path: Path) -> None:
     torch.save(tiny.half().state_dict(), tmp_path / "bare.pt")
     save_model(tiny, tmp_path / "own.pt")
-    assert load_model(tmp_path / "bare.pt", num_heads=2).pos_embed.dtype == torch.float32
+    assert load_model(tmp_path / "bare.pt", num_heads=2, family="dit").pos_embed.dtype == torch.float32
     assert load_model(tmp_path / "own.pt").pos_embed.dtype == torch.float16
 
 
@@ -302,7 +302,7 @@ def test_missing_tensors_of_published_files_are_named(golden_learned: Golden, tm
     del state["blocks.1.mlp.fc2.bias"]
     save_file(state, tmp_path / "less.safetensors")
     with pytest.raises(UserError, match=r"lacks 1 tensors \(first: blocks.1.mlp.fc2.bias\)"):
-        load_model(tmp_path / "less.safetensors", num_heads=3)
+        load_model(tmp_path / "less.safetensors", num_heads=3, family="dit")
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -314,7 +314,7 @@ def test_weights_that_are_not_finite_are_named(tiny: DiT, tmp_path: Path, suffix
     torch.save(tiny.state_dict(), tmp_path / "bare.pt")
     for path in (tmp_path / f"own{suffix}", tmp_path / "bare.pt"):
         with pytest.raises(UserError, match=r"has 1 NaN or Inf among the 16384 values of blocks\.1\.mlp\.fc1\.weight"):
-            load_model(path, num_heads=2)
+            load_model(path, num_heads=2, family="dit")
 
 
 def test_doubles_that_no_float_holds_are_named(tiny: DiT, tmp_path: Path) -> None:
@@ -322,4 +322,4 @@ def test_doubles_that_no_float_holds_are_named(tiny: DiT, tmp_path: Path) -> Non
     state["blocks.0.mlp.fc1.bias"][3] = 1e300
     torch.save(state, tmp_path / "double.pt")
     with pytest.raises(UserError, match=r"1 NaN or Inf among the 256 values of blocks\.0\.mlp\.fc1\.bias"):
-        load_model(tmp_path / "double.pt", num_heads=2)
+        load_model(tmp_path / "double.pt", num_heads=2, family="dit")

@@ -149,7 +149,7 @@ def no_null_class(tmp_path: Path) -> str:
     return str(tmp_path / "bare.pt")
 
 
-SHAPE = ["--num-classes", "5", "--num-heads", "2"]
+SHAPE = ["--family", "dit", "--num-classes", "5", "--num-heads", "2"]
 FAST = ["--num-sampling-steps", "2", "--device", "cpu"]
 
 
@@ -185,7 +185,7 @@ def test_without_a_null_class_there_is_no_guidance(
 
 
 def test_inspect_shows_what_it_assumes_of_the_last_row(no_null_class: str, capsys: pytest.CaptureFixture[str]) -> None:
-    command("inspect", [no_null_class, "--num-heads", "2"])
+    command("inspect", [no_null_class, "--family", "dit", "--num-heads", "2"])
     out = capsys.readouterr().out
     assert "classes: 4 and the null class of guidance; if all 5 rows of the label table are classes, pass --num" in out
     command("inspect", [no_null_class, *SHAPE])
@@ -196,7 +196,7 @@ def test_the_number_of_heads_can_be_passed(
     no_null_class: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        command("sample", ["--ckpt", no_null_class, *FAST, "--output", str(tmp_path / "a.png")])
+        command("sample", ["--ckpt", no_null_class, "--family", "dit", *FAST, "--output", str(tmp_path / "a.png")])
     assert "pass num_heads in Python, or --num-heads" in capsys.readouterr().err
 
 
@@ -209,7 +209,9 @@ def test_every_command_refuses_weights_that_are_not_finite(
     model.blocks[0].mlp.fc1.weight.data[3, 1] = float("nan")
     torch.save(model.state_dict(), "nan.pt")
     with pytest.raises(SystemExit, match="2"):
-        command(name, [*(["nan.pt"] if name == "inspect" else ["--ckpt", "nan.pt"]), "--num-heads", "2"])
+        command(
+            name, [*(["nan.pt"] if name == "inspect" else ["--ckpt", "nan.pt"]), "--family", "dit", "--num-heads", "2"]
+        )
     assert "has 1 NaN or Inf among the 16384 values of blocks.0.mlp.fc1.weight" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["nan.pt"]
 

@@ -147,7 +147,7 @@ def test_inspect_shows_shapes_and_sizes_without_building_a_model(
             assert rows[name][1:4] == [str(rows_), "×", str(columns)]
             assert rows[name][-1] == f"{nbytes / 1e3:.1f}"
     with pytest.raises(SystemExit):
-        command("inspect", [str(published)])
+        command("inspect", [str(published), "--family", "dit"])
     assert "no named model has depth 2 and width 64" in capsys.readouterr().err
     command("inspect", ["digits", "--model", "DiT-digits"])
     assert "hidden_size=128" in capsys.readouterr().out
