@@ -38,7 +38,7 @@ sanitize: $(READY)
 	$(BIN)/python -c "from svdit.kernels.cpu.build import *; compile_library(Path('$(SANITIZED)'), '-O1 -g $(SANITIZE)'.split())"
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	SVDIT_KERNELS=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m 'not gpu' \
-	  tests/kernels/test_cpu.py tests/kernels/test_fuzz.py tests/checkpoints/test_hostile.py
+	  tests/kernels/test_cpu.py tests/kernels/test_cpu_attention.py tests/kernels/test_fuzz.py tests/checkpoints/test_hostile.py
 
 types: $(READY)
 	$(BIN)/mypy

@@ -87,14 +87,16 @@ def shapes(count: int, seed: int) -> Iterator[tuple[int, int, int, int]]:
         yield M, O, I, 0 if draw.random() < 0.3 else R
 
 
-def error_around(layer: Layer, packed: Linear, N: int, T: int, gelu: bool, device: torch.device) -> float:
+def error_around(
+    layer: Layer, packed: Linear, N: int, T: int, gelu: bool, device: torch.device, rms: bool = False
+) -> float:
     """Relative L2 error of a backend's linear with everything fused around it, against the definition.
 
     A code may move by one where the normalized number lies on the edge between two.
     """
     (O, I), g = layer.shape, torch.Generator().manual_seed(0)
     modulations, gates = torch.randn(N, 2 * I, generator=g), torch.randn(N, 2 * O, generator=g)
-    modulation = Modulation(*modulations.to(device).chunk(2, dim=1))  # not contiguous
+    modulation = Modulation(*modulations.to(device).chunk(2, dim=1), rms)  # not contiguous
     gate, x = gates.to(device)[:, O:], torch.randn(N, T, I, generator=g).to(device) + 3
     stream, outputs = torch.randn(N, T, O, generator=g).to(device), []
     for linear in (packed, dequantized(layer)):

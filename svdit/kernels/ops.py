@@ -124,6 +124,6 @@ def attention(
     """
     if backend == "triton":
         return cuda.attention(qkv, heads, norms, rotation)
-    if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype and norms is None and rotation is None:
-        return cpu.attention(qkv, heads, ffi.kernels())
+    if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype:
+        return cpu.attention(qkv, heads, ffi.kernels(), norms, rotation)
     return by_image(partial(fused.attention, heads=heads, norms=norms, rotation=rotation))(qkv)

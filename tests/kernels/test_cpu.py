@@ -20,6 +20,7 @@ from svdit.kernels import reference as ref
 from svdit.kernels.cpu import build, ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
+from svdit.kernels.fused import gated
 from svdit.kernels.layer import Layer, Modulation
 
 INT8, SYMMETRIC = Format(8), Format(4, 64, "bf16")
@@ -51,14 +52,14 @@ def make(scheme: str, O: int, I: int, R: int, seed: int, hadamard: int = 0) -> L
     return with_spec(random_layer(O, I, R, weight, seed, hadamard), act=act)
 
 
-def check(layer: Layer, x: torch.Tensor, kernels: ffi.Kernels) -> None:
+def check(layer: Layer, x: torch.Tensor, kernels: ffi.Kernels, glu: bool = False) -> None:
     """Codes and steps equal; every output within its bound of the float64 value, and not all of them exact."""
     act = layer.spec.act
     assert act is not None and not cpu.unsupported(layer.spec, layer.shape, x.device)
-    packed, I = cpu.IntegerLinear(layer, kernels), x.shape[1]
-    hat = ref.transform(layer, x)
+    packed, I = cpu.IntegerLinear(layer, kernels), layer.shape[1]
+    hat = ref.transform(layer, gated(x) if glu else x)
     codes, scales = ref.quantize(hat, act)
-    got, steps, _ = packed.quantize(x[None])
+    got, steps, _ = packed.quantize(x[None], glu=glu)
     assert torch.equal((got[:, :I].int() - packed.offset).to(codes.dtype), codes)
     assert (got[:, I:] == packed.offset).all()
     assert torch.equal(steps, scales.values())
@@ -77,7 +78,7 @@ def check(layer: Layer, x: torch.Tensor, kernels: ffi.Kernels) -> None:
         roundings = (I + rank + 4) * U + (2.1 * U_BF16 if kernels.low_dtype == torch.bfloat16 else 0)
         low_bound = roundings * (hat64.abs() @ l2.abs().T @ l1.abs().T)
     bias = torch.zeros(layer.shape[0]) if layer.bias is None else layer.bias
-    y = packed(x[None])[0].double()
+    y = packed(x[None], glu=glu)[0].double()
     bound = (5 + rank) * U * (added + bias.abs()) + low_bound + U * low.abs() + 1e-30  # the branch runs on top of it
     error = (y - (main + low + bias)).abs()
     assert (error <= bound).all(), f"{float((error / bound).max())} of the bound"
@@ -98,6 +99,33 @@ def test_any_shape(kernels: ffi.Kernels, scheme: str) -> None:
         hadamard = next((b for b in (64, 16, 4, 2) if columns % b == 0 and seed % 4), 0)
         x = torch.randn(M, columns, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed % 5 - 2)
         check(make(scheme, O, columns, R, seed, hadamard), x, kernels)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_gated_activations_of_any_shape(kernels: ffi.Kernels, scheme: str) -> None:
+    """silu(a) is exactly a above 20 and 0 below −110, so that codes are equal; then every a."""
+    for seed, (M, O, I, R) in enumerate(shapes(15, seed=len(scheme) + 1)):
+        columns = 64 * (1 + I // 64) if any(form.group for form in SCHEMES[scheme]) else I
+        hadamard = next((b for b in (64, 16, 4, 2) if columns % b == 0 and seed % 4), 0)
+        g = torch.Generator().manual_seed(seed)
+        layer, x = make(scheme, O, columns, R, seed, hadamard), torch.randn(M, 2 * columns, generator=g)
+        a = x[:, :columns]
+        exact = torch.where(a > -0.5, a.abs() * 9 + 20, -110)
+        check(layer, torch.cat([exact, x[:, columns:]], 1), kernels, glu=True)
+        check_gated_numbers(layer, x * 3, kernels)
+
+
+def check_gated_numbers(layer: Layer, x: torch.Tensor, kernels: ffi.Kernels) -> None:
+    """What the codes stand for differs from x̂, clamped to the largest codes, by half a step and rounding."""
+    act, packed, I = layer.spec.act, cpu.IntegerLinear(layer, kernels), layer.shape[1]
+    assert act is not None
+    hat = ref.transform(layer, gated(x)).double()
+    codes, steps, _ = packed.quantize(x[None], glu=True)
+    steps = steps.double().repeat_interleave(I // steps.shape[1], 1)
+    ends = torch.stack([steps * act.lo, steps * act.hi])
+    error = (codes[:, :I].double() - packed.offset) * steps - hat.clamp(ends.amin(0), ends.amax(0))
+    rounding = 400 * U * (hat.abs().amax() + gated(x).abs().amax())
+    assert (error.abs() <= steps.abs() / 2 + rounding).all()
 
 
 @pytest.mark.parametrize("block", [2, 4, 8, 16, 32, 64, 128, 256])
@@ -167,8 +195,8 @@ def test_everything_around_a_layer(kernels: ffi.Kernels) -> None:
         (2, 7, 96, 100, "W8A8"), (1, 1, 5, 3, "W8A8"), (3, 4, 17, 64, "W8A8"), (2, 9, 128, 70, "W4A4"),
     ):  # fmt: skip
         layer = make(scheme, O, I, 4, 1)
-        for gelu in (False, True):
-            error = error_around(layer, cpu.IntegerLinear(layer, kernels), N, T, gelu, torch.device("cpu"))
+        for gelu, rms in ((False, False), (True, False), (False, True)):
+            error = error_around(layer, cpu.IntegerLinear(layer, kernels), N, T, gelu, torch.device("cpu"), rms)
             bound = 0.05 if scheme == "W4A4" else 0.02 if kernels.low_dtype == torch.bfloat16 else 5e-3
             assert error < bound and (error > 0 or T == 1)
 
@@ -179,15 +207,19 @@ def test_bfloat16_between_layers(kernels: ffi.Kernels) -> None:
         layer = make("W8A8", O, I, R, seed)
         x = torch.randn(1, M, I, generator=torch.Generator().manual_seed(seed)).bfloat16()
         packed, inner = cpu.IntegerLinear(layer, kernels), cpu.IntegerLinear(layer, kernels, inner=True)
-        for half, whole in zip(packed.quantize(x), packed.quantize(x.float()), strict=True):
-            assert torch.equal(half, whole)
+        halves = torch.randn(1, M, 2 * I, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        for part, glu in ((x, False), (halves, True)):
+            for half, whole in zip(
+                packed.quantize(part, None, glu), packed.quantize(part.float(), None, glu), strict=True
+            ):
+                assert torch.equal(half, whole)
         for gelu in (False, True):
             y = packed(x, gelu=gelu)
             assert torch.equal(packed(x.float(), gelu=gelu), y)
             assert torch.equal(inner(x, gelu=gelu), y.to(kernels.low_dtype))
 
 
-def test_layer_norm_and_gelu_are_precise(kernels: ffi.Kernels) -> None:
+def test_norms_and_gelu_are_precise(kernels: ffi.Kernels) -> None:
     """Looked at through a weight that hands single codes on."""
     identity = layer_of(torch.eye(64, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8)
     x = torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(2)) * 40 + 1000
@@ -196,6 +228,11 @@ def test_layer_norm_and_gelu_are_precise(kernels: ffi.Kernels) -> None:
     expected = F.layer_norm(x.double(), (64,), eps=1e-6)
     step = expected.abs().amax(-1, keepdim=True) / 127
     assert ((got - expected).abs() <= step * 0.5 + 2e-5).all()
+    x = torch.cat([x[:, :40] / 1e3, torch.full((1, 1, 64), 1e-3)], 1)
+    got = cpu.IntegerLinear(identity, kernels)(x, modulation=Modulation(0 * ones, 0 * ones, rms=True))
+    expected = F.rms_norm(x.double(), (64,), eps=1e-6)
+    step = expected.abs().amax(-1, keepdim=True) / 127
+    assert ((got - expected).abs() <= step * 0.5 + 1e-6).all()
     y = torch.linspace(-12, 12, 64)
     wide = torch.cat([y, torch.tensor([127.0 * 12 / 12])])[None, None]
     layer = layer_of(torch.eye(64, 65, dtype=torch.int8), ref.Scales(torch.ones(64, 1)), INT8, INT8)
@@ -240,36 +277,6 @@ def test_weight_only_supports_groups_of_whole_chunks() -> None:
         layer = random_layer(4, 192, 0, Format(4, group, "bf16"), 0)
         spec = with_spec(layer, act=None).spec
         assert (cpu.unsupported(spec, layer.shape, layer.device) == "") == supported
-
-
-def test_attention(kernels: ffi.Kernels) -> None:
-    g = torch.Generator().manual_seed(0)
-    for N, T, heads, head in (
-        (2, 16, 2, 32),
-        (1, 1, 1, 1),
-        (1, 5, 3, 7),
-        (2, 64, 4, 72),
-        (1, 67, 1, 100),
-        (1, 130, 2, 16),
-    ):
-        qkv = (torch.randn(N, T, 3 * heads * head, generator=g) * 2).to(kernels.low_dtype)
-        q, k, v = qkv.double().view(N, T, 3, heads, head).permute(2, 0, 3, 1, 4)
-        expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(N, T, -1)
-        scores = (q.abs() @ k.abs().transpose(2, 3)).amax() / head**0.5
-        weights = U_BF16 if kernels.low_dtype == torch.bfloat16 else 0  # each is rounded
-        bound = (U * ((2 * head + 20) * scores + 2 * T + 20) + weights) * v.abs().max()
-        error = (cpu.attention(qkv, heads, kernels) - expected).abs().max()
-        assert error <= bound and (error > 0 or T == 1)
-
-
-def test_attention_lets_no_bad_number_vanish(kernels: ffi.Kernels) -> None:
-    for bad in (torch.nan, torch.inf):
-        for column in (0, 16, 32):  # in q, k, v
-            qkv = torch.ones(1, 9, 48, dtype=kernels.low_dtype)
-            qkv[0, 4, column] = bad
-            y = cpu.attention(qkv, 1, kernels)
-            assert not y[0, 4].isfinite().all()
-            assert not y.isfinite().all()
 
 
 def test_threads_do_not_change_a_bit(kernels: ffi.Kernels) -> None:

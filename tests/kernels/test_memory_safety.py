@@ -24,7 +24,7 @@ from svdit.errors import UserError
 from svdit.kernels.cpu import ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
-from svdit.kernels.layer import Layer, Modulation, Residual
+from svdit.kernels.layer import HeadNorms, Layer, Modulation, Residual, Rotation
 
 PACKAGE = Path(cpu.__file__).parents[2]
 O, I, R = 48, 64, 8
@@ -55,6 +55,7 @@ def calls(kernels: ffi.Kernels) -> Iterator[tuple[str, Callable[[], object]]]:
     x, rows, gate = torch.ones(2, 5, I), torch.ones(2, I), torch.ones(2, O)
     stream, qkv = torch.ones(2, 5, O), torch.ones(2, 5, 3 * I).to(kernels.low_dtype)
     codes, steps, low = packed.quantize(x)
+    weights, angles = torch.ones(2, 2, I // 2), torch.ones(2, 5, I // 2)
     for name, change in {**MISFITS, **STRIDED}.items():
         images = name == "an image fewer"  # of x and qkv any number is right
         if not images:
@@ -65,6 +66,12 @@ def calls(kernels: ffi.Kernels) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"weight-only, x {name}", lambda f=change: only(f(x))
         if not images and "column " not in name:
             yield f"attention, qkv {name}", lambda f=change: cpu.attention(f(qkv), 2, kernels)
+            yield f"quantize, gated x {name}", lambda f=change: packed.quantize(f(torch.cat([x, x], -1)), None, True)
+        for part in range(2):
+            norms = HeadNorms(*(change(t) if i == part else t for i, t in enumerate(weights)))
+            tables = Rotation(*(change(t) if i == part else t for i, t in enumerate(angles)))
+            yield f"norms {part} {name}", lambda norms=norms: cpu.attention(qkv, 2, kernels, norms)
+            yield f"tables {part} {name}", lambda r=tables: cpu.attention(qkv, 2, kernels, None, r)
         yield f"shift {name}", lambda f=change: packed(x, modulation=Modulation(f(rows), rows))
         yield f"scale {name}", lambda f=change: packed(x, modulation=Modulation(rows, f(rows)))
         yield f"gate {name}", lambda f=change: packed(x, residual=Residual(stream.clone(), f(gate)))
@@ -82,6 +89,7 @@ def calls(kernels: ffi.Kernels) -> Iterator[tuple[str, Callable[[], object]]]:
                 yield f"factor {name}", lambda f=change: kernels.pack_factor(f(layer.tensors["l1"]), (O, R), 16, 2)
     yield "rows that are no whole images", lambda: packed.multiply((codes[:9], steps[:9], low[:9]), 2)
     yield "heads that do not divide", lambda: cpu.attention(qkv, 5, kernels)
+    yield "pairs that do not divide", lambda: cpu.attention(qkv, I, kernels, None, Rotation(*torch.ones(2, 5, 1)))
     yield "no heads", lambda: cpu.attention(qkv, 0, kernels)
     for form in (Format(3, span="full"), Format(4, 4, "int8"), Format(8, span="unsigned")):
         odd = random_layer(O, I, 0, form, 0)

@@ -37,7 +37,7 @@ def _structure(name: str, integers: str, pointers: str) -> type[Structure]:
 # The structures of csrc/kernels.h, field by field.
 Rows = _structure(
     "Rows",
-    "rows depth tokens stride hadamard rank group lo hi offset wide bf16",
+    "rows depth tokens stride hadamard rank group lo hi offset wide bf16 rms glu",
     "x shift scale in_shift in_inverse l2 codes steps low",
 )
 Product = _structure(
@@ -45,7 +45,7 @@ Product = _structure(
     "rows depth outputs tokens stride rank bits gelu group floats offset row_steps bf16",
     "codes low steps weight multiples offsets channel bias l1 gate residual out",
 )
-Attention = _structure("Attention", "images tokens heads head", "qkv out")
+Attention = _structure("Attention", "images tokens heads head", "qkv weight bias cos sin out")
 WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
 Packing = _structure("Packing", "outputs depth bits group", "stored multiples weight sums")
 Peak = _structure("Peak", "repeats integers", "")

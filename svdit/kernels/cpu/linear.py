@@ -25,8 +25,8 @@ from svdit.kernels.cpu.ffi import (
     row_pointer,
 )
 from svdit.kernels.formats import Format
-from svdit.kernels.fused import composed, gated, modulated
-from svdit.kernels.layer import Layer, Linear, LinearSpec, Modulation, Residual
+from svdit.kernels.fused import composed
+from svdit.kernels.layer import HeadNorms, Layer, Linear, LinearSpec, Modulation, Residual, Rotation
 
 GROUPS = (16, 32, 64, 128, 256)  # group sizes that are summed in fp32
 LONGEST = 2**16  # columns, of which the products of codes, 255 · 128 at most, sum to less than 2³¹
@@ -144,18 +144,20 @@ class IntegerLinear:
             whole[:O] = 1
         return whole.view(-1, panel, G).transpose(1, 2).contiguous()
 
-    def quantize(self, x: Tensor, modulation: Modulation | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, I) to codes (M, padded I) with the offset, steps (M, groups) and x̂ L2ᵀ (M, padded R)."""
-        N, T, I = x.shape
+    def quantize(
+        self, x: Tensor, modulation: Modulation | None = None, glu: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, T, I or 2I) to codes (M, padded I) with the offset, steps (M, groups) and x̂ L2ᵀ (M, padded R)."""
+        (N, T, _), I = x.shape, self.shape[1]
         codes = torch.empty(N * T, self.depth, dtype=self.codes, device="cpu")
         steps = torch.empty(N * T, self.act.groups(I), dtype=torch.float32, device="cpu")
         low = torch.empty(N * T, self.low_rank, dtype=self.kernels.low_dtype, device="cpu")
         call = Rows.from_buffer_copy(self.rows)
-        call.rows, call.tokens, call.bf16 = N * T, T, x.dtype == torch.bfloat16
-        call.x = pointer(x, torch.bfloat16 if call.bf16 else torch.float32, (N, T, self.shape[1]))
+        call.rows, call.tokens, call.glu, call.bf16 = N * T, T, glu, x.dtype == torch.bfloat16
+        call.x = pointer(x, torch.bfloat16 if call.bf16 else torch.float32, (N, T, 2 * I if glu else I))
         call.codes, call.steps, call.low = codes.data_ptr(), steps.data_ptr(), low.data_ptr()
         if modulation is not None:
-            call.stride = modulation.shift.stride(0)
+            call.stride, call.rms = modulation.shift.stride(0), modulation.rms
             call.shift = row_pointer(modulation.shift, N, I, call.stride)
             call.scale = row_pointer(modulation.scale, N, I, call.stride)
         self.kernels.call("quantize_rows", call)
@@ -191,10 +193,7 @@ class IntegerLinear:
         residual: Residual | None = None,
         glu: bool = False,
     ) -> Tensor:
-        x = gated(x) if glu else x
-        if modulation is not None and modulation.rms:
-            x, modulation = modulated(x, modulation), None
-        return self.multiply(self.quantize(x.contiguous(), modulation), len(x), gelu, residual)
+        return self.multiply(self.quantize(x.contiguous(), modulation, glu), len(x), gelu, residual)
 
 
 def weigh(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels, scales: Tensor | None = None) -> Tensor:
@@ -236,13 +235,22 @@ def float_linear(weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Linea
     return composed(lambda x: weigh(x.float(), weight, bias, kernels))
 
 
-def attention(qkv: Tensor, heads: int, kernels: Kernels) -> Tensor:
-    """softmax(q kᵀ / √head) v of (N, T, 3D) in `kernels.low_dtype` to (N, T, D) fp32."""
+def attention(
+    qkv: Tensor, heads: int, kernels: Kernels, norms: HeadNorms | None = None, rotation: Rotation | None = None
+) -> Tensor:
+    """softmax(q kᵀ / √head) v of (N, T, 3D) in `kernels.low_dtype` to (N, T, D) fp32, as `fused.attention`."""
     N, T, width = qkv.shape
     if heads < 1 or width % (3 * heads):
         raise ValueError(f"got {width} columns and {heads} heads, expected a multiple of three times the heads")
+    head = width // 3 // heads
     out = torch.empty(N, T, width // 3, dtype=torch.float32, device="cpu")
-    call = Attention(images=N, tokens=T, heads=heads, head=width // 3 // heads, out=out.data_ptr())
+    call = Attention(images=N, tokens=T, heads=heads, head=head, out=out.data_ptr())
+    if norms is not None:
+        call.weight, call.bias = (pointer(part, torch.float32, (2, head)) for part in norms)
+    if rotation is not None:
+        if head % 2:
+            raise ValueError(f"got heads of {head} columns, expected pairs to rotate")
+        call.cos, call.sin = (pointer(table, torch.float32, (T, head)) for table in rotation)
     call.qkv = pointer(qkv, kernels.low_dtype, (N, T, width))
     kernels.call("attend", call)
     return out

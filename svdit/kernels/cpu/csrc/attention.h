@@ -1,11 +1,11 @@
-/* Attention of one head at a time: keys transposed into panels, TILE_ROWS queries against all tokens, softmax in the
-   buffer of scores, then the product with the values. Numbers are bf16 where PAIRS, else float; sums and the softmax
-   are float. Memory: a head's keys and values, and TILE_ROWS rows of scores. */
+/* Attention of one head at a time: keys, normed and turned, transposed into panels, TILE_ROWS queries against all
+   tokens, softmax in the buffer of scores, then the product with the values. Numbers are bf16 where PAIRS, else float;
+   norms, sums and the softmax are float. Memory: a head's keys and values, and TILE_ROWS rows of scores. */
 
 typedef struct {
     Low *keys;     /* (panels of tokens, head / W, PANEL, W), padded with zeros */
     Low *values;   /* (tokens / W, padded head, W), padded with zeros */
-    Low *queries;  /* (TILE_ROWS, padded head) */
+    Low *queries;  /* (TILE_ROWS, padded head); before that, one key */
     float *scores; /* (TILE_ROWS, padded tokens); in their place the weights, which are Low */
 } Head;
 
@@ -25,13 +25,35 @@ FN float softmax(float *scores, int64_t tokens, int64_t columns, float scale)
     return 1.f / sum(total);
 }
 
-FN void pack_head(const Head *to, const Low *k, const Low *v, int64_t T, int64_t H, int64_t stride)
+/* Query or key (`part` 0 or 1) of token t of one head, normed and turned, to (padded head), padded with zeros. */
+FN Low *prepare(const Attention *a, Low *to, const Low *x, int64_t t, int64_t part)
 {
-    int64_t steps = padded(H, W) / W, Hp = padded(H, LANES);
-    for (int64_t t = 0; t < T; t++, k += stride) {
+    int64_t H = a->head;
+    if (!a->weight && !a->cos) return memcpy(to, x, (size_t)H * sizeof(Low));
+    const VF sign = (VF)((VI)splat(1.f) | (((NUMBERS & 1) - 1) & (int32_t)0x80000000)); /* −1 in even lanes */
+    Row row = row_at(x, PAIRS, 0, H);
+    if (a->weight) moments(&row, !a->bias, a->bias ? 1e-5f : 1e-6f);
+    for (int64_t k = 0, left; (left = H - k) > 0; k += LANES) {
+        VF v = element(&row, k, left);
+        if (a->weight) v = (v - row.mean) * row.inverse * load_upto(a->weight + part * H + k, left);
+        if (a->bias) v += load_upto(a->bias + part * H + k, left);
+        if (a->cos) {
+            VF sin = load_upto(a->sin + t * H + k, left) * sign;
+            v = v * load_upto(a->cos + t * H + k, left) + ordered(v, across(1)) * sin;
+        }
+        to_low(to + k, v);
+    }
+    return to;
+}
+
+FN void pack_head(const Attention *a, const Head *to, const Low *k, const Low *v, int64_t stride)
+{
+    int64_t T = a->tokens, H = a->head, steps = padded(H, W) / W, Hp = padded(H, LANES);
+    for (int64_t t = 0; t < T; t++) {
+        const Low *key = prepare(a, to->queries, k + t * stride, t, 1);
         Low *cell = to->keys + (t / PANEL * steps * PANEL + t % PANEL) * W;
-        for (int64_t d = 0; d < H / W; d++) memcpy(cell + d * PANEL * W, k + d * W, W * sizeof(Low));
-        if (H % W) cell[H / W * PANEL * W] = k[H - 1];
+        for (int64_t d = 0; d < H / W; d++) memcpy(cell + d * PANEL * W, key + d * W, W * sizeof(Low));
+        if (H % W) cell[H / W * PANEL * W] = key[H - 1];
     }
     for (int64_t t = 0; t < T; t += W)
         for (int64_t i = 0; i < least(W, T - t); i++)
@@ -44,12 +66,13 @@ FN void attend(const Attention *a, int64_t pair, const Head *own)
     int64_t Tw = padded(T, W) / W, Hw = padded(H, W) / W;
     const Low *q = (const Low *)a->qkv + pair / a->heads * T * stride + pair % a->heads * H;
     float *out = a->out + pair / a->heads * T * a->heads * H + pair % a->heads * H;
-    pack_head(own, q + a->heads * H, q + 2 * a->heads * H, T, H, stride);
+    pack_head(a, own, q + a->heads * H, q + 2 * a->heads * H, stride);
     for (int64_t m = 0; m < T; m += TILE_ROWS) {
         const Low *queries[TILE_ROWS], *weights[TILE_ROWS];
         float inverse[TILE_ROWS];
         for (int64_t i = 0; i < TILE_ROWS; i++) {
-            queries[i] = memcpy(own->queries + i * Hp, q + least(m + i, T - 1) * stride, (size_t)H * sizeof(Low));
+            int64_t t = least(m + i, T - 1);
+            queries[i] = prepare(a, own->queries + i * Hp, q + t * stride, t, 0);
             weights[i] = (const Low *)(own->scores + i * Tp);
         }
         for (int64_t n = 0; n < Tp; n += PANEL) {

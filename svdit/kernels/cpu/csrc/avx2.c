@@ -8,6 +8,7 @@
 #define WIDE 1
 #define PAIRS 0
 #include "lanes.h"
+#include "norms.h"
 #include "rows.h"
 #include "panels.h"
 #include "product.h"

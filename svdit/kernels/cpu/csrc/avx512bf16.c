@@ -10,6 +10,7 @@
 #define USE_VNNI "vpdpbusd"
 #define USE_BF16
 #include "lanes.h"
+#include "norms.h"
 #include "rows.h"
 #include "panels.h"
 #include "product.h"

@@ -9,6 +9,7 @@
 #define PAIRS 0
 #define USE_VNNI "%{vex%} vpdpbusd"
 #include "lanes.h"
+#include "norms.h"
 #include "rows.h"
 #include "panels.h"
 #include "product.h"

@@ -21,13 +21,14 @@
 
 enum { DEPTH_STEP = 16 };
 
-/* x to codes and steps, x̂ = ((x − in_shift) / in_scale) H; with `shift` first LayerNorm and modulation.
+/* x to codes and steps, x̂ = ((x − in_shift) / in_scale) H; with `glu` first silu(a) · b of the halves a and b of a row,
+   with `shift` LayerNorm, or with `rms` RMSNorm, and modulation.
    Codes have 8 bits and a step a row; with a `group` of columns they are lo … hi with a bf16 step a group: lo is 0 for
    what is never negative, −hi, or the code of the element of largest magnitude. */
 typedef struct {
     int64_t rows, depth, tokens, stride, hadamard, rank, group, lo, hi, offset, wide; /* stride: of shift and scale */
-    int64_t bf16;                                        /* x is of this type, else float */
-    const void *x;                                       /* (rows, depth) */
+    int64_t bf16, rms, glu;                              /* bf16: x is of this type, else float */
+    const void *x;                                       /* (rows, depth), or with glu (rows, 2, depth) */
     const float *shift, *scale;                          /* (images, depth) with `stride`, or null */
     const float *in_shift, *in_inverse;                  /* (padded depth), or null; in_inverse is 1 / in_scale */
     const uint16_t *l2;                                  /* as packed by pack_factor */
@@ -57,10 +58,13 @@ typedef struct {
 } Product;
 
 /* softmax(q kᵀ / √head) v of qkv (images, tokens, 3, heads, head) to out (images, tokens, heads, head); qkv is bf16
-   where PAIRS, else float. */
+   where PAIRS, else float. q and k first take the norm of `weight`, LayerNorm with a bias, RMSNorm without one, and
+   then turn by the angles of their token. */
 typedef struct {
     int64_t images, tokens, heads, head;
     const void *qkv;
+    const float *weight, *bias; /* (2, head) for q and k, or null */
+    const float *cos, *sin;     /* (tokens, head), or null */
     float *out;
 } Attention;
 

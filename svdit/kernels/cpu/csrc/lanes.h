@@ -179,10 +179,10 @@ FN void store_halves(uint16_t *p, VF x, int64_t n)
     else if (n > 0) memcpy(p, &h, 2 * (size_t)n);
 }
 
-/* 2ᵗ, t clamped to [−126, 127]: t = n + r, a polynomial of degree 5 in r of least relative error on ±1/2 (7.5e-8). */
+/* 2ᵗ, infinite from 127.5 on, t clamped from below to −126: t = n + r, a polynomial of degree 5 in r of least relative error on ±1/2 (7.5e-8). */
 FN VF power_of_two(VF t)
 {
-    t = at_least(at_most(t, splat(127.f)), splat(-126.f));
+    t = at_least(at_most(t, splat(128.f)), splat(-126.f));
     VF shifted = t + (ROUND + 127.f), r = t - (shifted - (ROUND + 127.f)); /* n + 127 in the low bits */
     VF p = r * 1.3276472455e-3f + 9.6755409613e-3f;
     p = p * r + 5.5507130921e-2f;
@@ -194,6 +194,9 @@ FN VF power_of_two(VF t)
 
 /* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x / (1 + e^−2…), the exponent times log₂ e */
 FN VF gelu(VF x) { return x / (power_of_two((x * x * -0.102943240f - 2.30220820f) * x) + 1.f); }
+
+/* x / (1 + e^−x) */
+FN VF silu(VF x) { return x / (power_of_two(x * -1.44269504f) + 1.f); }
 
 /* acc + the dot product of each lane's codes in a and b: four bytes, a's unsigned, or two of 16 bits where WIDE */
 FN VI dot(VI acc, VI a, VI b)

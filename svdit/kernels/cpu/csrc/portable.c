@@ -7,6 +7,7 @@
 #define WIDE 0
 #define PAIRS 1
 #include "lanes.h"
+#include "norms.h"
 #include "rows.h"
 #include "panels.h"
 #include "product.h"

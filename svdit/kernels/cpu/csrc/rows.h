@@ -1,6 +1,6 @@
-/* Activations to codes: LayerNorm, modulation, in_shift, in_scale, Hadamard, steps, low-rank projection.
-   TILE_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the order of
-   reference.rotate, so that without LayerNorm the codes are the reference's bit for bit. */
+/* Activations to codes: gated activation or norm and modulation, in_shift, in_scale, Hadamard, steps, low-rank
+   projection. TILE_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the
+   order of reference.rotate, so that behind it all codes are the reference's bit for bit. */
 
 /* acc[i][j] += Σ_k a[i][k] b[k][j]: a of `pairs` · 2 numbers a row, b packed (pairs, vectors · LANES, 2) bf16 */
 FN void low_rank_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS], const uint16_t *b,
@@ -65,42 +65,6 @@ FN void hadamard64(VF v[VECTORS])
     UNROLL for (int i = 0; i < VECTORS; i++) v[i] *= 0.125f;
 }
 
-/* One row of x and all that happens to it before the transform. */
-typedef struct {
-    int64_t columns;
-    const uint16_t *halves; /* instead of x */
-    const float *x, *shift, *scale, *in_shift, *in_inverse;
-    float mean, inverse;
-} Row;
-
-/* LANES columns from k on, of which `left` are there; more are zeros. */
-FN VF element(const Row *row, int64_t k, int64_t left)
-{
-    return row->halves ? load_halves(row->halves + k, left) : load_upto(row->x + k, left);
-}
-
-FN VF squared(const Row *row, int64_t k, int64_t left)
-{
-    VF d = element(row, k, left) - row->mean;
-    if (left < LANES) d = (VF)((VI)d & (NUMBERS < (int32_t)left));
-    return d * d;
-}
-
-/* Mean and one over the standard deviation; four sums run side by side. */
-FN void moments(Row *row)
-{
-    int64_t n = row->columns, k;
-    VF total[4] = {0}, squares[4] = {0};
-    for (k = 0; k + 4 * LANES <= n; k += 4 * LANES)
-        UNROLL for (int j = 0; j < 4; j++) total[j] += element(row, k + j * LANES, LANES);
-    for (; k < n; k += LANES) total[0] += element(row, k, n - k);
-    row->mean = sum((total[0] + total[1]) + (total[2] + total[3])) / (float)n;
-    for (k = 0; k + 4 * LANES <= n; k += 4 * LANES)
-        UNROLL for (int j = 0; j < 4; j++) squares[j] += squared(row, k + j * LANES, LANES);
-    for (; k < n; k += LANES) squares[0] += squared(row, k, n - k);
-    row->inverse = 1.f / sqrtf(sum((squares[0] + squares[1]) + (squares[2] + squares[3])) / (float)n + 1e-6f);
-}
-
 FN VF prepared(const Row *row, int64_t k, int64_t left)
 {
     VF v = element(row, k, left);
@@ -116,11 +80,10 @@ FN VF prepared(const Row *row, int64_t k, int64_t left)
 FN int32_t transform_row(const Rows *r, int64_t m, float *hat)
 {
     int64_t K = r->depth, image = r->shift ? m / r->tokens * r->stride : 0;
-    Row row = {.columns = K, .in_shift = r->in_shift, .in_inverse = r->in_inverse};
-    if (r->bf16) row.halves = (const uint16_t *)r->x + m * K;
-    else row.x = (const float *)r->x + m * K;
+    Row row = row_at(r->x, r->bf16, m * K * (r->glu ? 2 : 1), K);
+    row.glu = r->glu, row.in_shift = r->in_shift, row.in_inverse = r->in_inverse;
     VI most = {0};
-    if (r->shift) row.shift = r->shift + image, row.scale = r->scale + image, moments(&row);
+    if (r->shift) row.shift = r->shift + image, row.scale = r->scale + image, moments(&row, r->rms, 1e-6f);
     if (r->hadamard == BLOCK)
         for (int64_t k = 0; k < K; k += BLOCK) {
             VF v[VECTORS];
