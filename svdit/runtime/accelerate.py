@@ -29,7 +29,7 @@ def accelerate(model: Model, backend: str | None = None, *, debug: bool = False)
     if not layers:
         return model
     backend = ops.choose(next(iter(layers.values())).layer().device, backend)
-    if isinstance(model, DiT) and model.config.mlp == "gelu" and not model.config.is_flow:
+    if isinstance(model, DiT):
         return FastDiT(model, backend, debug)
     for name, layer in layers.items():
         swap(model, name, packed(layer, name, backend, debug))

@@ -1,23 +1,26 @@
-"""DiT with fused steps: qkv, attention, proj with its residual, fc1 with its GELU, fc2 with its residual.
+"""DiT with fused steps: qkv, attention, proj with its residual, the MLP with its activation and residual.
 
 The residual stream is fp32 and updated in place. The conditioning is computed once per distinct (t, y) of a batch,
 not once per image. Blocks compute what `svdit.model.layers.Block` computes.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svdit.kernels import ops
 from svdit.kernels.fused import silu
-from svdit.kernels.layer import Modulation, Residual
+from svdit.kernels.layer import HeadNorms, Modulation, Residual, Rotation
 from svdit.model.dit import DiT
-from svdit.model.embeddings import PatchEmbed, sinusoids
-from svdit.model.layers import Block, FinalLayer, Mlp
+from svdit.model.embeddings import sinusoids
+from svdit.model.layers import Attention, Block, FinalLayer, SwiGLU
 from svdit.runtime import linear
 from svdit.runtime.graph import Replayed
-from svdit.runtime.linear import check_move, packed, packed_floats
+from svdit.runtime.linear import FastLinear, check_move, packed, packed_floats
 
 HIDDEN_BYTES = 2**25  # of fc1's output at once on a CPU: the allocator maps and clears larger buffers at every call
 
@@ -27,20 +30,24 @@ class FastBlock(nn.Module):
 
     def __init__(self, block: Block, name: str, backend: str, debug: bool) -> None:
         super().__init__()
-        self.backend, self.heads = backend, block.attn.num_heads
-        self.qkv = packed(block.attn.qkv, f"{name}.attn.qkv", backend, debug, inner=True)
-        self.proj = packed(block.attn.proj, f"{name}.attn.proj", backend, debug)
-        assert isinstance(block.mlp, Mlp)
-        self.fc1 = packed(block.mlp.fc1, f"{name}.mlp.fc1", backend, debug, inner=True)
-        self.fc2 = packed(block.mlp.fc2, f"{name}.mlp.fc2", backend, debug)
-        self.tokens = HIDDEN_BYTES // (self.fc1.dtype.itemsize * self.fc1.outputs)  # at once, in whole images
+        attn, mlp = block.attn, block.mlp
+        self.backend, self.heads, self.norms = backend, attn.num_heads, head_norms(attn)
+        self.qkv = packed(attn.qkv, f"{name}.attn.qkv", backend, debug, inner=True)
+        self.proj = packed(attn.proj, f"{name}.attn.proj", backend, debug)
+        self.glu = isinstance(mlp, SwiGLU)
+        first, second = ("w12", "w3") if self.glu else ("fc1", "fc2")
+        self.first = packed(getattr(mlp, first), f"{name}.mlp.{first}", backend, debug, inner=True)
+        self.second = packed(getattr(mlp, second), f"{name}.mlp.{second}", backend, debug)
+        self.tokens = HIDDEN_BYTES // (self.first.dtype.itemsize * self.first.outputs)  # at once, in whole images
         self.modulations = packed(block.adaLN_modulation[1], f"{name}.adaLN_modulation.1", backend, debug)
+        self.rms, self.shift = isinstance(block.norm1, nn.RMSNorm), block.shift
+        self.norm_weight = weights_around_scales(block.norm1, block.norm2)  # (6D)
 
-    def attention(self, qkv: Tensor) -> Tensor:
+    def attention(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
         """(N, T, 3D) to (N, T, D)"""
         if self.backend == "cpu" and torch.compiler.is_compiling():
-            return linear.attention(qkv, self.heads, None, None, None, None)
-        return ops.attention(qkv, self.heads, self.backend)
+            return linear.attention(qkv, self.heads, *(self.norms or (None, None)), *(rotation or (None, None)))
+        return ops.attention(qkv, self.heads, self.backend, norms=self.norms, rotation=rotation)
 
     def parts(self, x: Tensor) -> list[slice]:
         """Images of x (N, T, D) that go through the block together, which changes no result; all of them on a GPU."""
@@ -48,18 +55,33 @@ class FastBlock(nn.Module):
         count = 1 if x.is_cuda else -(-N // max(1, self.tokens // T))
         return [slice(N * i // count, N * (i + 1) // count) for i in range(count)]
 
+    def six(self, modulations: Tensor) -> Tensor:
+        """Twice shift, scale and gate, (N, 6D), of modulations (N, 6D), or (N, 4D) without shifts."""
+        if not self.shift:
+            pairs = modulations.view(len(modulations), 2, -1)  # (N, 2, 2D)
+            modulations = F.pad(pairs, (pairs.shape[2] // 2, 0)).flatten(1)
+        return folded(modulations, self.norm_weight)
+
     # fmt: off
-    def forward(self, x: Tensor, c: Tensor, place: Tensor | slice) -> Tensor:
-        modulations = self.modulations.fused(c)[place, 0]                                   # (N, 6D)
+    def forward(self, x: Tensor, c: Tensor, place: Tensor | slice, rotation: Rotation | None) -> Tensor:
+        modulations = self.six(self.modulations.fused(c)[:, 0])[place]                      # (N, 6D)
         for part in self.parts(x):
             shift1, scale1, gate1, shift2, scale2, gate2 = modulations[part].chunk(6, dim=1)    # (n, D) each
-            qkv = self.qkv.fused(x[part], modulation=Modulation(shift1, scale1))            # (n, T, 3D)
-            self.proj.fused(self.attention(qkv), residual=Residual(x[part], gate1))         # (n, T, D)
+            first, second = Modulation(shift1, scale1, self.rms), Modulation(shift2, scale2, self.rms)
+            qkv = self.qkv.fused(x[part], modulation=first)                                 # (n, T, 3D)
+            self.proj.fused(self.attention(qkv, rotation), residual=Residual(x[part], gate1))   # (n, T, D)
             del qkv
-            hidden = self.fc1.fused(x[part], modulation=Modulation(shift2, scale2), gelu=True)  # (n, T, 4D)
-            self.fc2.fused(hidden, residual=Residual(x[part], gate2))                       # (n, T, D)
+            hidden = self.first.fused(x[part], modulation=second, gelu=not self.glu)        # (n, T, 4D or 2 hidden)
+            self.second.fused(hidden, residual=Residual(x[part], gate2), glu=self.glu)      # (n, T, D)
         return x
     # fmt: on
+
+
+def head_norms(attention: Attention) -> HeadNorms | None:
+    """The norms of queries and keys; None without."""
+    pairs = zip(attention.q_norm.parameters(), attention.k_norm.parameters(), strict=True)  # weights, then biases
+    stacked = [torch.stack(pair).detach().float() for pair in pairs]
+    return HeadNorms(*stacked) if stacked else None
 
 
 class FastDiT(DiT):
@@ -68,20 +90,25 @@ class FastDiT(DiT):
     def __init__(self, model: DiT, backend: str, debug: bool = False) -> None:
         nn.Module.__init__(self)
         self.config, self.backend = model.config, backend
-        assert isinstance(model.x_embedder, PatchEmbed)
-        embedding, (first, _, second) = model.x_embedder.proj, model.t_embedder.mlp
-        self.patch_embedding = packed_floats(
-            embedding.weight.flatten(1), embedding.bias, "x_embedder.proj", backend, debug
+        pack = partial(packed, backend=backend, debug=debug)
+        self.patch_embedding = nn.ModuleList(
+            packed_floats(layer.weight.flatten(1), layer.bias, f"x_embedder.{name}", backend, debug)
+            for name, layer in model.x_embedder.named_children()
+            if isinstance(layer, nn.Conv2d)
         )
-        self.t_first = packed(first, "t_embedder.mlp.0", backend, debug)
-        self.t_second = packed(second, "t_embedder.mlp.2", backend, debug)
+        first, _, second = model.t_embedder.mlp
+        self.t_first, self.t_second = pack(first, "t_embedder.mlp.0"), pack(second, "t_embedder.mlp.2")
         self.y_embedder, self.pos_embed = model.y_embedder, model.pos_embed
+        if self.config.context_tokens:
+            self.in_context_posemb = model.in_context_posemb
+        if self.config.rope:
+            self.register_buffer("rotation", model.rotation.float(), persistent=False)
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.blocks = nn.ModuleList(FastBlock(block, f"blocks.{i}", backend, debug) for i, block in enumerate(blocks))
         final: FinalLayer = model.final_layer
-        adaln = "final_layer.adaLN_modulation.1"
-        self.last_modulations = packed(final.adaLN_modulation[1], adaln, backend, debug)
-        self.last = packed(final.linear, "final_layer.linear", backend, debug)
+        self.last_modulations = pack(final.adaLN_modulation[1], "final_layer.adaLN_modulation.1")
+        self.last_weight = weights_around_scales(final.norm_final, gates=0)  # (2D)
+        self.last = pack(final.linear, "final_layer.linear")
         self.step = Replayed(self.compute)
         self.graphs = not debug  # the checks of debug mode cannot be recorded
         self.eval()
@@ -100,14 +127,22 @@ class FastDiT(DiT):
     def compute(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """One denoising step (N, C, H, W) to (N, C or 2C, H, W), without a CUDA graph."""
         x = patches(x, self.config.patch_size)                                    # (N, T, C·P·P)
-        x = (self.patch_embedding.fused(x) + self.pos_embed).contiguous()         # (N, T, D)
+        for layer in self.patch_embedding:
+            x = cast(FastLinear, layer).fused(x)
+        x = (x + self.pos_embed).contiguous()                                     # (N, T, D)
         t, y, place = distinct(t, y)
+        label = self.y_embedder(y)                                                # (different (t, y), D)
         hidden = silu(self.t_first.fused(sinusoids(t)[:, None]))                  # (different (t, y), 1, D)
-        c = silu(self.t_second.fused(hidden) + self.y_embedder(y)[:, None])       # (different (t, y), 1, D)
-        for block in self.blocks:
-            x = block(x, c, place)                                                # (N, T, D)
-        shift, scale = self.last_modulations.fused(c)[place, 0].chunk(2, dim=1)   # (N, D) each
-        return self.unpatchify(self.last.fused(x, modulation=Modulation(shift, scale))) # (N, C or 2C, H, W)
+        c = silu(self.t_second.fused(hidden) + label[:, None])                    # (different (t, y), 1, D)
+        for i, block in enumerate(self.blocks):
+            if i == self.config.context_start:
+                x = self.with_context(x, label[place])                            # (N, L + T, D)
+            rotation = self.rotation_of(x)
+            x = block(x, c, place, None if rotation is None else Rotation(*rotation))   # (N, L + T, D)
+        shift, scale = folded(self.last_modulations.fused(c)[:, 0], self.last_weight)[place].chunk(2, dim=1)
+        modulation = Modulation(shift, scale, self.config.norm == "rms")          # (N, D) each
+        x = self.last.fused(x[:, self.config.context_tokens:], modulation=modulation)   # (N, T, P·P·C or 2C)
+        return self.unpatchify(x)[:, :self.used_channels]                         # (N, C or 2C, H, W)
     # fmt: on
 
 
@@ -127,3 +162,15 @@ def distinct(t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | slice]:
         return t, y, slice(None)
     pairs, place = torch.unique(torch.stack([t.double(), y.double()]), dim=1, return_inverse=True)
     return pairs[0].to(t.dtype), pairs[1].to(y.dtype), place
+
+
+def weights_around_scales(*norms: nn.Module, gates: int = 1) -> Tensor | None:
+    """RMSNorm's weights in the places of their scales among modulations, (6D) or (2D), else 1; None for LayerNorm."""
+    weights = [norm.weight.detach().float() for norm in norms if isinstance(norm, nn.RMSNorm)]
+    parts = [part for w in weights for part in (torch.ones_like(w), w, *[torch.ones_like(w)] * gates)]
+    return torch.cat(parts) if parts else None
+
+
+def folded(modulations: Tensor, weight: Tensor | None) -> Tensor:
+    """Modulations (N, …) with (1 + scale) w − 1 for each scale, and w from `weights_around_scales`."""
+    return modulations if weight is None else modulations * weight + (weight - 1)

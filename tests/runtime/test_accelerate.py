@@ -110,13 +110,13 @@ def test_many_images_go_through_a_block_in_parts(tiny: DiT, monkeypatch: pytest.
     calls: list[int] = []
     block = fast.blocks[0]
     assert isinstance(block, runtime_dit.FastBlock)
-    fused = block.fc2.fused
+    fused = block.second.fused
 
     def counted(x: torch.Tensor, **around: object) -> torch.Tensor:
         calls.append(len(x))
         return fused(x, **around)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(block.fc2, "fused", counted)
+    monkeypatch.setattr(block.second, "fused", counted)
     assert torch.equal(fast(X, T, Y), whole)
     assert calls == [1, 2, 2]
 
