@@ -1,7 +1,6 @@
 """Sets that belong together: counterparts by name, overlaps, and what is missing."""
 
 import json
-import json
 from pathlib import Path
 from typing import Any
 
