@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from svdit.checkpoints.hub import is_published
@@ -44,7 +43,9 @@ def decide(possible: tuple[str, ...], claim: str | None, recorded: Mapping[str, 
     """
     choices = listed([f"a {NAMES[family]}" for family in possible])
     if claim is not None and claim not in possible:
-        raise UserError(f"{path} has the tensors of {choices}, not of a {NAMES.get(claim, claim)}; pass that family")
+        raise UserError(
+            f"{path} has the tensors of {choices}, not of a {NAMES.get(claim, claim)}; omit --family and --model"
+        )
     decided = [family for family in (claim, recorded.get("family")) if family in possible]
     if decided or len(possible) == 1:
         return [*decided, *possible][0]
@@ -79,17 +80,17 @@ def converted(tensors: Mapping[str, Tensor], config: DiTConfig, path: Path) -> d
     kept = {names[name]: tensor.float() for name, tensor in tensors.items() if not name.startswith(EXTRA)}
     if config.mlp == "swiglu":
         width = kept["blocks.0.mlp.w3.weight"].shape[1]
-        return {name: padded(name, tensor, width, config.mlp_hidden) for name, tensor in kept.items()}
+        return {name: padded(name, tensor, width, config.mlp_hidden - width) for name, tensor in kept.items()}
     return kept
 
 
-def padded(name: str, tensor: Tensor, width: int, wanted: int) -> Tensor:
-    """A tensor (…) of a SwiGLU with zeros from `width` to `wanted` hidden channels, where silu(0) · 0 = 0."""
+def padded(name: str, tensor: Tensor, width: int, missing: int) -> Tensor:
+    """A tensor (…) of a SwiGLU with zeros for the hidden channels that are missing: silu(0) · 0 = 0."""
     if name.endswith((".mlp.w12.weight", ".mlp.w12.bias")) and tensor.shape[:1] == (2 * width,):
-        columns = [0, 0] * (tensor.ndim - 1)
-        return torch.cat([F.pad(half, [*columns, 0, wanted - width]) for half in tensor.chunk(2)])
+        zeros = tensor.new_zeros(missing, *tensor.shape[1:])
+        return torch.cat([part for half in tensor.chunk(2) for part in (half, zeros)])
     if name.endswith(".mlp.w3.weight") and tensor.shape[1:] == (width,):
-        return F.pad(tensor, [0, wanted - width])
+        return torch.cat([tensor, tensor.new_zeros(len(tensor), missing)], dim=1)
     return tensor
 
 

@@ -81,6 +81,8 @@ def load_model(
     contents = io.read(path)
     tensors, config = configured(contents, name, overrides, path, latent_stats)
     header = contents.header
+    if header is None:
+        tensors = converted(tensors, config, path)
     model = empty(config, tensors, path)
     check_finite(tensors, path)
     restore_(model, tensors, header or {}, path)
@@ -144,7 +146,7 @@ def configured(
     path: Path,
     latent_stats: str | Path | None = None,
 ) -> tuple[dict[str, Tensor], DiTConfig]:
-    """A file's tensors (…) in the layout of its model, and the configuration, as `load_model` describes.
+    """A file's tensors (…) under published names, and the configuration, as `load_model` describes.
 
     Raises UserError where the configuration stays open, or options contradict it.
     """
@@ -172,7 +174,7 @@ def named_fields(name: str | None) -> dict[str, Any]:
 
 
 def published(contents: io.Contents, claims: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], DiTConfig]:
-    """Tensors (…) of other projects' files in fp32 under the published names, and the configuration they imply.
+    """Tensors (…) of other projects' files under the published names, and the configuration they imply.
 
     Raises UserError where they are not a model's of a known family, or leave the configuration open.
     """
@@ -182,6 +184,8 @@ def published(contents: io.Contents, claims: dict[str, Any], path: Path) -> tupl
     if kind not in ("", DIT) and not (is_ours or is_diffusers(tensors)):
         raise UserError(f"{path} contains a {kind}, not a DiT; pass a published DiT or a {DIT} of diffusers")
     if is_diffusers(tensors):
+        if claims.get("family", "dit") != "dit":
+            raise UserError(f"{path} is a DiT of diffusers, not of the family {claims['family']}; omit it")
         claims = {"family": "dit", **claims, **diffusers_claims(description)}
         if "input_size" not in claims:
             raise UserError(
@@ -190,8 +194,7 @@ def published(contents: io.Contents, claims: dict[str, Any], path: Path) -> tupl
             )
         floats = {key: tensor.float() for key, tensor in tensors.items()}
         tensors = from_diffusers(floats, claims["input_size"])
-    config = config_from_shapes(tensors, path, claims, recorded)
-    return converted(tensors, config, path), config
+    return tensors, config_from_shapes(tensors, path, claims, recorded)
 
 
 def with_statistics(config: DiTConfig, contents: io.Contents, path: Path, latent_stats: str | Path | None) -> DiTConfig:

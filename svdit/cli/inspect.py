@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import setup
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     Layer = tuple[LinearSpec, int, int, int]  # output and input features, bytes
 
+SIZES = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
 LARGE = 20  # entries, from which on a dict in the header is not printed
 
 
@@ -65,9 +66,12 @@ def run(args: argparse.Namespace) -> Result:
 
 def text(data: dict[str, Any], config: "DiTConfig", guessed: bool) -> Iterator[str]:
     """The lines below the table; `guessed`: the file has no header."""
+    from svdit.checkpoints.families import NAMES
+
     yield f"file: {data['file'].name}, {data['bytes'] / 1e6:.2f} MB"
     yield f"family: {config.family}, prediction: {config.prediction}, time: {config.time}, path: {config.path}"
-    yield f"model: {data['name'] or 'no name'}, {replace(config, latent_mean=(), latent_std=())}"
+    name = data["name"] or f"a {NAMES[config.family]}"
+    yield f"model: {name}, {', '.join(f'{key}={value}' for key, value in shown(config).items())}"
     if config.latent_std:
         yield f"latents: normalized, with the statistics of {len(config.latent_std)} channels"
     yield f"classes: {classes(config, guessed)}"
@@ -79,6 +83,16 @@ def text(data: dict[str, Any], config: "DiTConfig", guessed: bool) -> Iterator[s
     if data["fallbacks"]:
         yield data["fallbacks"]
     yield from (f"{key}: {value}" for key, value in flat(data["provenance"]))
+
+
+def shown(config: "DiTConfig") -> dict[str, Any]:
+    """The sizes of a configuration, and what differs from a DiT's."""
+    elsewhere = ("family", "prediction", "time", "path", "latent_mean", "latent_std")
+    return {
+        field.name: getattr(config, field.name)
+        for field in fields(config)
+        if field.name not in elsewhere and (field.name in SIZES or getattr(config, field.name) != field.default)
+    }
 
 
 def execution(layers: "Mapping[str, Layer]") -> tuple[str, str]:

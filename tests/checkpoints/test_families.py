@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svdit.checkpoints import hub, io, store
+from svdit.checkpoints.families import converted
 from svdit.checkpoints.statistics import latent_statistics
 from svdit.checkpoints.store import load_model, save_model
 from svdit.errors import UserError
@@ -257,6 +258,7 @@ def test_files_of_published_shapes_are_the_named_models(path: Path) -> None:
         for key, shape in shapes.items()
     }
     loaded, config = store.configured(io.Contents(tensors, None, {}), name, {}, path)
+    loaded = converted(loaded, config, path)
     assert CONFIGS[name].items() <= {**vars(config), "learn_sigma": CONFIGS[name].get("learn_sigma")}.items()
     with torch.device("meta"):
         wanted = DiT(config).state_dict()
@@ -367,6 +369,7 @@ def test_files_with_one_changed_tensor_are_right_or_one_sentence(data: st.DataOb
     message = ""
     try:
         tensors, config = store.configured(io.Contents(state, None, {}), None, known, Path("x.pt"))
+        tensors = converted(tensors, config, Path("x.pt"))
         store.restore_(store.empty(config, tensors, Path("x.pt")), tensors, {}, Path("x.pt"))
     except UserError as error:
         message = str(error)

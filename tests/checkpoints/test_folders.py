@@ -138,6 +138,11 @@ def test_other_pipelines_are_named(
         load_model(tmp_path)
 
 
+def test_a_dit_of_diffusers_is_of_no_other_family(theirs: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a DiT of diffusers, not of the family sit; omit it"):
+        load_model(folder_of(tmp_path, theirs), family="sit")
+
+
 def test_a_published_checkpoint_beside_another_config_loads(tiny: DiT, tmp_path: Path) -> None:
     torch.save(tiny.state_dict(), tmp_path / "x.pt")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
