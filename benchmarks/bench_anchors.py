@@ -13,9 +13,10 @@ import statistics
 
 import torch
 import torch.nn.functional as F
-from bench_cpu import HAS_BF16, Run, measure, ratio, steady
+from bench_cpu import HAS_BF16
 from random_models import in_floats, model_inputs, quantized
 from record import record
+from timing import Run, measure, ratio, steady
 from torch import Tensor, nn
 
 from svdit.kernels.cpu import ffi

@@ -1,6 +1,6 @@
-"""Speed of a quantized DiT-XL/2 on this CPU, compared with the same model in full precision.
+"""Speed of a quantized DiT-XL/2, and of its families, on this CPU, compared with the same model in full precision.
 
-    python benchmarks/bench_cpu.py                # whole model at batch 2 and 8, parts of a block, memory, start-up
+    python benchmarks/bench_cpu.py                # whole model at batch 2 and 8, families, parts of a block, memory
     python benchmarks/bench_cpu.py --quick        # 4 blocks, batch 2, three rounds, no recording
 
 Weights are random, and the full-precision model has exactly the dequantized weights, so the reported error is that of
@@ -13,21 +13,19 @@ import argparse
 import copy
 import ctypes
 import gc
-import random
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from random_models import in_floats, model_inputs, quantized, random_layer
+from random_models import in_floats, model_inputs, quantized, random_layer, random_model
 from record import record
+from timing import Run, measure, ratio, steady
 from torch import Tensor, nn
 
 from svdit.kernels import ops
@@ -37,14 +35,14 @@ from svdit.kernels.cpu.features import capabilities
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.model.dit import DiT
 from svdit.model.layers import attend
+from svdit.model.zoo import config_for
 from svdit.quant.linear import LinearSpec
 from svdit.runtime.accelerate import accelerate
 
-SPREAD = 1.15
 HAS_BF16 = bool(capabilities().get("avx512_bf16"))
 SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4"), "W4A4": ("W4A4", "int4")}  # blocks and adaLN
+FAMILIES = ("DiT-XL/2", "LightningDiT-XL/1", "JiT-B/16")
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
-Run = Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -55,38 +53,6 @@ class Setting:
     rank: int = 32
     rounds: int = 9
     keep: bool = True
-
-
-def measure(candidates: dict[str, Run], rounds: int, calls: int = 1) -> dict[str, list[float]]:
-    """Seconds per candidate and round, after a warm-up, in a newly shuffled order each round.
-
-    Of `calls` consecutive calls the last is timed: a runtime with its own threads is slowed down at first by the
-    previous candidate's threads, which still spin on the cores.
-    """
-    order, times = random.Random(0), {name: list[float]() for name in candidates}
-    for run in candidates.values():
-        run()
-    for _ in range(rounds):
-        for name in order.sample(list(candidates), len(candidates)):
-            for _ in range(calls - 1):
-                candidates[name]()
-            start = time.perf_counter()
-            candidates[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
-    """How many times faster `fast` is than `slow`: median of per-round ratios."""
-    return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
-
-
-def steady(times: list[float]) -> bool:
-    """Whether the spread of the baseline's times is at most SPREAD."""
-    low, *_, high = statistics.quantiles(times, n=10) if len(times) > 2 else times
-    if high / low > SPREAD:
-        print(f"VOID: the baseline varied by a factor of {high / low:.2f} (limit {SPREAD}); the machine is busy")
-    return high / low <= SPREAD
 
 
 def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
@@ -128,6 +94,27 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         print(f"{name}: {value:.3f} ×")
         if valid:
             record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {ffi.kernels().isa}")
+
+
+def families(setting: Setting) -> None:
+    """Speed-up of W8A8 over eager fp32 for a model of each kind of block, all in the same rounds."""
+    runs, batch = dict[str, Run](), 2
+    for name in FAMILIES:
+        model = random_model(config_for(name), "W8A8", rank=setting.rank)
+        inputs, plain = model_inputs(batch, model.config), in_floats(model)
+        fast = accelerate(model)
+        runs[f"{name} fp32"] = lambda plain=plain, inputs=inputs: plain(*inputs)
+        runs[f"{name} W8A8"] = lambda fast=fast, inputs=inputs: fast(*inputs)
+    times = measure(runs, setting.rounds)
+    valid = steady(times[f"{FAMILIES[0]} fp32"]) and setting.keep
+    first = ratio(times, f"{FAMILIES[0]} fp32", f"{FAMILIES[0]} W8A8")
+    for name in FAMILIES:
+        over = ratio(times, f"{name} fp32", f"{name} W8A8")
+        slow, fast = (1e3 * statistics.median(times[f"{name} {kind}"]) for kind in ("fp32", "W8A8"))
+        note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {ffi.kernels().isa}"
+        print(f"{name:18} W8A8 {over:5.2f} × fp32 eager, {over / first:.2f} of {FAMILIES[0]}'s   {note}")
+        if valid:
+            record("families", f"{name}, W8A8 over fp32 eager", over, "×", f"{note}; {over / first:.2f} of DiT-XL/2's")
 
 
 def with_precision(precision: str, run: Run) -> Tensor:
@@ -268,7 +255,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--no-compile", action="store_true", help="skip compiled bf16, which takes a minute to compile")
-    parser.add_argument("--only", choices=["parts", "memory", "model"], help="run only this part")
+    parser.add_argument("--only", choices=["parts", "memory", "model", "families"], help="run only this part")
     parser.add_argument("--memory-of", choices=["fp32", *SCHEMES], help=argparse.SUPPRESS)
     args = parser.parse_args()
     setting = Setting(4, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)
@@ -279,6 +266,8 @@ def main() -> None:
     peak(setting)
     if args.only in (None, "parts"):
         parts(setting)
+    if args.only in (None, "families"):
+        families(setting)
     for kind in ("fp32", *SCHEMES) if args.only in (None, "memory") else ():
         quick = ["--quick"] if args.quick else []
         subprocess.run([sys.executable, __file__, "--memory-of", kind, *quick], check=True)

@@ -18,9 +18,10 @@ from collections.abc import Callable
 from itertools import cycle
 
 import torch
-from bench_cpu import LAYERS, SCHEMES, Setting, ratio, steady
+from bench_cpu import LAYERS, SCHEMES, Setting
 from random_models import in_floats, model_inputs, quantized, random_layer
 from record import record
+from timing import ratio, steady
 from torch import Tensor, nn
 
 from svdit.kernels import ops

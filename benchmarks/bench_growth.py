@@ -13,12 +13,13 @@ import statistics
 from pathlib import Path
 
 import torch
-from bench_cpu import Run, measure
 from random_models import in_floats, model_inputs, quantized
 from record import record
 from tables import latest, read
+from timing import Run, measure
 
 from svdit.kernels.cpu import ffi
+from svdit.model.config import DiTConfig
 from svdit.runtime.accelerate import accelerate
 
 METHODS = ("fp32", "W8A8", "W4A8")
@@ -34,7 +35,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
 def block_times(tokens: int = 256, batch: int = 2, rank: int = 32, rounds: int = 5) -> dict[str, float]:
     """Milliseconds per block of each method."""
     size = 2 * round(tokens**0.5)
-    inputs, runs = model_inputs(batch, size), dict[str, Run]()
+    inputs, runs = model_inputs(batch, DiTConfig(input_size=size)), dict[str, Run]()
     for depth in (1, 2):
         for method in METHODS:
             model = quantized("W4A8" if method == "W4A8" else "W8A8", "int8", depth, rank, size)

@@ -16,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from bench_cpu import measure, ratio
 from bench_end_to_end import WALK, differences, draw
 from random_models import in_floats, quantized
 from record import record
+from timing import measure, ratio
 
 from svdit.checkpoints.store import load_model, save_model
 from svdit.shims import allow_cpu_torchvision

@@ -1,4 +1,4 @@
-"""DiT-XL/2 with random quantized layers, and the float model with exactly their dequantized weights."""
+"""Models with random quantized layers, and the float model with exactly their dequantized weights."""
 
 import copy
 from dataclasses import replace
@@ -11,6 +11,7 @@ from svdit.kernels.reference import SCALE_DTYPES, Scales
 from svdit.model.dit import DiT, DiTConfig
 from svdit.quant.linear import LinearSpec, SVDLinear, linears, quantized_layers, swap
 
+XL_2 = DiTConfig()
 ADALN = {"int8": WEIGHT_FORMATS["int8"], "int4": WEIGHT_FORMATS["int4-bf16"]}
 SCHEMES = {
     "W8A8": ("int8", "int8"),
@@ -47,9 +48,14 @@ def random_layer(linear: nn.Linear, spec: LinearSpec, generator: torch.Generator
 
 def quantized(scheme: str, adaln: str = "int8", depth: int = 28, rank: int = 32, input_size: int = 32) -> DiT:
     """DiT-XL/2 with the linears of its blocks quantized; deterministic."""
+    return random_model(DiTConfig(depth=depth, input_size=input_size), scheme, adaln, rank)
+
+
+def random_model(config: DiTConfig, scheme: str, adaln: str = "int8", rank: int = 32) -> DiT:
+    """The same for any configuration."""
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
-        model = DiT(DiTConfig(depth=depth, input_size=input_size))
+        model = DiT(config)
     weight, act = SCHEMES[scheme]
     spec = LinearSpec(rank, None, "bfloat16", WEIGHT_FORMATS[weight], ACT_FORMATS[act], True, True, 64)
     for name, linear in list(linears(model)):
@@ -78,9 +84,9 @@ def in_floats(model: DiT) -> DiT:
     return model
 
 
-def model_inputs(batch: int, input_size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, 4, H, W), t (N,), y (N,) of a guided step: one t, half of the labels null. `batch` must be even."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(batch // 2, 4, input_size, input_size, generator=generator).repeat(2, 1, 1, 1)
+def model_inputs(batch: int, config: DiTConfig = XL_2) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, C, H, W), t (N,), y (N,) of a guided step: one t, half of the labels null. `batch` must be even."""
+    generator, side = torch.Generator().manual_seed(1), config.input_size
+    x = torch.randn(batch // 2, config.in_channels, side, side, generator=generator).repeat(2, 1, 1, 1)
     labels = torch.cat([torch.arange(batch // 2) * 100 % 1000, torch.full((batch // 2,), 1000)])
-    return x, torch.full((batch,), 500), labels
+    return x, torch.full((batch,), 0.5 if config.is_flow else 500), labels
