@@ -17,13 +17,13 @@ from svdit.diffusion.posterior import reverse_step
 from svdit.diffusion.prediction import PREDICTIONS, split_output
 from svdit.diffusion.schedule import Schedule
 
-Denoise = Callable[[Tensor, int], Tensor]
+Denoise = Callable[..., Tensor]
 Noise = Callable[[], Tensor]
 Callback = Callable[[int, Tensor], None]
 
 
-def _silent(done: int, x: Tensor) -> None:
-    pass
+def silent(done: int, x: Tensor) -> None:
+    """The callback that does nothing; x is (N, C, H, W)."""
 
 
 def countdown(schedule: Schedule) -> Iterator[tuple[int, int, int]]:
@@ -39,7 +39,7 @@ def ddpm(
     *,
     noise: Noise,
     prediction: str = "epsilon",
-    callback: Callback = _silent,
+    callback: Callback = silent,
 ) -> Tensor:
     """Ancestral sampling, x_{t−1} = μ + σ z (DDPM, algorithm 2), of (N, C, H, W). The last z is drawn but not used."""
     for done, i, t in countdown(schedule):
@@ -57,7 +57,7 @@ def ddim(
     *,
     noise: Noise,
     prediction: str = "epsilon",
-    callback: Callback = _silent,
+    callback: Callback = silent,
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM, eq. (12) of arXiv 2010.02502, of (N, C, H, W).
@@ -84,7 +84,7 @@ def dpm_solver(
     *,
     noise: Noise,
     prediction: str = "epsilon",
-    callback: Callback = _silent,
+    callback: Callback = silent,
 ) -> Tensor:
     """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095, of (N, C, H, W), in λ = log(α/σ).
 

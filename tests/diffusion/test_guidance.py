@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import Golden, relative
 
-from svdit.diffusion.guidance import guided
+from svdit.diffusion.guidance import Interval, guided
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def test_outside_of_the_interval_only_the_conditional_half_runs(golden: Golden) 
         return golden.model(x, t, y)
 
     part, always, never = (
-        guided(model, y, 10, s, 3, interval) for s, interval in ((4, (100, 500)), (4, None), (1, None))
+        guided(model, y, 10, s, 3, interval) for s, interval in ((4, Interval(100, 500)), (4, None), (1, None))
     )
     for t, same in ((99, never), (100, always), (500, always), (501, never)):
         assert torch.equal(part(x, t), same(x, t))
