@@ -51,7 +51,6 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> Result:
     """Load the model, sample, and write the grid."""
     from svdit import images
     from svdit.diffusion.noise import batch_noise
-    from svdit.diffusion.schedule import make_schedule
     from svdit.progress import progress
     from svdit.sampling.batch import generate_images
 
@@ -62,7 +61,7 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> Result:
     labels = class_labels(args.classes, checkpoint.model)
     autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
     noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, doubled=True)
-    steps = len(make_schedule(config.steps))
+    steps = len(config.schedule(model.config))
     with progress("sampling", unit="steps") as tick:
         samples = generate_images(
             model, labels, config, autoencoder=autoencoder, noise=noise, callback=lambda done, x: tick(done, steps)

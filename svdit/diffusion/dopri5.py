@@ -56,6 +56,8 @@ def dopri5(
     k = f(x, t)
     h = direction * first_step(f, x, t, k, direction, together)
     while done < len(schedule):
+        if prediction != "velocity":  # others determine no velocity behind the last time
+            h = torch.where(h.abs() > (end - t).abs(), end - t, h)
         stages = slopes(METHOD, f, x, t, t + h, k)
         reached = x + column(h, x) * combine(METHOD.weights, stages)
         error = rms(column(h, x) * combine(ERROR, stages), torch.maximum(x.abs(), reached.abs()), together)

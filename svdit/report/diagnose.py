@@ -73,12 +73,13 @@ def affordable(model: DiT) -> tuple[int, int]:
 
 
 def held_out_loop(images: int, steps: int, cfg_scale: float, seed: int) -> Callable[[nn.Module], None]:
-    """A forward loop: DDIM from held-out noise, random classes."""
+    """A forward loop: sampling as for calibration, from held-out noise, random classes."""
     import torch
 
     from svdit.diffusion.noise import image_labels, image_noise
     from svdit.model.dit import DiT
-    from svdit.sampling.batch import SamplingConfig, generate
+    from svdit.sampling.batch import generate
+    from svdit.sampling.calibration import calibration_sampling
 
     def loop(model: nn.Module) -> None:
         assert isinstance(model, DiT)
@@ -86,7 +87,7 @@ def held_out_loop(images: int, steps: int, cfg_scale: float, seed: int) -> Calla
         noise = image_noise(seed, indices, model.input_shape, model.pos_embed.device)
         labels = image_labels(seed, indices, model.config.num_classes)
         with torch.no_grad():
-            generate(model, labels, SamplingConfig("ddim", str(steps), cfg_scale), noise=noise)
+            generate(model, labels, calibration_sampling(model.config, steps, cfg_scale), noise=noise)
 
     return loop
 

@@ -4,56 +4,21 @@ Two models called with the same seed, or equal noise sources, start from the sam
 device or on the type of the model's layers.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from svdit.diffusion.flow_samplers import FLOW_SAMPLERS
 from svdit.diffusion.guidance import guided
 from svdit.diffusion.noise import image_noise
-from svdit.diffusion.samplers import SAMPLERS, Callback, Noise
-from svdit.diffusion.schedule import make_schedule
+from svdit.diffusion.samplers import SAMPLERS, Callback, Noise, silent
 from svdit.errors import UserError
 from svdit.images import Pixels, to_uint8
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """Sampler, its steps ("250", "ddim50", …) and guidance; `cfg_channels` None guides every channel."""
-
-    sampler: str = "ddpm"
-    steps: str = "250"
-    cfg_scale: float = 4.0
-    cfg_channels: int | None = 3
-    cfg_interval: tuple[int, int] | None = None  # first and last guided timestep, 0 … 999; None: all
-
-    def __post_init__(self) -> None:
-        """Raises UserError for values that cannot be sampled with."""
-        if self.sampler not in SAMPLERS:
-            raise UserError(f"there is no sampler {self.sampler!r}; choose one of {', '.join(SAMPLERS)}")
-        if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
-            raise UserError(
-                f"the guidance scale is {self.cfg_scale}; choose 1 for no guidance, or 1.5 or 4, for example"
-            )
-        if self.cfg_channels is not None and self.cfg_channels < 1:
-            raise UserError(f"cfg_channels is {self.cfg_channels}; choose at least 1, or None for all channels")
-        first, last = self.cfg_interval or (0, 999)
-        if not 0 <= first <= last < 1000:
-            raise UserError(f"cfg_interval is {first} to {last}; choose two ascending timesteps from 0 to 999")
-        timesteps = make_schedule(self.steps).timesteps.tolist()
-        if self.cfg_interval is not None and not any(first <= t <= last for t in timesteps):
-            raise UserError(
-                f"cfg_interval is {first} to {last}, without a timestep of the {self.steps} sampling steps; "
-                "choose a wider one, or a guidance scale of 1"
-            )
-
-
-def _silent(done: int, x: Tensor) -> None:
-    pass
+from svdit.sampling.config import SamplingConfig as SamplingConfig
+from svdit.sampling.config import default_sampling as default_sampling
 
 
 @torch.no_grad()
@@ -64,24 +29,26 @@ def generate(
     *,
     seed: int = 0,
     noise: Noise | None = None,
-    callback: Callback = _silent,
+    callback: Callback = silent,
 ) -> Tensor:
     """Latents (N, C, H, W), or images in [-1, 1] of a pixel-space model, float32, for N class labels.
 
     The noise of image i depends on (seed, i) alone; `noise` replaces it by another source: its first call returns the
     starting noise, later calls the sampler's. `callback(done, x)` is called after each sampling step.
-    Raises UserError for a label the model does not have, for guidance without a null class, and for NaN and Inf.
+    `config` None: `default_sampling`. Raises UserError for a label the model does not have, for guidance without a
+    null class, for a sampler of other models, and for NaN and Inf.
     """
-    config = config or SamplingConfig()
+    config = config or default_sampling(model.config)
+    schedule, scale = config.schedule(model.config), config.scale(model.config)
     labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
     _check_labels(labels, model.config.num_classes)
     device = model.pos_embed.device
     y = torch.tensor(labels, dtype=torch.int64, device=device)
     noise = noise or image_noise(seed, range(len(labels)), model.input_shape, device)
-    check_guidance(model, config.cfg_scale)
-    denoise = guided(model, y, model.null_class, config.cfg_scale, config.cfg_channels, config.cfg_interval)
-    sampler, schedule = SAMPLERS[config.sampler], make_schedule(config.steps)
-    x = sampler(denoise, noise(), schedule, noise=noise, prediction=model.config.prediction, callback=callback)
+    check_guidance(model, scale)
+    denoise = guided(model, y, model.null_class, scale, config.cfg_channels, config.interval(model.config))
+    z, sampler = model.config.noise_scale * noise(), (SAMPLERS | FLOW_SAMPLERS)[config.sampler]
+    x = sampler(denoise, z, schedule, noise=noise, prediction=model.config.prediction, callback=callback).float()
     _check_finite(x, labels, f"; choose a smaller guidance scale than {config.cfg_scale:g}, or another checkpoint")
     return x
 
@@ -94,7 +61,7 @@ def generate_images(
     autoencoder: Autoencoder = PIXELS,
     seed: int = 0,
     noise: Noise | None = None,
-    callback: Callback = _silent,
+    callback: Callback = silent,
 ) -> Pixels:
     """As `generate`, decoded to uint8 (N, H, W, 3). Raises UserError also for a latent model without autoencoder."""
     check_autoencoder(model, autoencoder)

@@ -1,8 +1,9 @@
 """Forward loops for calibration: the model's own sampling steps on random labels. No data set is needed.
 
-DDIM with both guidance halves, so every layer sees its sampling inputs at all noise levels. Conditioning layers
-(adaLN) see few inputs that way; theirs depend only on (t, y) and are sampled directly. Errors are reported on images
-of their own: consecutive steps of one image resemble each other.
+DDIM for DiT, the sampler of the family's script for others, with both guidance halves where they are used: every layer
+sees its sampling inputs at all noise levels. Conditioning layers (adaLN) see few inputs that way; theirs depend only on
+(t, y) and are sampled directly. Errors are reported on images of their own: consecutive steps of one image resemble
+each other.
 """
 
 import math
@@ -16,9 +17,9 @@ from svdit.diffusion.noise import image_labels, image_noise
 from svdit.diffusion.schedule import TIMESTEPS
 from svdit.errors import UserError
 from svdit.holdout import held_out
-from svdit.model.dit import DiT
+from svdit.model.dit import DiT, DiTConfig
 from svdit.model.embeddings import sinusoids
-from svdit.sampling.batch import SamplingConfig, generate
+from svdit.sampling.batch import SamplingConfig, default_sampling, generate
 
 TOKENS = 20_000  # enough for a small model: 2.5× as many did not improve its images
 CONDITIONS = 4096  # pairs (t, y) for the adaLN layers
@@ -37,6 +38,13 @@ def calibration_size(model: DiT, images: int | None = None, steps: int | None = 
     return images or math.ceil(pairs / steps), steps
 
 
+def calibration_sampling(config: DiTConfig, steps: int, cfg_scale: float) -> SamplingConfig:
+    """How a model samples its calibration set; a flow in two steps at least."""
+    if not config.is_flow:
+        return SamplingConfig("ddim", str(steps), cfg_scale)
+    return default_sampling(config, steps=str(max(steps, 2)), cfg_scale=cfg_scale)
+
+
 def calibration_loop(
     *,
     images: int,
@@ -51,7 +59,6 @@ def calibration_loop(
     It generates up to 1/8 more, two at least, that are held out for reported errors. `progress(done, total)` counts
     sampling steps. The loop raises UserError for another model.
     """
-    config = SamplingConfig("ddim", str(steps), cfg_scale)
     batches = [range(i, min(i + batch_size, images)) for i in range(0, images, batch_size)]
     others = range(images, images + min(batch_size, max(2, images // 8)))
 
@@ -61,10 +68,12 @@ def calibration_loop(
             raise UserError(
                 f"this calibration loop samples from a DiT, not a {type(model).__name__}; pass your own loop"
             )
+        config = calibration_sampling(model.config, steps, cfg_scale)
+        length = len(config.schedule(model.config))
         for done, indices in enumerate([*batches, others]):
 
-            def tick(step: int, x: Tensor, before: int = done * steps) -> None:
-                progress(before + step, steps * (len(batches) + 1))
+            def tick(step: int, x: Tensor, before: int = done * length) -> None:
+                progress(before + step, length * (len(batches) + 1))
 
             labels = image_labels(seed, indices, model.config.num_classes)
             noise = image_noise(seed, indices, model.input_shape, model.pos_embed.device)
@@ -80,7 +89,10 @@ def calibration_loop(
 def show_conditions(model: DiT, seed: int, count: int) -> None:
     """Call every adaLN layer with the conditioning of `count` random pairs (t, y), half of the null class (if any)."""
     generator = torch.Generator().manual_seed(seed)
-    t = torch.randint(TIMESTEPS, (count,), generator=generator)
+    if model.config.is_flow:
+        t = torch.rand(count, generator=generator)
+    else:
+        t = torch.randint(TIMESTEPS, (count,), generator=generator)
     y = torch.randint(model.config.num_classes, (count,), generator=generator)
     if model.config.has_null_class:
         y[::2] = model.null_class

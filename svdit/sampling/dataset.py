@@ -19,14 +19,13 @@ from torch import Tensor
 
 from svdit import __version__, images
 from svdit.diffusion.noise import image_labels, image_noise
-from svdit.diffusion.schedule import make_schedule
 from svdit.distributed import Counter, check_shared, claimed, gather, on_first, world_size
 from svdit.errors import UserError
 from svdit.files import exclusive, writable_folder
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
 from svdit.printing import warn
-from svdit.sampling.batch import SamplingConfig, check_autoencoder, check_guidance, generate_images
+from svdit.sampling.batch import SamplingConfig, check_autoencoder, check_guidance, default_sampling, generate_images
 from svdit.sampling.sinks import SINKS, Sink, npz_path
 from svdit.sampling.writers import Writers
 from svdit.storage.checksum import digest
@@ -73,10 +72,11 @@ def generate_dataset(
     Raises UserError for a folder of another run, naming the field that differs, for one that another process writes
     or that not all hosts see, for processes that differ in a setting, and for options out of range.
     """
-    config = config or SamplingConfig()
+    config = config or default_sampling(model.config)
+    steps = len(config.schedule(model.config))
     _check(count, seed, batch_size, label_policy)
     check_autoencoder(model, autoencoder)
-    check_guidance(model, config.cfg_scale)
+    check_guidance(model, config.scale(model.config))
     folder, sink = Path(folder).resolve(), _sink(sink)
     manifest = describe(model, autoencoder, config, count, seed, label_policy)
     manifest |= {"storage": sink.form} | (origin or {})
@@ -90,7 +90,7 @@ def generate_dataset(
         def draw(batch: Sequence[int]) -> images.Pixels:
             labels = [manifest["labels"][i] for i in batch]
             noise = image_noise(seed, batch, model.input_shape, model.pos_embed.device)
-            tick = tally.ticks(len(batch), len(make_schedule(config.steps)))
+            tick = tally.ticks(len(batch), steps)
             return generate_images(model, labels, config, autoencoder=autoencoder, noise=noise, callback=tick)
 
         batches = list(split(missing, batch_size, world_size()))

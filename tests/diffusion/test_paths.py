@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, relative
-from torch import Tensor
+from gaussian import exact
 
 from svdit.diffusion.paths import DIRECTIONS, FLOW_PREDICTIONS, PATHS, Path, interpolate, velocity
 
@@ -30,16 +30,6 @@ def test_derivatives_are_those_of_the_coefficients(name: str, time: str) -> None
     point, before, after = path.at(TIMES), path.at(TIMES - h), path.at(TIMES + h)
     torch.testing.assert_close(point.d_alpha, (after.alpha - before.alpha) / (2 * h), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(point.d_sigma, (after.sigma - before.sigma) / (2 * h), rtol=1e-6, atol=1e-8)
-
-
-def exact(prediction: str, x: Tensor, path: Path, t: Tensor, mean: float, std: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The best output of a model of data N(mean, std²), its velocity and its score."""
-    p = path.at(t)
-    score = -(x - p.alpha * mean) / (p.alpha**2 * std**2 + p.sigma**2)
-    eps = -p.sigma * score
-    x0 = (x - p.sigma * eps) / p.alpha
-    v = velocity(x0, eps, p)
-    return {"velocity": v, "epsilon": eps, "score": score, "x0": x0}[prediction], v, score
 
 
 @pytest.mark.parametrize("name", PATHS)

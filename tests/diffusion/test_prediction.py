@@ -1,17 +1,21 @@
 """Predictions against diffusers' schedulers; the published losses fix the rest of ε's."""
 
+import dataclasses
+from typing import get_args
+
 import pytest
 import torch
 from conftest import relative
 from torch import Tensor
 
 from svdit.diffusion.losses import training_loss
+from svdit.diffusion.paths import DIRECTIONS, FLOW_PREDICTIONS, PATHS
 from svdit.diffusion.posterior import reverse_step
 from svdit.diffusion.prediction import PREDICTIONS, q_sample
 from svdit.diffusion.samplers import SAMPLERS, Denoise
 from svdit.diffusion.schedule import make_schedule
 from svdit.errors import UserError
-from svdit.model import dit
+from svdit.model.config import FAMILIES, DiTConfig
 from svdit.shims import allow_cpu_torchvision
 
 allow_cpu_torchvision()
@@ -29,11 +33,15 @@ def tensors(seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
 
 
-def test_the_model_names_the_same_predictions() -> None:
-    assert set(dit.PREDICTIONS) == set(PREDICTIONS)
-    assert dit.DiTConfig().prediction == "epsilon"  # also of files written before the field existed
-    with pytest.raises(UserError, match="prediction is 'score'; choose one of epsilon, velocity, x0"):
-        dit.DiTConfig(prediction="score")
+def test_the_model_names_the_same_predictions_times_and_paths() -> None:
+    fields = {f.name: set(get_args(f.type)) for f in dataclasses.fields(DiTConfig)}
+    assert fields["prediction"] == set(PREDICTIONS) | set(FLOW_PREDICTIONS)
+    assert fields["time"] == {"timesteps", *DIRECTIONS}
+    assert fields["path"] == {"ddpm", *PATHS}
+    assert fields["family"] == set(FAMILIES)
+    assert DiTConfig().prediction == "epsilon"  # also of files written before the field existed
+    with pytest.raises(UserError, match="path 'ddpm' and prediction 'score' does not exist; choose"):
+        DiTConfig(prediction="score")
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)

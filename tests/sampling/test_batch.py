@@ -118,7 +118,15 @@ def test_a_latent_model_needs_its_autoencoder(tiny: DiT) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "euler"}, "'euler'; choose one of ddpm, ddim"),
+        ({"sampler": "eular"}, "no sampler 'eular'; choose one of ddpm, ddim, dpm.*, euler"),
+        ({"sde_form": "sbdm"}, "no SDE form 'sbdm'; choose one of sigma, linear, SBDM"),
+        ({"last_step": "heun"}, "no last step 'heun'; choose one of mean, euler, tweedie, none"),
+        ({"last_step_size": 1.0}, "last_step_size is 1.0; choose a number between"),
+        ({"time_shift": 0.0}, "time_shift is 0.0; choose a number above 0"),
+        ({"sde_norm": float("inf")}, "sde_norm is inf; choose a number above 0"),
+        ({"sampler": "euler", "steps": "ddim50"}, "'ddim50' is not a number of sampling steps of a flow"),
+        ({"sampler": "heun", "cfg_interval": (0.5, 999)}, "cfg_interval is 0.5 to 999; choose two ascending times"),
+        ({"sampler": "sde", "time_shift": 0.3}, "time_shift is 0.3 and the sampler sde; choose an ODE"),
         ({"steps": "0"}, "'0' is not a number of sampling steps"),
         ({"steps": "1001"}, "1001 sampling steps"),
         ({"cfg_scale": float("nan")}, "guidance scale is nan"),

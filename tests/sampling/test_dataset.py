@@ -32,6 +32,7 @@ KEYS = {
     *("num_images", "num_classes", "label_policy", "labels", "seed", "sampler", "steps", "cfg_scale"),
     *("cfg_channels", "cfg_interval", "vae", "files", "storage", "manifest_sha256"),
     *("family", "prediction", "time", "path", "noise_scale", "uint8", "latents", "protocol", "overrides", "reference"),
+    *("time_shift", "sde_form", "sde_norm", "last_step", "last_step_size"),
 }
 
 
