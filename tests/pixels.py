@@ -46,10 +46,10 @@ def pixel_model(in_channels: int = 3, num_classes: int = 5, **options: Any) -> D
     return model
 
 
-def saved(path: Path, **options: int) -> str:
+def saved(file: Path, **options: Any) -> str:
     """A checkpoint of it, called "tiny"."""
-    save_model(pixel_model(**options), path, name="tiny")
-    return str(path)
+    save_model(pixel_model(**options), file, name="tiny")
+    return str(file)
 
 
 def draw(folder: Path, **options: Any) -> Any:

@@ -9,6 +9,8 @@ from torch import nn
 
 from benchmarks.tables import MARKED, TABLES, filled, latest, read
 from benchmarks.tables import PAGES as TABLED
+from svdit.model.config import FAMILIES
+from svdit.sampling.protocols import JIT, PROTOCOLS
 
 ROOT = Path(__file__).parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -111,3 +113,20 @@ def test_the_python_example_keeps_the_head_and_quantizes_the_rest(readme: Path) 
     exec(example, {"model": model, "batches": [torch.randn(64, 64) for _ in range(4)]})
     assert type(model.head) is nn.Linear
     assert type(model.body).__name__ == "SVDLinear"
+
+
+def test_the_table_of_protocols_is_that_of_the_code() -> None:
+    lines = (ROOT / "docs" / "protocols.md").read_text().splitlines()
+    rows = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]] for line in lines if line[:3] == "| `"}
+    assert rows.keys() == PROTOCOLS.keys()
+    for name, (_, sampler, guidance, channels, interval, labels, _, uint8, reference) in rows.items():
+        protocol = PROTOCOLS[name]
+        options = protocol.sampling
+        scales = [options["cfg_scale"]] if "cfg_scale" in options else list(protocol.scales.values())[:3]
+        assert [float(number) for number in re.findall(r"[\d.]+", guidance)] == scales
+        assert options["sampler"] == "dopri5" or options["steps"] in sampler
+        assert channels == str(options["cfg_channels"] or "all")
+        assert interval == ("{:g}–{:g}".format(*options["cfg_interval"]) if "cfg_interval" in options else "–")
+        assert labels == protocol.label_policy
+        assert uint8.replace(" ", "_") == FAMILIES[protocol.family].get("uint8", "half_up")
+        assert reference == ("JiT" if protocol.references is JIT else "ADM")

@@ -9,19 +9,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svdit.cli import outputs, setup
+from svdit.cli import outputs, sampling, setup
 from svdit.cli.arguments import Parser, output
 from svdit.cli.result import Result
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
     from svdit.model.dit import DiT
-    from svdit.sampling.batch import SamplingConfig
 
 PUBLISHED_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 COLUMNS = 4
 MIN_SIDE = 128  # smaller images are enlarged to about this many pixels
-VAE = "mse"
+CFG_SCALE, VAE = 4.0, "mse"
 
 
 def parser() -> Parser:
@@ -29,7 +28,7 @@ def parser() -> Parser:
     parser = Parser("svdit sample", description="Sample a grid of images, one per class.")
     setup.add_model(parser)
     setup.add_speed(parser)
-    setup.add_sampling(parser, cfg_scale=4.0, vae=VAE)
+    sampling.add_sampling(parser, CFG_SCALE, VAE)
     add = parser.add_argument
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers; default: eight of the model's classes")
     setup.add_seed(parser)
@@ -41,13 +40,12 @@ def run(args: argparse.Namespace) -> Result:
     """Check the options, lock the output, and draw into it."""
     from svdit.files import exclusive
 
-    config = setup.sampling_config(args)
     outputs.output_file(args.output, ".png", ".PNG")
     with exclusive(args.output):
-        return draw(args, config)
+        return draw(args)
 
 
-def draw(args: argparse.Namespace, config: "SamplingConfig") -> Result:
+def draw(args: argparse.Namespace) -> Result:
     """Load the model, sample, and write the grid."""
     from svdit import images
     from svdit.diffusion.noise import batch_noise
@@ -57,9 +55,10 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> Result:
     device = setup.device(args.device)
     checkpoint = setup.load_checkpoint(args, device)
     outputs.check_distinct("--output", args.output, checkpoint.path)
+    config, vae, _, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
     model = setup.accelerated(checkpoint.model, args)
     labels = class_labels(args.classes, checkpoint.model)
-    autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
+    autoencoder = sampling.load_vae(vae, model, device, VAE, checkpoint.path)
     noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, doubled=True)
     steps = len(config.schedule(model.config))
     with progress("sampling", unit="steps") as tick:
@@ -69,7 +68,7 @@ def draw(args: argparse.Namespace, config: "SamplingConfig") -> Result:
     scale = max(1, MIN_SIDE // samples.shape[1])
     images.write_png(args.output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
     data = {"output": args.output, "classes": labels, "checkpoint": checkpoint.path, "seed": args.seed}
-    return Result(data | asdict(config), [args.output])
+    return Result(data | asdict(config) | record, [args.output])
 
 
 def class_labels(classes: Sequence[str] | None, model: "DiT") -> list[int]:

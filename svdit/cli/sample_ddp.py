@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.cli import measures, outputs, setup
+from svdit.cli import measures, outputs, sampling, setup
 from svdit.cli.arguments import Parser, batch, integer, keys, output, path, ratio
 from svdit.cli.result import Result
 from svdit.errors import UserError
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from svdit.evaluation.options import Options
     from svdit.model.dit import DiT
 
-VAE = "ema"
+CFG_SCALE, VAE = 1.5, "ema"
 
 
 def parser() -> Parser:
@@ -33,7 +33,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--rank-ratio", type=ratio, metavar="R", help="rank ratio the checkpoint was quantized with; must match it")
     setup.add_speed(parser)
-    setup.add_sampling(parser, cfg_scale=1.5, vae=VAE)
+    sampling.add_sampling(parser, CFG_SCALE, VAE)
     add(
         "--num-fid-samples",
         type=integer(1, 10**7),
@@ -77,9 +77,8 @@ def parser() -> Parser:
     setup.add_seed(parser, "--global-seed")
     add(
         "--label-policy",
-        default="random",
         choices=keys("sampling/dataset.py", "LABEL_POLICIES"),
-        help="random classes, or all classes equally often; default: %(default)s",
+        help="random classes, or all classes equally often; default: those of --protocol, else random",
     )
     add(
         "--tf32",
@@ -97,7 +96,6 @@ def run(args: argparse.Namespace) -> Result:
     from svdit.progress import progress
     from svdit.sampling.dataset import generate_dataset
 
-    config = setup.sampling_config(args)
     creatable_folder(args.sample_dir)
     device = setup.device(args.device)
     outputs.check_outside("--sample-dir", args.sample_dir, itself=False)
@@ -109,8 +107,9 @@ def run(args: argparse.Namespace) -> Result:
         set_tf32(tf32)
         check_rank_ratio(args)
         checkpoint = setup.load_checkpoint(args, device)
+        config, vae, label_policy, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
         model = setup.accelerated(checkpoint.model, args)
-        autoencoder = setup.load_vae(args.vae, model, device, VAE, checkpoint.path)
+        autoencoder = sampling.load_vae(vae, model, device, VAE, checkpoint.path)
         sink = Stream(args.evaluate, measures.network(args, options), options) if options else args.sink
         with progress("generating", rank() == 0, "images") as tick:
             result = generate_dataset(
@@ -121,9 +120,9 @@ def run(args: argparse.Namespace) -> Result:
                 autoencoder=autoencoder,
                 seed=args.global_seed,
                 batch_size=args.per_proc_batch_size,
-                label_policy=args.label_policy,
+                label_policy=label_policy,
                 sink=sink,
-                origin=origin(checkpoint, model, tf32),
+                origin=origin(checkpoint, model, tf32) | record,
                 progress=tick,
             )
     if options:

@@ -1,4 +1,4 @@
-"""Options that several commands share: device, checkpoint, sampling, autoencoder.
+"""Options that several commands share: device and checkpoint.
 
 Torch is imported inside the functions that need it, so `--help` stays fast. A checkpoint describes itself:
 --model, --image-size and --num-classes are checked against it and never override it.
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from svdit.cli.arguments import integer, keys, many, natural, path, pixels, scale
+from svdit.cli.arguments import keys, many, natural, path, pixels
 from svdit.errors import UserError
 from svdit.printing import note
 
@@ -21,13 +21,10 @@ if TYPE_CHECKING:
 
     from svdit.kernels.layer import LinearSpec
     from svdit.kernels.ops import Shape
-    from svdit.model.autoencoder import Autoencoder
     from svdit.model.dit import DiT
-    from svdit.sampling.batch import SamplingConfig
 
-CFG_CHANNELS = {"three": 3, "all": None}
 PUBLISHED = "DiT-XL/2"
-LATENT_CHANNELS, LATENT_FACTOR = 4, 8
+FACTORS = {1: 1, 3: 1, 4: 8, 32: 16}  # pixels per side of a latent, by channels: Stable Diffusion's VAE, and VA-VAE
 
 
 class Checkpoint(NamedTuple):
@@ -106,47 +103,6 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="raise at the first layer whose input contains NaN or Inf")
 
 
-def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) -> None:
-    """--sampler, --num-sampling-steps, --cfg-scale, --cfg-channels, --cfg-interval, --vae"""
-    group = parser.add_argument_group("sampling")
-    add = group.add_argument
-    add("--sampler", default="ddpm", choices=keys("diffusion/samplers.py", "SAMPLERS"), help="default: %(default)s")
-    add("--num-sampling-steps", default="250", metavar="STEPS", help="250, ddim50, ...; default: %(default)s")
-    add(
-        "--cfg-scale",
-        type=scale,
-        default=cfg_scale,
-        metavar="SCALE",
-        help="classifier-free guidance scale, 1 turns guidance off; default: %(default)s",
-    )
-    add("--cfg-channels", choices=CFG_CHANNELS, help="channels to guide; default, as published: three")
-    add(
-        "--cfg-interval",
-        nargs=2,
-        type=integer(0, 999),
-        metavar=("FIRST", "LAST"),
-        help="apply guidance only at timesteps FIRST to LAST (0 to 999), which is faster; default: at all timesteps",
-    )
-    add(
-        "--vae",
-        type=path,
-        default="auto",
-        metavar="NAME",
-        help=f"ema, mse, a local folder, or none for pixel-space models; default for latent models: {vae}",
-    )
-
-
-def sampling_config(args: argparse.Namespace) -> SamplingConfig:
-    """The settings of `add_sampling`'s options. Raises UserError for settings that cannot be sampled with."""
-    from svdit.sampling.batch import SamplingConfig
-
-    for option, passed in (("--cfg-channels", args.cfg_channels), ("--cfg-interval", args.cfg_interval)):
-        if passed and args.cfg_scale == 1:
-            note(f"{option} has no effect with --cfg-scale 1, which turns guidance off")
-    channels, interval = CFG_CHANNELS[args.cfg_channels or "three"], args.cfg_interval and tuple(args.cfg_interval)
-    return SamplingConfig(args.sampler, args.num_sampling_steps, args.cfg_scale, channels, interval)
-
-
 def device(name: str | None) -> torch.device:
     """The device called `name`; for None and "cuda" the GPU of this process. Raises UserError if unavailable."""
     import torch
@@ -184,7 +140,7 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoin
     path = checkpoint_path(args)
     model = load_model(path, name=args.model, device=device, latent_stats=args.latent_stats, **claims(args))
     size = image_size(model)
-    if args.image_size not in (None, size):
+    if size and args.image_size not in (None, size):
         raise UserError(f"--image-size is {args.image_size}, but {path} generates {size}×{size} images; omit it")
     header = read_header(path)
     name = (header or {}).get("name") or args.model or (PUBLISHED if args.ckpt is None else "")
@@ -220,27 +176,7 @@ def unsupported(layers: Mapping[str, tuple[LinearSpec, Shape]], backend: str, de
     return ops.summary({name: ops.unsupported(*layer, backend, device) for name, layer in layers.items()})
 
 
-def image_size(model: DiT) -> int:
-    """Side of the model's images in pixels; four channels are latents of a VAE, eight times smaller."""
-    return model.config.input_size * (LATENT_FACTOR if model.config.in_channels == LATENT_CHANNELS else 1)
-
-
-def load_vae(name: str, model: DiT, device: torch.device, default: str, checkpoint: Path | None = None) -> Autoencoder:
-    """The autoencoder for `model`: for "auto" that of the pipeline of `checkpoint`, if it has one, or `default`.
-
-    None in pixel space (1 or 3 channels). Raises UserError for one that does not match the model's channels.
-    """
-    from svdit.checkpoints.folders import vae_beside
-    from svdit.model.autoencoder import load_autoencoder
-
-    channels = model.config.in_channels
-    if channels not in (1, 3, LATENT_CHANNELS):
-        raise UserError(f"the model has {channels} channels; supported are 1 or 3 (pixels) and 4 (latents)")
-    pixels = channels != LATENT_CHANNELS
-    if name == "auto":
-        own = vae_beside(checkpoint) if checkpoint else None
-        name = "none" if pixels else str(own or default)
-    if pixels != (name == "none"):
-        space, fit = ("pixels", "none") if pixels else ("latents", "ema or mse")
-        raise UserError(f"--vae is {name}, but the model has {channels} channels ({space}); choose {fit}")
-    return load_autoencoder(name, device)
+def image_size(model: DiT) -> int | None:
+    """Side of the model's images in pixels; None for latents of an autoencoder of another number of channels."""
+    factor = FACTORS.get(model.config.in_channels)
+    return factor and model.config.input_size * factor

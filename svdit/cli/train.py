@@ -169,7 +169,7 @@ def image_space(args: argparse.Namespace) -> tuple[int, bool]:
         raise UserError(f"--image-size is {args.image_size}, but the digits have 8×8 pixels; omit it")
     if digits and args.vae not in ("auto", "none"):
         raise UserError(f"--vae is {args.vae}, but the digits are learned in pixel space; omit it")
-    pixels = digits or config.in_channels != setup.LATENT_CHANNELS
+    pixels = digits or setup.FACTORS.get(config.in_channels) == 1
     default = 8 if digits else config.input_size if pixels else 256
     return args.image_size or default, args.vae == "none" or (args.vae == "auto" and pixels)
 

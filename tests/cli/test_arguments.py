@@ -20,7 +20,10 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
 # The choices of an option, and the dict that defines them: a new sampler, backend or preset is added in one file.
 CHOICES = [
-    ("generate", "--sampler", "svdit.diffusion.samplers", "SAMPLERS", []),
+    ("generate", "--sampler", "svdit.diffusion.flow_samplers", "FLOW_SAMPLERS", ["ddpm", "ddim", "dpm++"]),
+    ("generate", "--sde-form", "svdit.diffusion.sde", "FORMS", []),
+    ("generate", "--last-step", "svdit.diffusion.sde", "LAST_STEPS", []),
+    ("generate", "--protocol", "svdit.sampling.protocols", "PROTOCOLS", []),
     ("generate", "--label-policy", "svdit.sampling.dataset", "LABEL_POLICIES", []),
     ("sample", "--backend", "svdit.kernels.ops", "BACKENDS", ["auto"]),
     ("train", "--augment", "svdit.training.data", "AUGMENTATIONS", []),
@@ -64,7 +67,7 @@ def test_bounds_are_inclusive_or_not_as_described() -> None:
 BAD = {
     "sample": ["--seed -1", "--seed 1.5", "--cfg-scale nan", "--cfg-scale -1",
                "--cfg-interval 0 1000", "--cfg-interval -1 5", "--image-size 0", "--num-classes x", "--backend fast",
-               "--sampler euler", "--cfg-channels two"],
+               "--sampler eular", "--cfg-channels two"],
     "generate": ["--global-seed -1", "--num-fid-samples 0", "--per-proc-batch-size 0", "--rank-ratio nan",
                  "--rank-ratio 0", "--label-policy all", "--cfg-scale inf"],
     "quantize": ["--preset w2a2", "--rank-ratio nan", "--rank-ratio 1.5", "--num-bits 9", "--num-bits 1",

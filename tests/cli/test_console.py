@@ -49,7 +49,8 @@ NOTED = {  # options without effect, which are reported
     "generate": "--cfg-scale 1 --cfg-channels all",
 }
 KEYS = {  # of the objects, as in docs/scripting.md
-    "sample": "output classes checkpoint seed sampler steps cfg_scale cfg_channels cfg_interval",
+    "sample": "output classes checkpoint seed sampler steps cfg_scale cfg_channels cfg_interval "
+    "time_shift sde_form sde_norm last_step last_step_size",
     "generate": "folder npz manifest images storage",
     "quantize": "output report figures layers bytes_before bytes_after seconds skipped warnings",
     "inspect": "file bytes name config class_names layers backend fallbacks provenance",

@@ -4,7 +4,6 @@ import argparse
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from svdit.checkpoints import hub
 from svdit.cli import command, sample, setup
 from svdit.errors import UserError
 from svdit.kernels import ops
-from svdit.model import autoencoder
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, dit_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -54,10 +52,15 @@ def test_an_option_that_contradicts_the_checkpoint_is_an_error(
     assert all(part in str(error.value) for part in parts)
 
 
-def test_latents_are_eight_times_smaller_than_images(tmp_path: Path) -> None:
+def test_latents_are_smaller_than_images(tmp_path: Path) -> None:
     path = saved(tmp_path / "tiny.safetensors", in_channels=4)
     loaded = setup.load_checkpoint(arguments("--ckpt", path, "--image-size", "64"), CPU)
     assert setup.image_size(loaded.model) == 64
+    path = saved(tmp_path / "tiny.safetensors", in_channels=32)
+    assert setup.image_size(setup.load_checkpoint(arguments("--ckpt", path), CPU).model) == 128
+    path = saved(tmp_path / "tiny.safetensors", in_channels=7)
+    loaded = setup.load_checkpoint(arguments("--ckpt", path, "--image-size", "5"), CPU)  # the autoencoder decides
+    assert setup.image_size(loaded.model) is None
 
 
 def test_without_a_checkpoint_the_published_one_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,27 +78,6 @@ def test_without_a_checkpoint_the_published_one_is_downloaded(tmp_path: Path, mo
         setup.checkpoint_path(arguments("--model", "DiT-B/4"))
 
 
-@pytest.mark.parametrize(
-    ("channels", "name", "chosen"), [(1, "auto", "none"), (3, "none", "none"), (4, "auto", "mse"), (4, "ema", "ema")]
-)
-def test_the_autoencoder_follows_the_channels(
-    channels: int, name: str, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(autoencoder, "load_autoencoder", lambda name, device: name)
-    model = SimpleNamespace(config=SimpleNamespace(in_channels=channels))
-    assert setup.load_vae(name, model, CPU, "mse") == chosen  # type: ignore[arg-type, comparison-overlap]
-
-
-@pytest.mark.parametrize(
-    ("channels", "name", "message"),
-    [(1, "ema", "--vae is ema, but the model has 1 channels"), (4, "none", "--vae is none"), (7, "auto", "7 channels")],
-)
-def test_an_autoencoder_that_does_not_match_is_an_error(channels: int, name: str, message: str) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(in_channels=channels))
-    with pytest.raises(UserError, match=message):
-        setup.load_vae(name, model, CPU, "mse")  # type: ignore[arg-type]
-
-
 def test_devices() -> None:
     assert setup.device("cpu") == CPU
     assert setup.device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,16 +89,6 @@ def test_devices() -> None:
 def test_other_devices_are_not_supported(name: str) -> None:
     with pytest.raises(UserError, match=f"device {name!r} is not supported"):
         setup.device(name)
-
-
-def test_cfg_channels() -> None:
-    assert setup.sampling_config(arguments()).cfg_channels == 3
-    assert setup.sampling_config(arguments("--cfg-channels", "all")).cfg_channels is None
-
-
-def test_cfg_interval() -> None:
-    assert setup.sampling_config(arguments()).cfg_interval is None
-    assert setup.sampling_config(arguments("--cfg-interval", "100", "700")).cfg_interval == (100, 700)
 
 
 def test_quantized_models_are_accelerated_or_a_note_says_why_not(
@@ -214,14 +186,3 @@ def test_every_command_refuses_weights_that_are_not_finite(
         )
     assert "has 1 NaN or Inf among the 16384 values of blocks.0.mlp.fc1.weight" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["nan.pt"]
-
-
-def test_a_pipeline_decodes_with_its_own_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, "load_autoencoder", lambda name, device: name)
-    model = SimpleNamespace(config=SimpleNamespace(in_channels=4))
-    (tmp_path / "vae").mkdir()
-    file = tmp_path / "transformer" / "x.safetensors"
-    assert setup.load_vae("auto", model, CPU, "mse", file) == "mse"  # type: ignore[arg-type, comparison-overlap]
-    (tmp_path / "vae" / "config.json").touch()
-    assert setup.load_vae("auto", model, CPU, "mse", file) == str(tmp_path / "vae")  # type: ignore[arg-type, comparison-overlap]
-    assert setup.load_vae("ema", model, CPU, "mse", file) == "ema"  # type: ignore[arg-type, comparison-overlap]

@@ -1,0 +1,177 @@
+"""Options of `sample` and `generate`: how images are sampled and decoded.
+
+An option that is not passed has the value of --protocol, else the default of the script of the model's family.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from svdit.cli.arguments import above_0, keys, number, path, ratio, scale
+from svdit.cli.setup import FACTORS, image_size
+from svdit.errors import UserError
+from svdit.printing import note
+
+if TYPE_CHECKING:
+    import torch
+
+    from svdit.model.autoencoder import Autoencoder
+    from svdit.model.config import DiTConfig
+    from svdit.model.dit import DiT
+    from svdit.sampling.batch import SamplingConfig
+    from svdit.sampling.protocols import Protocol
+
+CFG_CHANNELS = {"three": 3, "all": None}
+FIELDS = {  # of SamplingConfig, by option
+    **{"sampler": "sampler", "num_sampling_steps": "steps", "time_shift": "time_shift"},
+    **{name: name for name in ("sde_form", "sde_norm", "last_step", "last_step_size")},
+    **{name: name for name in ("cfg_scale", "cfg_channels", "cfg_interval")},
+}
+
+
+class Settings(NamedTuple):
+    """What the options amount to for one model; `record` has the fields of the manifest about the protocol."""
+
+    config: SamplingConfig
+    vae: str
+    label_policy: str
+    record: dict[str, Any]
+
+    def fields(self) -> dict[str, Any]:
+        """All of them, as in the manifest."""
+        return {**asdict(self.config), "vae": self.vae, "label_policy": self.label_policy}
+
+
+def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) -> None:
+    """--protocol, --sampler, --num-sampling-steps, the options of flows and of guidance, --vae"""
+    group = parser.add_argument_group("sampling", "defaults are those of --protocol, else of the family's script")
+    add = group.add_argument
+    add(
+        "--protocol",
+        choices=keys("sampling/protocols.py", "PROTOCOLS"),
+        help="the settings of a published FID, see docs/protocols.md; other options override it",
+    )
+    samplers = [*keys("diffusion/samplers.py", "SAMPLERS"), *keys("diffusion/flow_samplers.py", "FLOW_SAMPLERS")]
+    add("--sampler", choices=samplers, help="default for DiT: ddpm")
+    add("--num-sampling-steps", metavar="STEPS", help="250, ddim50, ...; default for DiT: 250")
+    add_flow(group)
+    add(
+        "--cfg-scale",
+        type=scale,
+        metavar="SCALE",
+        help=f"classifier-free guidance scale, 1 turns guidance off; default for DiT: {cfg_scale}",
+    )
+    add("--cfg-channels", choices=CFG_CHANNELS, help="channels to guide; default for DiT, as published: three")
+    add(
+        "--cfg-interval",
+        nargs=2,
+        type=number("from 0 to 999", lambda t: 0 <= t <= 999),
+        metavar=("FIRST", "LAST"),
+        help="apply guidance only from FIRST to LAST, which is faster: timesteps of a DiT (0 to 999), else times from "
+        "0 to 1; default for DiT: at all timesteps",
+    )
+    add(
+        "--vae",
+        type=path,
+        metavar="NAME",
+        help="ema, mse, a local folder, a repository of Hugging Face, or none for pixel-space models; default for the "
+        f"latents of Stable Diffusion: {vae}",
+    )
+
+
+def add_flow(group: argparse._ArgumentGroup) -> None:
+    """--time-shift, --sde-form, --sde-norm, --last-step, --last-step-size"""
+    add = group.add_argument
+    add("--time-shift", type=above_0, metavar="A", help="of LightningDiT: t to At / (1 + (A - 1)t); 1: none")
+    add("--sde-form", choices=keys("diffusion/sde.py", "FORMS"), help="diffusion of --sampler sde over time")
+    add("--sde-norm", type=above_0, metavar="NORM", help="factor of the diffusion")
+    add("--last-step", choices=keys("diffusion/sde.py", "LAST_STEPS"), help="of --sampler sde, without noise")
+    add("--last-step-size", type=ratio, metavar="SIZE", help="as time, 0.04 for example")
+
+
+def settings(args: argparse.Namespace, model: DiT, cfg_scale: float) -> Settings:
+    """What the options of `add_sampling` mean for a model; `cfg_scale`: the default for DiT.
+
+    Raises UserError for settings that cannot be sampled with, and a protocol of another family.
+    """
+    from svdit.sampling.batch import default_sampling
+
+    protocol, options, size = find_protocol(args, model.config), passed(args, model.config), image_size(model)
+    base = {"cfg_scale": cfg_scale} if model.config.family == "dit" else {}
+    base |= protocol.options(model.config, size) if protocol else {}
+    config, policy = default_sampling(model.config, **{**base, **options}), getattr(args, "label_policy", None)
+    config.schedule(model.config)  # raises for a sampler of other models
+    if protocol is None:
+        return Settings(config, args.vae or "auto", policy or "random", {})
+    if "cfg_scale" not in {**base, **options}:
+        raise UserError(
+            f"--protocol {args.protocol} has no guidance scale for a model of width {model.config.hidden_size} and "
+            f"{size} pixels; pass --cfg-scale"
+        )
+    vae = args.vae or protocol.vae or "auto"
+    expected = Settings(default_sampling(model.config, **base), protocol.vae or vae, protocol.label_policy, {}).fields()
+    chosen = Settings(config, vae, policy or protocol.label_policy, {})
+    overrides = {name: value for name, value in chosen.fields().items() if value != expected[name]}
+    reference = protocol.references.get(size or 0)
+    return chosen._replace(record={"protocol": args.protocol, "overrides": overrides, "reference": reference})
+
+
+def find_protocol(args: argparse.Namespace, config: DiTConfig) -> Protocol | None:
+    """That of --protocol. Raises UserError for one of another family than the model's."""
+    from svdit.sampling.protocols import PROTOCOLS
+
+    if args.protocol is None:
+        return None
+    protocol = PROTOCOLS[args.protocol]
+    if protocol.family != config.family:
+        names = ", ".join(name for name, other in PROTOCOLS.items() if other.family == config.family)
+        raise UserError(
+            f"--protocol {args.protocol} is for the family {protocol.family}, but the model's is {config.family}; "
+            f"choose from {names}"
+        )
+    return protocol
+
+
+def passed(args: argparse.Namespace, config: DiTConfig) -> dict[str, Any]:
+    """The fields of SamplingConfig that options set. Raises UserError for a DiT's interval between timesteps."""
+    values = {field: getattr(args, option) for option, field in FIELDS.items() if getattr(args, option) is not None}
+    if args.cfg_channels:
+        values["cfg_channels"] = CFG_CHANNELS[args.cfg_channels]
+    if args.cfg_interval:
+        first, last = args.cfg_interval
+        if not config.is_flow and not (first.is_integer() and last.is_integer()):
+            raise UserError(f"--cfg-interval is {first:g} {last:g}; a DiT has timesteps, choose integers")
+        values["cfg_interval"] = (first, last) if config.is_flow else (int(first), int(last))
+    if args.cfg_scale == 1:
+        for option in ("cfg_channels", "cfg_interval"):
+            if option in values:
+                note(f"--{option.replace('_', '-')} has no effect with --cfg-scale 1, which turns guidance off")
+    return values
+
+
+def load_vae(name: str, model: DiT, device: torch.device, default: str, checkpoint: Path | None = None) -> Autoencoder:
+    """The autoencoder for `model`: for "auto" that of the pipeline of `checkpoint`, if it has one, or `default`.
+
+    None in pixel space (1 or 3 channels). Raises UserError for one that does not match the model's channels, and
+    without a name for latents that are not Stable Diffusion's.
+    """
+    from svdit.checkpoints.folders import vae_beside
+    from svdit.model.autoencoder import SD_CHANNELS, load_autoencoder
+
+    channels = model.config.in_channels
+    pixels = FACTORS.get(channels) == 1
+    if name == "auto":
+        own = vae_beside(checkpoint) if checkpoint else None
+        if own is None and not pixels and (channels != SD_CHANNELS or model.config.latent_std):
+            raise UserError(
+                f"the model has {channels} channels, which are latents of an unknown autoencoder; pass --vae with the "
+                "folder of one saved by diffusers, or a repository of Hugging Face, REPA-E/e2e-vavae-hf for example"
+            )
+        name = "none" if pixels else str(own or default)
+    if pixels != (name == "none"):
+        space, fit = ("pixels", "none") if pixels else ("latents", "ema or mse")
+        raise UserError(f"--vae is {name}, but the model has {channels} channels ({space}); choose {fit}")
+    return load_autoencoder(name, device)
