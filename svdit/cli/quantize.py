@@ -77,7 +77,7 @@ def add_calibration(parser: Parser) -> None:
     """The options of the calibration set, which the model samples itself."""
     add = parser.add_argument_group("calibration", argument_default=argparse.SUPPRESS).add_argument
     add("--calib-images", type=many, metavar="N", help="default: as many as the widest layer needs")
-    add("--calib-steps", type=integer(1, 1000), metavar="S", help="DDIM sampling steps; default: at most 25")
+    add("--calib-steps", type=integer(1, 1000), metavar="S", help="sampling steps; default: at most 25")
     add("--cfg-scale", type=scale, metavar="SCALE", help=f"guidance scale; default: {DEFAULT.cfg_scale}")
     add("--seed", type=natural, help=f"default: {DEFAULT.seed}")
     add(
@@ -175,13 +175,14 @@ def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]
     """The forward loop, recorded in `record`; None if nothing is calibrated."""
     from svdit.distributed import rank
     from svdit.progress import progress
-    from svdit.sampling.calibration import calibration_loop, calibration_size
+    from svdit.sampling.calibration import calibration_loop, calibration_sampling, calibration_size
 
     if not settings.calibrates:
         return None
     images, steps = calibration_size(model, settings.calib_images, settings.calib_steps)
     options: dict[str, Any] = {"images": images, "steps": steps, "cfg_scale": settings.cfg_scale, "seed": settings.seed}
-    record["calibration"] = {"sampler": "ddim", **options}
+    sampler = calibration_sampling(model.config, steps, settings.cfg_scale).sampler
+    record["calibration"] = {"sampler": sampler, **options}
 
     def loop(model: "nn.Module") -> None:
         with progress("calibrating", rank() == 0, "steps") as tick:

@@ -32,7 +32,7 @@ def calibration_size(model: DiT, images: int | None = None, steps: int | None = 
     pairs (t, y) and as many of the null class.
     """
     tokens = (model.config.input_size // model.config.patch_size) ** 2
-    widest = int(model.config.hidden_size * model.config.mlp_ratio)
+    widest = model.config.mlp_width
     pairs = max(48, math.ceil(max(8 * widest, TOKENS) / (2 * tokens)))
     steps = steps or min(25, math.isqrt(pairs))
     return images or math.ceil(pairs / steps), steps
