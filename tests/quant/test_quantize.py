@@ -233,7 +233,7 @@ def test_a_large_model_is_shown_eight_tokens_a_feature(name: str, widest: int) -
 def test_the_calibration_set_can_be_chosen() -> None:
     with torch.device("meta"):
         model = DiT_models["DiT-XL/2"]()
-    images, steps = calibration_size(model)
+    _, steps = calibration_size(model)
     assert calibration_size(model, images=3) == (3, steps)
     assert calibration_size(model, steps=4) == (18, 4)
 
