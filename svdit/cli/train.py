@@ -1,4 +1,6 @@
-"""`svdit train`: train a DiT on class folders, an .npz, or scikit-learn's digits; on one process or under torchrun.
+"""`svdit train`: train a DiT, SiT, REPA, LightningDiT or JiT on class folders, an .npz, or scikit-learn's digits.
+
+On one process or under torchrun:
 
 torchrun --nproc-per-node 8 train.py --model DiT-XL/2 --data imagenet/train --bf16
 """
@@ -28,7 +30,7 @@ EPOCHS = 1400
 
 def parser() -> Parser:
     """The options of `svdit train`."""
-    parser = Parser("svdit train", description="Train a class-conditional DiT. Rerun the same command to resume.")
+    parser = Parser("svdit train", description="Train a class-conditional model. Rerun the same command to resume.")
     group = parser.add_argument_group("data and model")
     add = group.add_argument
     add(
@@ -39,7 +41,12 @@ def parser() -> Parser:
         metavar="DATA",
         help="folder with one sub-folder per class; .npz with labels and arr_0, or labels, jpeg and offsets; or digits",
     )
-    add("--model", default="DiT-XL/2", metavar="NAME", help="default: %(default)s")
+    add(
+        "--model",
+        default="DiT-XL/2",
+        metavar="NAME",
+        help="DiT-…, SiT-…, REPA-…, LightningDiT-… or JiT-…, with its family's loss; default: %(default)s",
+    )
     add("--image-size", type=pixels, metavar="PIXELS", help="default: the model's, or 256")
     add("--num-classes", type=many, metavar="K", help="default: the number of classes in the data")
     add(

@@ -55,6 +55,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **named("JiT", "jit", JIT, (32,), in_channels=3, input_size=512, context_tokens=32, noise_scale=2.0),
     "DiT-digits": DIGITS,
     "SiT-digits": {"family": "sit", **FAMILIES["sit"], **DIGITS},
+    "JiT-digits": {
+        "family": "jit",
+        **FAMILIES["jit"],
+        **DIGITS,
+        "mlp_hidden": 320,
+        "bottleneck": 16,
+        "context_tokens": 4,
+        "context_start": 2,
+    },
 }
 
 

@@ -1,6 +1,6 @@
-"""The training loop: every example has its own timestep and noise; AdamW and a moving average of the weights.
+"""The training loop: every example has its own time and noise; AdamW and a moving average of the weights.
 
-Timestep, noise, the VAE encoder's noise and label dropout are functions of (seed, n), as is the order of the examples:
+Time, noise, the VAE encoder's noise and label dropout are functions of (seed, n), as is the order of the examples:
 an interrupted run resumes from `last.pt` bit for bit, and the world size changes only rounding.
 """
 
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from svdit import distributed
-from svdit.diffusion.losses import training_loss
 from svdit.diffusion.noise import image_noise, stream
-from svdit.diffusion.schedule import TIMESTEPS, make_schedule
 from svdit.errors import UserError
 from svdit.extras import require
 from svdit.model.autoencoder import PIXELS, Autoencoder
-from svdit.model.dit import DiT
+from svdit.model.dit import DiT, DiTConfig
 from svdit.training import ema
 from svdit.training.data import Examples, LabelledImages, batches, share
 from svdit.training.monitor import Curve, plot_curve, sample_grid
+from svdit.training.objective import draw_times, losses
 from svdit.training.state import State, fresh, restore_, save
 
 # Purposes of random streams; 0 to 3 are those of sampling and of the data.
@@ -90,12 +89,13 @@ def train(
     Raises UserError if the loss is not finite, the options differ from those of `last.pt`, or not all hosts see it; and
     without the statistics of latents that need them.
     """
-    if not model.config.has_null_class:
+    config = model.config
+    if not config.has_null_class:
         raise UserError("the model has no null class for label dropout; train one with has_null_class=True")
     autoencoder = autoencoder.for_model(model.config)
     require("matplotlib")  # for loss.png: fail now, not at the first checkpoint
     state = fresh(model, options.lr)
-    binding = {**asdict(model.config), **options.binding(), "images": len(images)}
+    binding = {**asdict(config), **options.binding(), "images": len(images)}
     if images.fingerprint:
         binding["data"] = f"{images.summary()} ({images.fingerprint[:16]})"
     if autoencoder.fingerprint:
@@ -105,27 +105,27 @@ def train(
     if len(set(distributed.gather(state.step))) > 1:
         raise UserError(f"{folder / 'last.pt'} is not the same on all hosts; choose a folder that they share")
     chief = distributed.rank() == 0
-    curve = Curve(folder / "loss.csv", state.step) if chief else None
+    curve = Curve(folder / "loss.csv", state.step, config.family) if chief else None
     take_step = stepper(state, options, autoencoder)
-    losses: list[Tensor] = []
+    taken: list[Tensor] = []
     start = time.perf_counter() - state.seconds
     examples, steps = Examples(images, options.seed, options.augment), range(state.step, options.steps)
     for pixels, labels in batches(examples, steps, options.global_batch_size, options.workers):
-        losses.append(take_step(pixels, labels))
+        taken.append(take_step(pixels, labels))
         progress(state.step, options.steps)
         saving = state.step % options.checkpoint_every == 0 or state.step == options.steps
         if not saving and state.step % options.log_every:
             continue
         state.seconds = time.perf_counter() - start
-        means = distributed.all_sum(torch.stack(losses).mean(0)) / distributed.world_size()
-        losses.clear()
+        means = distributed.all_sum(torch.stack(taken).mean(0)) / distributed.world_size()
+        taken.clear()
         if not means.isfinite().all():
             raise UserError(f"the loss is {means[0]:g} at training step {state.step}; start again with a smaller --lr")
         if curve:
             error = held_out_error(state.ema, held_out, autoencoder) if saving and held_out else None
             report(curve.add(state.step, means.tolist(), error, state.seconds))
         if saving and chief:
-            plot_curve(folder / "loss.csv", folder / "loss.png")
+            plot_curve(folder / "loss.csv", folder / "loss.png", config.family)
             sample_grid(state.ema, autoencoder, folder / "samples" / f"{state.step:07d}.png", options.seed)
             export(state)
             save(state, folder / "last.pt", binding)  # last: a run stopped before it repeats this checkpoint
@@ -134,8 +134,8 @@ def train(
 
 
 def stepper(state: State, options: TrainOptions, autoencoder: Autoencoder) -> Callable[[Tensor, Tensor], Tensor]:
-    """One training step: a function of this process's images (N, C, H, W) and labels (N,) to its mean losses, (3,)."""
-    device, schedule = state.model.pos_embed.device, make_schedule()
+    """One training step: a function of this process's images (N, C, H, W) and labels (N,) to the loss and its parts."""
+    device, config = state.model.pos_embed.device, state.model.config
     network: nn.Module = state.model.train()
     if distributed.world_size() > 1:
         network = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
@@ -143,20 +143,21 @@ def stepper(state: State, options: TrainOptions, autoencoder: Autoencoder) -> Ca
     def take_step(pixels: Tensor, labels: Tensor) -> Tensor:
         numbers = share(state.step, options.global_batch_size)
         x0 = encoded(autoencoder, pixels, state.model, options.seed, numbers, ENCODER)
-        eps, t, chance = draws(options.seed, numbers, DRAWS, x0.shape[1:], device)
+        eps, t, chance = draws(config, options.seed, numbers, DRAWS, device)
         y = torch.where(chance < options.label_dropout, state.model.null_class, labels.to(device))
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
             with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
                 return network(x, t, y).float()
 
-        losses = torch.stack(training_loss(denoise, x0, eps, schedule, t, state.model.config.prediction)).mean(1)
-        torch.autograd.backward(losses[0])
+        parts = losses(config, denoise, x0, eps, t)
+        means = torch.stack([sum(parts[1:], parts[0]), *parts]).mean(1)
+        torch.autograd.backward(means[0])
         state.optimizer.step()
         state.optimizer.zero_grad()
         state.step += 1
         ema.update_(state.ema, state.model, options.ema_decay, state.step)
-        return losses.detach()
+        return means.detach()
 
     return take_step
 
@@ -172,29 +173,31 @@ def encoded(
 
 
 def draws(
-    seed: int, numbers: Sequence[int], purpose: int, shape: Sequence[int], device: torch.device
+    config: DiTConfig, seed: int, numbers: Sequence[int], purpose: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise (N, *shape), timesteps (N,) and uniform numbers (N,) in [0, 1), each from its example's own stream."""
+    """Noise (N, C, H, W), times (N,) and uniform numbers (N,) in [0, 1), each from its example's own stream."""
     streams = [stream(seed, n, purpose) for n in numbers]
-    t = torch.tensor([int(s.integers(TIMESTEPS)) for s in streams], device=device)
-    chance = torch.tensor([s.random() for s in streams], device=device)
+    t = draw_times(config, streams)
+    chance = torch.tensor([s.random() for s in streams])
+    shape = config.in_channels, config.input_size, config.input_size
     eps = torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams]))
-    return eps.to(device), t, chance
+    return eps.to(device), t.to(device), chance.to(device)
 
 
 @torch.no_grad()
 def held_out_error(
     model: DiT, images: LabelledImages, autoencoder: Autoencoder = PIXELS, repeats: int = 4, batch_size: int = 256
 ) -> float:
-    """Mean squared error of the prediction on held-out images, at the same timesteps with the same noise every time."""
-    device, schedule = model.pos_embed.device, make_schedule()
+    """Mean squared error of the prediction on held-out images, at the same times with the same noise every time."""
+    device, config = model.pos_embed.device, model.config
     total, count = 0.0, repeats * len(images)
     for start in range(0, count, batch_size):
         numbers = range(start, min(start + batch_size, count))
         indices = [n % len(images) for n in numbers]
         pixels = torch.stack([images.read(i) for i in indices])
         x0 = encoded(autoencoder, pixels, model, 0, numbers, HELD_OUT_ENCODER)
-        eps, t, _ = draws(0, numbers, HELD_OUT, x0.shape[1:], device)
+        eps, t, _ = draws(config, 0, numbers, HELD_OUT, device)
         y = torch.from_numpy(images.labels[indices]).to(device)
-        total += float(training_loss(partial(model, y=y), x0, eps, schedule, t, model.config.prediction).mse.sum())
+        mse, *_ = losses(config, partial(model, y=y), x0, eps, t)
+        total += float(mse.sum())
     return total / count

@@ -14,6 +14,7 @@ from PIL import Image
 
 from svdit.checkpoints.store import load_model, read_header
 from svdit.cli import command
+from svdit.model.zoo import config_for
 from svdit.shims import allow_cpu_torchvision
 from svdit.training.monitor import read_curve
 
@@ -51,6 +52,19 @@ def test_trains_on_digits_and_resumes(tmp_path: Path, capsys: pytest.CaptureFixt
     assert rows[-1]["held_out_mse"]
     later = load_model(tmp_path / "ema.safetensors")
     assert relative(later.final_layer.linear.weight, model.final_layer.linear.weight) > 0
+
+
+@pytest.mark.usefixtures("no_grids")
+@pytest.mark.parametrize("name", ["SiT-digits", "JiT-digits"])
+def test_flow_models_train_on_digits(tmp_path: Path, name: str) -> None:
+    command("train", [*SHORT, "--results-dir", str(tmp_path), "--model", name])
+    model, header = load_model(tmp_path / "ema.safetensors"), read_header(tmp_path / "ema.safetensors")
+    assert model.config == config_for(name)
+    assert (header or {})["name"] == name
+    rows = read_curve(tmp_path / "loss.csv", model.config.family)
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert list(rows[0]) == ["step", "loss", "mse", "held_out_mse", "seconds"]
+    assert rows[-1]["held_out_mse"]
 
 
 @pytest.mark.usefixtures("no_grids")
@@ -143,6 +157,7 @@ def test_an_image_that_a_worker_cannot_read_is_named_in_one_sentence(
         (["--vae", "ema"], "--vae is ema, but the digits are learned in pixel space"),
         (["--num-classes", "9"], "--num-classes is 9, but digits has 10"),
         (["--model", "DiT-M/2"], "no model called 'DiT-M/2'"),
+        (["--model", "JiT-B/16"], "cannot divide input_size 8 by patch_size 16"),
         (["--device", "tpu"], "device 'tpu' is not supported"),
     ],
 )

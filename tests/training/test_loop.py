@@ -14,7 +14,6 @@ from torch import Tensor
 from worlds import in_world
 
 from svdit import distributed
-from svdit.diffusion.losses import training_loss
 from svdit.diffusion.noise import image_noise
 from svdit.errors import UserError
 from svdit.model.autoencoder import Autoencoder
@@ -24,6 +23,7 @@ from svdit.training import loop
 from svdit.training.data import LabelledImages, share
 from svdit.training.loop import DRAWS, TrainOptions, draws, held_out_error, train
 from svdit.training.monitor import read_curve
+from svdit.training.objective import losses
 from svdit.training.state import State, fresh
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def losses(folder: Path) -> list[dict[str, str]]:
+def curve_of(folder: Path) -> list[dict[str, str]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in read_curve(folder / "loss.csv")]
 
 
@@ -85,12 +85,12 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", images=LabelledImages(dies_in_step_seven, IMAGES.labels, 3, 1))
-    assert losses(tmp_path / "killed")[-1]["step"] == "6"
+    assert curve_of(tmp_path / "killed")[-1]["step"] == "6"
     resumed = run(tmp_path / "killed")
     assert equal(whole.model, resumed.model)
     assert equal(whole.ema, resumed.ema)
-    assert losses(tmp_path / "whole") == losses(tmp_path / "killed")
-    assert [row["step"] for row in losses(tmp_path / "whole")] == ["2", "4", "6", "8"]
+    assert curve_of(tmp_path / "whole") == curve_of(tmp_path / "killed")
+    assert [row["step"] for row in curve_of(tmp_path / "whole")] == ["2", "4", "6", "8"]
     assert not equal(whole.model, run(tmp_path / "seed", seed=1).model)
 
 
@@ -152,7 +152,7 @@ def test_a_run_interrupted_before_its_checkpoint_exports_again(tmp_path: Path) -
 def test_the_loss_falls_and_the_average_follows(tmp_path: Path) -> None:
     options = {**OPTIONS, "steps": 150, "log_every": 50, "checkpoint_every": 150}
     state = train(small(), IMAGES, TrainOptions(**options), tmp_path)
-    curve = [float(row["mse"]) for row in losses(tmp_path)]
+    curve = [float(row["mse"]) for row in curve_of(tmp_path)]
     assert curve[-1] < 0.7 * curve[0]
     assert 0 < relative(state.ema.blocks[0].mlp.fc1.weight, state.model.blocks[0].mlp.fc1.weight) < 0.2
     untrained = held_out_error(small(), IMAGES)
@@ -181,11 +181,11 @@ def latents(monkeypatch: pytest.MonkeyPatch, world: int, batch: int) -> Tensor:
         for step in range(8 // batch):
             numbers = share(step, batch)
 
-            def keep(model: object, x0: Tensor, *rest: Any, numbers: range = numbers) -> Any:
+            def keep(config: DiTConfig, model: Any, x0: Tensor, *rest: Any, numbers: range = numbers) -> Any:
                 captured.update(zip(numbers, x0, strict=True))
-                return training_loss(model, x0, *rest)  # type: ignore[arg-type]
+                return losses(config, model, x0, *rest)
 
-            monkeypatch.setattr(loop, "training_loss", keep)
+            monkeypatch.setattr(loop, "losses", keep)
             take_step(COLOUR[list(numbers)], torch.zeros(len(numbers), dtype=torch.int64))
     return torch.stack([captured[n] for n in range(8)])
 
@@ -214,8 +214,8 @@ def test_the_global_stream_is_not_used(tmp_path: Path) -> None:
 
 
 def test_draws_are_each_examples_own() -> None:
-    eps, t, chance = draws(5, range(2000), DRAWS, (1, 2, 2), CPU)
-    alone = draws(5, [17], DRAWS, (1, 2, 2), CPU)
+    eps, t, chance = draws(SMALL, 5, range(2000), DRAWS, CPU)
+    alone = draws(SMALL, 5, [17], DRAWS, CPU)
     assert torch.equal(alone[0][0], eps[17])
     assert (alone[1], alone[2]) == (t[17], chance[17])
     assert kstest(eps.flatten().numpy(), "norm").pvalue > 1e-3
@@ -236,7 +236,7 @@ def test_bf16_rounds_and_no_more(tmp_path: Path) -> None:
     weights = [state.model.blocks[0].mlp.fc1.weight for state in (a, b)]
     assert weights[1].dtype == torch.float32
     assert 0 < relative(weights[1], weights[0]) < 0.01
-    first = [float(losses(tmp_path / name)[0]["loss"]) for name in "ab"]
+    first = [float(curve_of(tmp_path / name)[0]["loss"]) for name in "ab"]
     assert first[0] == pytest.approx(first[1], rel=0.01)
 
 
@@ -251,7 +251,7 @@ def test_files_of_a_checkpoint(tmp_path: Path) -> None:
     options = TrainOptions(**{**OPTIONS, "steps": 5})
     train(small(), IMAGES, options, tmp_path, held_out=IMAGES, export=lambda state: exported.append(state.step))
     assert exported == [4, 5]
-    assert [row["held_out_mse"] != "" for row in losses(tmp_path)] == [False, True, True]
+    assert [row["held_out_mse"] != "" for row in curve_of(tmp_path)] == [False, True, True]
     for name in ("last.pt", "loss.png", "samples/0000004.png", "samples/0000005.png"):
         assert (tmp_path / name).stat().st_size > 0
 

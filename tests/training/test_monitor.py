@@ -5,10 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from families import small
 from PIL import Image
 from torch import Tensor
 
-from svdit.model.autoencoder import Autoencoder
+from svdit.diffusion.noise import image_noise
+from svdit.diffusion.paths import Path as FlowPath
+from svdit.diffusion.paths import velocity
+from svdit.images import grid, to_uint8
+from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
 from svdit.training.monitor import Curve, plot_curve, read_curve, sample_grid
 
@@ -63,3 +69,23 @@ def test_sample_grid_has_a_column_for_each_class(tiny: DiT, tmp_path: Path) -> N
     sample_grid(tiny, FirstThree(), tmp_path / "c.png", seed=0)
     darker = image.astype(int) - np.asarray(Image.open(tmp_path / "c.png"))
     assert set(np.unique(darker)) == {0, 1}
+
+
+class Gaussian(DiT):
+    """The best model of data N(0.1, 0.3²), as each family predicts it."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        noise, p = self.config.noise_scale, FlowPath(self.config.path, self.config.time).at(t.reshape(-1, 1, 1, 1))
+        deviation = (x - 0.1 * p.alpha) / (p.alpha**2 * 0.3**2 + p.sigma**2 * noise**2)
+        x0, eps = 0.1 + p.alpha * 0.3**2 * deviation, p.sigma * noise**2 * deviation
+        return x0 if self.config.prediction == "x0" else velocity(x0, eps, p)
+
+
+@pytest.mark.parametrize(("family", "noise_scale"), [("sit", 1.0), ("repa", 1.0), ("lightningdit", 1.0), ("jit", 2.0)])
+def test_sample_grids_of_flows_show_what_the_model_learned(family: str, noise_scale: float, tmp_path: Path) -> None:
+    model = Gaussian(small(family, in_channels=3, noise_scale=noise_scale).config)
+    sample_grid(model, PIXELS, tmp_path / "grid.png", seed=3)
+    x = 0.1 + 0.3 * image_noise(3, range(20), (3, 4, 4), torch.device("cpu"))()  # the flow moves every quantile
+    expected = grid(to_uint8(x.clamp(-1, 1)), 5, scale=16)
+    found = np.asarray(Image.open(tmp_path / "grid.png")).astype(int)
+    assert np.abs(found - expected).max() <= 2
