@@ -39,10 +39,10 @@ def calibration_size(model: DiT, images: int | None = None, steps: int | None = 
 
 
 def calibration_sampling(config: DiTConfig, steps: int, cfg_scale: float) -> SamplingConfig:
-    """How a model samples its calibration set; a flow in two steps at least."""
+    """How a model samples its calibration set; a flow in three steps at least."""
     if not config.is_flow:
         return SamplingConfig("ddim", str(steps), cfg_scale)
-    return default_sampling(config, steps=str(max(steps, 2)), cfg_scale=cfg_scale)
+    return default_sampling(config, steps=str(max(steps, 3)), cfg_scale=cfg_scale)
 
 
 def calibration_loop(

@@ -9,11 +9,13 @@ import pytest
 import torch
 from conftest import randomize, relative
 from devices.fake_cuda import FakeCuda, value
+from families import small
 from layers import model_bound
 from pixels import CONFIG, SEED, Squash, draw, pixel_model
 from torch import nn
 
 from svdit.checkpoints.store import load_model, save_model
+from svdit.diffusion.flow_samplers import FLOW_SAMPLERS
 from svdit.diffusion.noise import batch_noise
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.model.autoencoder import Autoencoder
@@ -41,6 +43,20 @@ GUIDANCE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_with_every_guidance(sampler: str, guidance: str) -> None:
     config, model = SamplingConfig(sampler, "4", **GUIDANCE[guidance]), pixel_model()
+    expected = generate(model, LABELS, config)
+    with FakeCuda():
+        found = generate(model.to("cuda"), LABELS, config)
+        assert found.is_cuda
+    assert torch.equal(value(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "sampler"),
+    [*(("repa", sampler) for sampler in FLOW_SAMPLERS), ("sit", "sde"), ("lightningdit", "euler"), ("jit", "heun")],
+)
+def test_every_sampler_of_flows(sampler: str, family: str) -> None:
+    model = small(family, depth=2)
+    config = SamplingConfig(sampler, "4", 2.0, cfg_interval=None if sampler == "dopri5" else (0.2, 0.9))
     expected = generate(model, LABELS, config)
     with FakeCuda():
         found = generate(model.to("cuda"), LABELS, config)

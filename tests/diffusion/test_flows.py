@@ -1,6 +1,7 @@
 """Samplers of flows against solutions in closed form, SciPy's Runge–Kutta and the published sampler's batch."""
 
 import math
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,7 @@ from svdit.diffusion import dopri5 as adaptive
 from svdit.diffusion.flow import SDE, FlowSchedule, flow_times
 from svdit.diffusion.flow_samplers import FLOW_SAMPLERS, SDE_SAMPLERS
 from svdit.diffusion.guidance import Interval, guided
-from svdit.diffusion.ode import METHODS, slopes, step
+from svdit.diffusion.ode import METHODS, slopes, step, velocity
 from svdit.diffusion.paths import DIRECTIONS, FLOW_PREDICTIONS, PATHS, Path
 from svdit.diffusion.samplers import Denoise
 from svdit.diffusion.sde import FORMS, LAST_STEPS
@@ -190,3 +191,64 @@ def test_slopes_reuse_the_first() -> None:
     x, t = torch.ones(1, 1, 1, 1), torch.tensor(0.0)
     slopes(METHODS["heun"], f, x, t, t + 1, first=x)
     assert calls == [1.0]
+
+
+GUIDED = re.compile(r"forward_cfg(4|15|67)(_all)?(?:_(start0125|nointerval)_(below|at|above))?")
+SCALES = {"4": 4.0, "15": 1.5, "67": 6.7}
+FORWARDS = [
+    (name, *match.group(0, 1, 2, 3, 4))
+    for name in MODELS
+    if not name.startswith("dit")
+    for key in np.load(FOLDER / f"{name}.npz")
+    if (match := GUIDED.fullmatch(key))
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "key", "scale", "every", "interval", "where"), FORWARDS)
+def test_guided_velocities_equal_published(
+    name: str, key: str, scale: str, every: str | None, interval: str | None, where: str | None
+) -> None:
+    published = Published(name)
+    bounds = Interval(0.125, 1) if interval == "start0125" else None
+    times = published[f"cfg_t_{where}" if where else "cfg_t"]
+    for i, t in enumerate(times):
+        y = published["cfg_y"][i : i + 1]
+        denoise = guided(published.model, y, published.model.null_class, SCALES[scale], None if every else 3, bounds)
+        assert relative(denoise(published["cfg_x"][i : i + 1], t), published[key][i : i + 1]) < 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("jit")])
+def test_guided_velocities_of_clean_images_equal_published(name: str) -> None:
+    published, schedule = Published(name), FlowSchedule(torch.linspace(0, 1, 2))
+    for i, t in enumerate(published["v_t"]):
+        y = published["v_y"][i : i + 1]
+        denoise = guided(published.model, y, published.model.null_class, 3.0, None, Interval(0.1, 1, strict=True))
+        v = velocity(denoise, schedule, "x0", t)(published["v_z"][i : i + 1], t)
+        assert relative(v, published["v_guided_cfg3"][i : i + 1]) < 2e-5
+
+
+@torch.no_grad()
+def test_sbdm_of_a_velocity_model_equals_published() -> None:
+    """Published with a first time set by hand, since the diffusion is infinite at 0."""
+    published, options = Published("sit/sit_learn_sigma"), SDE("SBDM")
+    times = torch.cat([published["t_sde_sbdm_eps01_10"], torch.ones(1)])
+    denoise = guided(published.model, published["y_sample"], published.model.null_class, 2.5)
+    draws = iter(published["noise_10"])
+    x = FLOW_SAMPLERS["sde"](denoise, published["z"], FlowSchedule(times, sde=options), noise=draws.__next__)
+    assert relative(x, published["sde_sbdm_mean_eps01_10"]) < 2e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["ode", "sde"])
+def test_every_step_equals_published(kind: str) -> None:
+    published, path = Published("sit/sit_learn_sigma"), Path()
+    options = SDE() if kind == "sde" else None
+    denoise = guided(published.model, published["y_sample"], published.model.null_class, 2.5)
+    schedule, draws, steps = FlowSchedule(flow_times(10, path, sde=options), path, options), published["noise_10"], []
+    FLOW_SAMPLERS["sde" if options else "euler"](
+        denoise, published["z"], schedule, noise=iter(draws).__next__, callback=lambda _, x: steps.append(x[:1])
+    )
+    expected = published["sde_sigma_mean_10_path" if options else "ode_euler_10_path"]
+    assert relative(torch.stack(steps), expected[-len(steps) :]) < 2e-5
