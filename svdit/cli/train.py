@@ -54,8 +54,9 @@ def parser() -> Parser:
         type=path,
         default="auto",
         metavar="NAME",
-        help="ema, mse, a local folder, or none for pixel space; default: ema",
+        help="ema, mse, a local folder, a repository of Hugging Face, or none for pixel space; default: ema",
     )
+    add("--latent-stats", type=path, metavar="PATH", help="latents_stats.pt, for VAEs such as VA-VAE; default: none")
     add("--augment", default="flip", choices=keys("training/data.py", "AUGMENTATIONS"), help="default: %(default)s")
     add_training(parser)
     add_machine(parser)
@@ -186,14 +187,17 @@ def model_config(
 ) -> "DiTConfig":
     """The named configuration for these images and this number of channels; None: theirs.
 
-    Raises UserError for another number of classes than the data has.
+    Raises UserError for another number of classes than the data has, or of channels than --latent-stats.
     """
+    from svdit.checkpoints.statistics import latent_statistics
     from svdit.model.zoo import config_for
 
     num_classes = args.num_classes or images.num_classes
     if num_classes != images.num_classes:
         raise UserError(f"--num-classes is {num_classes}, but {args.data} has {images.class_summary()}; omit it")
     sizes: dict[str, Any] = {"input_size": input_size, "in_channels": channels or images.channels}
+    if args.latent_stats:
+        sizes["latent_mean"], sizes["latent_std"] = latent_statistics(args.latent_stats)
     return config_for(args.model, **sizes, num_classes=num_classes)
 
 

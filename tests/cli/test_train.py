@@ -111,6 +111,22 @@ def test_a_folder_of_pictures(tmp_path: Path, latent: bool, size: int, expected:
     assert Image.open(tmp_path / "out" / "samples" / "0000002.png").size == (2 * 66 + 2, 4 * 66 + 2)
 
 
+@pytest.mark.usefixtures("no_grids")
+def test_normalized_latents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    statistics = {"mean": torch.full((1, 4, 1, 1), 0.5), "std": torch.full((1, 4, 1, 1), 2.0)}
+    torch.save(statistics, tmp_path / "latents_stats.pt")
+    torch.save({key: value[:, :3] for key, value in statistics.items()}, tmp_path / "three.pt")
+    flags = ["--data", str(class_folders(tmp_path / "data")), "--model", "DiT-digits", "--image-size", "64"]
+    flags += ["--vae", tiny_vae(tmp_path / "vae"), "--device", "cpu", "--global-batch-size", "4", "--steps", "1"]
+    flags += ["--num-workers", "0", "--results-dir", str(tmp_path / "out"), "--latent-stats"]
+    with pytest.raises(SystemExit, match="2"):
+        command("train", [*flags, str(tmp_path / "three.pt")])
+    assert "latent_std 3; pass one for each of the 4 channels" in capsys.readouterr().err
+    command("train", [*flags, str(tmp_path / "latents_stats.pt")])
+    config = load_model(tmp_path / "out" / "ema.safetensors").config
+    assert (config.latent_mean, config.latent_std) == ((0.5,) * 4, (2.0,) * 4)
+
+
 PIXELS = ["--model", "DiT-digits", "--vae", "none", "--image-size", "8", "--device", "cpu", "--global-batch-size", "4"]
 
 
