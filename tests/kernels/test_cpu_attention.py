@@ -10,6 +10,7 @@ from svdit.kernels.cpu import linear as cpu
 
 SHAPES = (
     (2, 16, 2, 32), (1, 1, 1, 1), (1, 5, 3, 7), (2, 64, 4, 72), (1, 67, 1, 100), (1, 130, 2, 16), (2, 35, 3, 80),
+    (1, 9, 2, 18),
 )  # fmt: skip
 pytestmark = pytest.mark.skipif(bool(ffi.missing()), reason=ffi.missing() or "-")
 

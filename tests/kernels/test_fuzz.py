@@ -21,6 +21,7 @@ from svdit.kernels import reference as ref
 from svdit.kernels.cpu import ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import Element, Format, ScaleType, Span
+from svdit.kernels.fused import gated
 from svdit.kernels.layer import Layer, LinearSpec
 from svdit.quant.linear import SVDLinear
 
@@ -98,8 +99,12 @@ def bound(layer: Layer, x: torch.Tensor) -> torch.Tensor:
 def outcome(layer: Layer, draw: random.Random) -> str:
     """`computed` by the C kernels, or by the fallback because they do not support it; "" where that is wrong."""
     x = torch.randn(draw.choice((1, 3, 7)), layer.shape[1], generator=torch.Generator().manual_seed(1)) * 3
-    y, expected = ops.pack(layer, "cpu")(x[None])[0], ref.linear(layer, x)
-    if not ((y.double() - expected).abs() <= bound(layer, x)).all():
+    read, glu = x, draw.random() < 0.3
+    if glu:
+        read = torch.cat([torch.where(x > -1, x.abs() + 20, -110), x], 1)  # silu(a) is exactly a, or 0
+        x = gated(read)
+    y = ops.pack(layer, "cpu")(read[None], glu=glu)[0]
+    if not ((y.double() - ref.linear(layer, x)).abs() <= bound(layer, x)).all():
         return ""
     return "unsupported" if ops.unsupported(layer.spec, layer.shape, "cpu") else "computed"
 
