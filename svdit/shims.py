@@ -1,13 +1,16 @@
-"""Lets torchvision's Python modules import on a CPU build of torch.
+"""What torch and torchvision import, and when.
 
 torchvision on PyPI is built for CUDA. On a CPU build of torch its C++ library does not load, and registering the fake
 kernel of `nms` then fails. Declaring the two operator schemas first is enough. The operators remain uncallable.
 """
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 _library: torch.library.Library | None = None
 
@@ -26,3 +29,15 @@ def allow_cpu_torchvision() -> None:
         for name in ("nms", "qnms"):
             _library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
         import torchvision  # noqa: F401
+
+
+class WithoutNormal(TorchFunctionMode):
+    """A context in which `normal_` changes nothing: on the meta device torch would import its compiler to compute it,
+    which takes longer than importing all of torch."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What `func` returns."""
+        kwargs = kwargs or {}
+        return [*args, *kwargs.values()][0] if func.__name__ == "normal_" else func(*args, **kwargs)

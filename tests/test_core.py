@@ -16,13 +16,18 @@ from importlib.machinery import PathFinder
 
 find_spec = PathFinder.find_spec
 HIDDEN = {(*EXTRAS, "huggingface_hub", "triton")}
-PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in HIDDEN else find_spec(name, *rest)
+
+def visible(name, *rest):
+    hidden = name.partition(".")[0] in HIDDEN or name == "torch._dynamo"  # torch's compiler, seconds of imports
+    return None if hidden else find_spec(name, *rest)
+
+PathFinder.find_spec = visible
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose sitecustomize.py hides every optional package."""
+    """A folder whose sitecustomize.py hides every optional package, and torch's compiler."""
     folder = tmp_path_factory.mktemp("core")
     (folder / "sitecustomize.py").write_text(HIDE)
     return folder

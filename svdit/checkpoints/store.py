@@ -25,6 +25,7 @@ from svdit.fields import from_json
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS, config_for
 from svdit.quant.linear import SVDLinear, layer_specs
+from svdit.shims import WithoutNormal
 from svdit.storage.filetype import check_regular
 
 EMBEDDED = Path(__file__).parents[1] / "pretrained"
@@ -260,7 +261,7 @@ def empty(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) -> DiT:
         context = len(tensors["in_context_posemb"][0]) if config.context_tokens else 0
         if config.context_tokens != context:
             raise UserError(f"context_tokens is {config.context_tokens}, but there are {context}")
-        with torch.device("meta"):
+        with torch.device("meta"), WithoutNormal():
             return DiT(config)
 
 

@@ -63,7 +63,9 @@ class LabelEmbedder(nn.Module):
 
 def position_embedding(hidden_size: int, side: int) -> Tensor:
     """Fixed sine-cosine embedding of a side × side grid, (1, T, D): a quarter each of sin x, cos x, sin y, cos y."""
-    quarter = torch.arange(hidden_size // 4, dtype=torch.float64)  # device: the default; meta while a file is loaded
+    if torch.get_default_device().type == "meta":  # while a file is loaded; torch would import its compiler to compute
+        return torch.empty(1, side * side, hidden_size, device="meta")
+    quarter = torch.arange(hidden_size // 4, dtype=torch.float64)  # device: the default
     frequencies = 10000.0 ** -(quarter / (hidden_size // 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # device: the same
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
