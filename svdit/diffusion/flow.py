@@ -53,14 +53,14 @@ def flow_times(
     """
     near_noise, near_data = margins(path.name, prediction, sde, eps)
     if path.direction > 0:
-        times = torch.linspace(near_noise, 1 - near_data, points, dtype=dtype)
+        times = torch.linspace(near_noise, 1 - near_data, points, dtype=dtype, device="cpu")
     else:
-        times = torch.linspace(1 - near_noise, near_data, points, dtype=dtype)
+        times = torch.linspace(1 - near_noise, near_data, points, dtype=dtype, device="cpu")
     if shift != 1:
         t = path.forward(times)
         times = path.forward(shift * t / (1 + (shift - 1) * t))
     if sde and sde.last_step != "none":
-        times = torch.cat([times, path.forward(torch.ones(1, dtype=dtype))])
+        times = torch.cat([times, path.forward(torch.ones(1, dtype=dtype, device="cpu"))])
     return times
 
 

@@ -37,7 +37,7 @@ class DiT(nn.Module):
         self.y_embedder = LabelEmbedder(config.num_classes, D, config.has_null_class)
         self.pos_embed = nn.Parameter(position_embedding(D, side), requires_grad=False)
         if config.context_tokens:
-            self.in_context_posemb = nn.Parameter(torch.zeros(1, config.context_tokens, D))
+            self.in_context_posemb = nn.Parameter(torch.zeros(1, config.context_tokens, D))  # device: the default
         if config.rope:
             table = rotation(D // config.num_heads, side, config.context_tokens)
             self.register_buffer("rotation", table, persistent=False)
