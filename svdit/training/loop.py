@@ -178,7 +178,7 @@ def draws(
     """Noise (N, C, H, W), times (N,) and uniform numbers (N,) in [0, 1), each from its example's own stream."""
     streams = [stream(seed, n, purpose) for n in numbers]
     t = draw_times(config, streams)
-    chance = torch.tensor([s.random() for s in streams])
+    chance = torch.tensor([s.random() for s in streams], device="cpu")
     shape = config.in_channels, config.input_size, config.input_size
     eps = torch.from_numpy(np.stack([s.standard_normal(shape, dtype=np.float32) for s in streams]))
     return eps.to(device), t.to(device), chance.to(device)

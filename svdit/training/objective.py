@@ -30,12 +30,12 @@ def draw_times(config: DiTConfig, streams: Sequence[np.random.Generator]) -> Ten
     """A timestep or float32 time (N,) from each example's own stream."""
     path = Path(config.path, config.time)
     if not config.is_flow:
-        return torch.tensor([int(s.integers(TIMESTEPS)) for s in streams])
+        return torch.tensor([int(s.integers(TIMESTEPS)) for s in streams], device="cpu")
     if config.family in LOGNORMAL:
         mean, std = LOGNORMAL[config.family]
-        normal = torch.tensor([s.standard_normal() for s in streams], dtype=torch.float64)
+        normal = torch.tensor([s.standard_normal() for s in streams], dtype=torch.float64, device="cpu")
         return lognormal_times(std * normal + mean, path).float()
-    u = torch.tensor([s.random() for s in streams], dtype=torch.float64)
+    u = torch.tensor([s.random() for s in streams], dtype=torch.float64, device="cpu")
     return uniform_times(u, path, config.prediction).float()
 
 
