@@ -39,12 +39,16 @@ def families(tensors: Mapping[str, Tensor], learn_sigma: bool) -> tuple[str, ...
 def decide(possible: tuple[str, ...], claim: str | None, recorded: Mapping[str, Any], path: Path) -> str:
     """One of the possible families: the caller's `claim`, the recorded one, or DiT for a published file.
 
-    Raises UserError for a claim that is not possible, and where nothing decides.
+    Raises UserError for a claim that is not possible or not what was recorded, and where nothing decides.
     """
     choices = listed([f"a {NAMES[family]}" for family in possible])
     if claim is not None and claim not in possible:
         raise UserError(
             f"{path} has the tensors of {choices}, not of a {NAMES.get(claim, claim)}; omit --family and --model"
+        )
+    if claim is not None and (recorded.get("family", claim) != claim or (claim == "dit" and "path_type" in recorded)):
+        raise UserError(
+            f"{path} records the training of another model than a {NAMES[claim]}; omit --family and --model"
         )
     decided = [family for family in (claim, recorded.get("family")) if family in possible]
     if decided or len(possible) == 1:
