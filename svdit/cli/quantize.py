@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ def add_calibration(parser: Parser) -> None:
     add = parser.add_argument_group("calibration", argument_default=argparse.SUPPRESS).add_argument
     add("--calib-images", type=many, metavar="N", help="default: as many as the widest layer needs")
     add("--calib-steps", type=integer(1, 1000), metavar="S", help="sampling steps; default: at most 25")
-    add("--cfg-scale", type=scale, metavar="SCALE", help=f"guidance scale; default: {DEFAULT.cfg_scale}")
+    add("--cfg-scale", type=scale, metavar="SCALE", help="guidance scale; default: 1.5, or the family's")
     add("--seed", type=natural, help=f"default: {DEFAULT.seed}")
     add(
         "--max-memory",
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> Result | None:
     from svdit.kernels import ops
     from svdit.quant.select import select
     from svdit.sampling.batch import check_guidance
+    from svdit.sampling.calibration import calibration_sampling
 
     settings = QuantizeSettings.of(args)
     outputs.output_file(args.output, ".safetensors", ".pt")
@@ -109,8 +111,10 @@ def run(args: argparse.Namespace) -> Result | None:
             note(sentence)
         source = setup.load_checkpoint(args, device)
         outputs.check_distinct("--output", args.output, source.path)
+        scale = calibration_sampling(source.model.config, 1, settings.cfg_scale).cfg_scale
+        settings = replace(settings, cfg_scale=scale)
         if settings.calibrates or settings.figures:
-            check_guidance(source.model, settings.cfg_scale)
+            check_guidance(source.model, scale)
         select(source.model, settings.config)  # before calibration, errors in patterns and shapes
         record, digest = settings.record(), fingerprint(source.path)
         work = args.output.with_name(f"{args.output.name}.partial")
@@ -181,8 +185,10 @@ def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]
         return None
     images, steps = calibration_size(model, settings.calib_images, settings.calib_steps)
     options: dict[str, Any] = {"images": images, "steps": steps, "cfg_scale": settings.cfg_scale, "seed": settings.seed}
-    sampler = calibration_sampling(model.config, steps, settings.cfg_scale).sampler
-    record["calibration"] = {"sampler": sampler, **options}
+    walk = calibration_sampling(model.config, steps, settings.cfg_scale)
+    record["calibration"] = {"sampler": walk.sampler, **options}
+    if walk.cfg_interval:
+        record["calibration"]["cfg_interval"] = walk.cfg_interval
 
     def loop(model: "nn.Module") -> None:
         with progress("calibrating", rank() == 0, "steps") as tick:

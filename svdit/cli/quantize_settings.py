@@ -44,7 +44,7 @@ class QuantizeSettings:
     figures: bool = True
     calib_images: int | None = None
     calib_steps: int | None = None
-    cfg_scale: float = 1.5
+    cfg_scale: float | None = None  # that of the family's protocol
     seed: int = 0
     max_memory: float = 8.0  # GB
     given: frozenset[str] = frozenset()

@@ -27,7 +27,9 @@ FEW = 4  # layers with spectra and histograms
 HALVES = ("conditional", "unconditional")
 
 
-def measure(model: DiT, original: DiT, lines: Sequence[LayerReport], cfg_scale: float, seed: int) -> dict[str, Any]:
+def measure(
+    model: DiT, original: DiT, lines: Sequence[LayerReport], cfg_scale: float | None, seed: int
+) -> dict[str, Any]:
     """Errors by layer, time and guidance half, spectra, smoothing scales and input histograms, as JSON."""
     import torch
 
@@ -72,7 +74,7 @@ def affordable(model: DiT) -> tuple[int, int]:
     return min(max(pairs // steps, IMAGES[0]), IMAGES[1]), steps
 
 
-def held_out_loop(images: int, steps: int, cfg_scale: float, seed: int) -> Callable[[nn.Module], None]:
+def held_out_loop(images: int, steps: int, cfg_scale: float | None, seed: int) -> Callable[[nn.Module], None]:
     """A forward loop: sampling as for calibration, from held-out noise, random classes."""
     import torch
 

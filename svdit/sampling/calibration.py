@@ -1,9 +1,9 @@
 """Forward loops for calibration: the model's own sampling steps on random labels. No data set is needed.
 
-DDIM for DiT, the sampler of the family's script for others, with both guidance halves where they are used: every layer
-sees its sampling inputs at all noise levels. Conditioning layers (adaLN) see few inputs that way; theirs depend only on
-(t, y) and are sampled directly. Errors are reported on images of their own: consecutive steps of one image resemble
-each other.
+DDIM for DiT, the sampler and guidance of the family's protocol for others, with both guidance halves where they are
+used: every layer sees its sampling inputs at all noise levels. Conditioning layers (adaLN) see few inputs that way;
+theirs depend only on (t, y) and are sampled directly. Errors are reported on images of their own: consecutive steps of
+one image resemble each other.
 """
 
 import math
@@ -20,8 +20,10 @@ from svdit.holdout import held_out
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.embeddings import sinusoids
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate
+from svdit.sampling.protocols import PROTOCOLS
 
 TOKENS = 20_000  # enough for a small model: 2.5× as many did not improve its images
+GUIDANCE = 1.5  # scale for models of sizes that no protocol has
 CONDITIONS = 4096  # pairs (t, y) for the adaLN layers
 
 
@@ -38,18 +40,25 @@ def calibration_size(model: DiT, images: int | None = None, steps: int | None = 
     return images or math.ceil(pairs / steps), steps
 
 
-def calibration_sampling(config: DiTConfig, steps: int, cfg_scale: float) -> SamplingConfig:
-    """How a model samples its calibration set; a flow in three steps at least."""
+def calibration_sampling(config: DiTConfig, steps: int, cfg_scale: float | None = None) -> SamplingConfig:
+    """How a model samples its calibration set: under the first protocol of its family, a flow in three steps at least.
+
+    `cfg_scale` None: the protocol's, or GUIDANCE where it has none for this model.
+    """
+    protocol = next(protocol for protocol in PROTOCOLS.values() if protocol.family == config.family)
+    options = {"cfg_scale": GUIDANCE, **protocol.options(config, config.input_size), "steps": str(max(steps, 3))}
+    if cfg_scale is not None:
+        options["cfg_scale"] = cfg_scale
     if not config.is_flow:
-        return SamplingConfig("ddim", str(steps), cfg_scale)
-    return default_sampling(config, steps=str(max(steps, 3)), cfg_scale=cfg_scale)
+        return SamplingConfig("ddim", str(steps), options["cfg_scale"])
+    return default_sampling(config, **options)
 
 
 def calibration_loop(
     *,
     images: int,
     steps: int,
-    cfg_scale: float = 1.5,
+    cfg_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int, int], None] = lambda done, total: None,

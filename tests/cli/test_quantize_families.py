@@ -17,7 +17,7 @@ from svdit.quant.linear import quantized_layers
 from svdit.quant.solve import quantize_linear
 
 QUICK = ("--calib-images", "2", "--calib-steps", "3")
-SAMPLERS = {"dit": "ddim", "sit": "sde", "repa": "euler", "lightningdit": "euler", "jit": "heun"}
+SAMPLERS = {"dit": "ddim", "sit": "sde", "repa": "sde", "lightningdit": "euler", "jit": "heun"}
 
 
 def checkpoint(family: str, folder: Path) -> Path:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from svdit.diffusion.paths import DIRECTIONS
 from svdit.errors import UserError
 from svdit.model.config import FAMILIES
+from svdit.model.zoo import config_for
 from svdit.sampling.batch import default_sampling
 from svdit.sampling.calibration import calibration_loop, calibration_sampling, calibration_size, show_conditions
 
@@ -46,11 +47,24 @@ def test_conditions_cover_the_times_of_the_model(family: str) -> None:
 def test_settings() -> None:
     jit, dit = small("jit").config, small("dit").config
     assert calibration_sampling(dit, 1, 1.5).sampler == "ddim"
-    assert calibration_sampling(jit, 9, 3.0) == default_sampling(jit, steps="9", cfg_scale=3.0)
+    published = {"cfg_scale": 3.0, "cfg_interval": (0.1, 1.0)}
+    assert calibration_sampling(jit, 9, 3.0) == default_sampling(jit, steps="9", **published)
     for family in FAMILIES:
         config = small(family).config
         assert len(calibration_sampling(config, 1, 1.5).schedule(config)) in (1, 2, 3)
         assert (config.time in DIRECTIONS) == config.is_flow
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("DiT-XL/2", 1.5), ("SiT-B/2", 1.5), ("REPA-XL/2", 1.8), ("LightningDiT-XL/1", 6.7), ("JiT-L/16", 2.4),
+     ("JiT-L/32", 2.5), ("SiT-digits", 1.5)],
+)  # fmt: skip
+def test_guidance_is_that_of_the_familys_protocol(name: str, scale: float) -> None:
+    sampling = calibration_sampling(config_for(name), 10)
+    assert sampling.cfg_scale == scale
+    intervals = {"REPA": (0.0, 0.7), "LightningDiT": (0.125, 1.0), "JiT": (0.1, 1.0)}
+    assert sampling.cfg_interval == intervals.get(name.split("-")[0])
 
 
 def test_the_widest_layer_decides_the_size() -> None:
