@@ -45,8 +45,9 @@ class FastBlock(nn.Module):
 
     def attention(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
         """(N, T, 3D) to (N, T, D)"""
-        if self.backend == "cpu" and torch.compiler.is_compiling():
-            return linear.attention(qkv, self.heads, *(self.norms or (None, None)), *(rotation or (None, None)))
+        if self.backend in ("cpu", "triton") and torch.compiler.is_compiling():
+            tables = *(self.norms or (None, None)), *(rotation or (None, None))
+            return linear.attention(qkv, self.heads, self.backend, *tables)
         return ops.attention(qkv, self.heads, self.backend, norms=self.norms, rotation=rotation)
 
     def parts(self, x: Tensor) -> list[slice]:

@@ -192,16 +192,21 @@ def linear_(
 
 @torch.library.custom_op("svdit::attention", mutates_args=())
 def attention(
-    qkv: Tensor, heads: int, weight: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None
+    qkv: Tensor,
+    heads: int,
+    backend: str,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
 ) -> Tensor:
-    """Attention of the backend `cpu` with optional norms and rotation: (N, T, 3D) to (N, T, D)."""
+    """Attention of a backend with kernels for it, with optional norms and rotation: (N, T, 3D) to (N, T, D)."""
     norms = None if weight is None else HeadNorms(weight, bias)
     rotation = None if cos is None or sin is None else Rotation(cos, sin)
-    return ops.attention(qkv, heads, "cpu", norms=norms, rotation=rotation)
+    return ops.attention(qkv, heads, backend, norms=norms, rotation=rotation)
 
 
 @attention.register_fake
-def _(
-    qkv: Tensor, heads: int, weight: Tensor | None, bias: Tensor | None, cos: Tensor | None, sin: Tensor | None
-) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=torch.float32)
+def _(qkv: Tensor, heads: int, *_: object) -> Tensor:
+    dtype = torch.bfloat16 if qkv.is_cuda else torch.float32
+    return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=dtype)
