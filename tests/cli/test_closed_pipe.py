@@ -44,6 +44,7 @@ def test_results_are_saved_before_anything_is_printed(
     argv: str, results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("svdit.training.loop.sample_grid", lambda *arguments: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.touch())
     tiny = saved(tmp_path / "tiny.safetensors")
     name, *rest = argv.format(tiny=tiny, folder=tmp_path).split()
     with closed_stdout(), pytest.raises(SystemExit) as stop:

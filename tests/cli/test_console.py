@@ -1,8 +1,6 @@
 """What every command prints, on tiny inputs: progress, with --quiet the result only, with --json one object."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pixels import ROOT, saved
+from worlds import Run
 
 from svdit.checkpoints.store import read_header
 from svdit.cli import COMMANDS, command
@@ -78,6 +77,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inception, "random_extractor", Means)
     monkeypatch.setattr("svdit.evaluation.selftest.formulas", lambda: iter([Check("one", 1.0, 1.0, 0.0)]))
     monkeypatch.setattr("svdit.training.loop.sample_grid", lambda *arguments: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.touch())
 
 
 @pytest.fixture(scope="module")
@@ -263,9 +263,9 @@ def test_every_path_is_valid_json(inputs: dict[str, Path], tmp_path: Path, capsy
     assert json.loads(line)["rows"][0]["file"] == str(path)
 
 
-def test_under_torchrun_one_process_prints_the_object(inputs: dict[str, Path], tmp_path: Path) -> None:
-    script = [str(ROOT / "sample_ddp.py"), *LINES["generate"].format(out=tmp_path, **inputs).split(), "--json"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([sys.executable, *torchrun, *script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["npz"] == str(tmp_path / "set.npz")
+def test_of_several_processes_one_prints_the_object(
+    inputs: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes, errors = Run(lambda: run("generate", inputs, tmp_path, "--json"), tmp_path).end()
+    assert codes == [0, 0], errors
+    assert json.loads(capfd.readouterr().out)["npz"] == str(tmp_path / "set.npz")

@@ -1,15 +1,14 @@
 """`svdit generate --evaluate`: the numbers of `svdit evaluate` on the same images in files; errors before sampling."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from helpers import Means
-from pixels import ROOT, TORCHRUN, saved
+from pixels import saved
+from worlds import Run
 
 from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command
@@ -89,15 +88,10 @@ def test_a_rerun_samples_nothing_and_a_larger_one_only_the_rest(monkeypatch: pyt
     assert metrics("set") == metrics("alone")
 
 
-def test_processes_evaluate_what_one_draws() -> None:
+def test_processes_evaluate_what_one_draws(tmp_path: Path) -> None:
     assert generate("files", count=6) == 0
-    argv = ["--ckpt", "quantized.safetensors", "--sample-dir", "set", "--num-fid-samples", "6", *STEPS]
-    subprocess.run(
-        [*TORCHRUN, str(ROOT / "sample_ddp.py"), *argv, "--evaluate", "files", "--metrics", "paired"],
-        check=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    codes, errors = Run(lambda: generate("set", "--evaluate", "files", "--metrics", "paired", count=6), tmp_path).end()
+    assert codes == [0, 0], errors
     assert metrics("set")["identical_pairs"]["value"] == 6
 
 
