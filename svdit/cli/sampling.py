@@ -6,6 +6,7 @@ An option that is not passed has the value of --protocol, else the default of th
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     from svdit.sampling.protocols import Protocol
 
 CFG_CHANNELS = {"three": 3, "all": None}
+OF_SDE, GUIDANCE = ("sde_form", "sde_norm", "last_step", "last_step_size"), ("cfg_channels", "cfg_interval")
 FIELDS = {  # of SamplingConfig, by option
-    **{"sampler": "sampler", "num_sampling_steps": "steps", "time_shift": "time_shift"},
-    **{name: name for name in ("sde_form", "sde_norm", "last_step", "last_step_size")},
-    **{name: name for name in ("cfg_scale", "cfg_channels", "cfg_interval")},
+    "num_sampling_steps": "steps",
+    **{name: name for name in ("sampler", "time_shift", "cfg_scale", *OF_SDE, *GUIDANCE)},
 }
 
 
@@ -104,6 +105,8 @@ def settings(args: argparse.Namespace, model: DiT, cfg_scale: float) -> Settings
     base |= protocol.options(model.config, size) if protocol else {}
     config, policy = default_sampling(model.config, **{**base, **options}), getattr(args, "label_policy", None)
     config.schedule(model.config)  # raises for a sampler of other models
+    for sentence in unused(config, options):
+        note(sentence)
     if protocol is None:
         return Settings(config, args.vae or "auto", policy or "random", {})
     if "cfg_scale" not in {**base, **options}:
@@ -117,6 +120,20 @@ def settings(args: argparse.Namespace, model: DiT, cfg_scale: float) -> Settings
     overrides = {name: value for name, value in chosen.fields().items() if value != expected[name]}
     reference = protocol.references.get(size or 0)
     return chosen._replace(record={"protocol": args.protocol, "overrides": overrides, "reference": reference})
+
+
+def unused(config: SamplingConfig, options: Iterable[str]) -> Iterator[str]:
+    """A sentence for every field among `options` that changes no image."""
+    from svdit.diffusion.samplers import SAMPLERS
+
+    reasons = dict.fromkeys(GUIDANCE, "the guidance scale is 1") if config.cfg_scale == 1 else {}
+    if not config.sampler.startswith("sde"):
+        reasons |= dict.fromkeys(OF_SDE, f"the sampler is {config.sampler}")
+    if config.sampler in SAMPLERS:
+        reasons["time_shift"] = f"the sampler is {config.sampler}"
+    if config.last_step == "none":
+        reasons["last_step_size"] = "there is no last step"
+    yield from (f"--{x.replace('_', '-')} has no effect: {reasons[x]}" for x in options if x in reasons)
 
 
 def find_protocol(args: argparse.Namespace, config: DiTConfig) -> Protocol | None:
@@ -145,10 +162,6 @@ def passed(args: argparse.Namespace, config: DiTConfig) -> dict[str, Any]:
         if not config.is_flow and not (first.is_integer() and last.is_integer()):
             raise UserError(f"--cfg-interval is {first:g} {last:g}; a DiT has timesteps, choose integers")
         values["cfg_interval"] = (first, last) if config.is_flow else (int(first), int(last))
-    if args.cfg_scale == 1:
-        for option in ("cfg_channels", "cfg_interval"):
-            if option in values:
-                note(f"--{option.replace('_', '-')} has no effect with --cfg-scale 1, which turns guidance off")
     return values
 
 

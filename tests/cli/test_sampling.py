@@ -113,6 +113,29 @@ def test_cfg_interval() -> None:
     assert settings("--cfg-interval 0.125 1", MODELS["sit-sde-250"]).config.cfg_interval == (0.125, 1)
 
 
+@pytest.mark.parametrize(
+    ("name", "line", "notes"),
+    [
+        ("dit-250", "--cfg-scale 1 --cfg-channels all", {"--cfg-channels": "the guidance scale is 1"}),
+        ("sit-sde-250", "--cfg-interval 0 1", {"--cfg-interval": "the guidance scale is 1"}),  # as in its script
+        (
+            "dit-250",
+            "--time-shift 0.3 --sde-norm 2",
+            dict.fromkeys(("--time-shift", "--sde-norm"), "the sampler is ddpm"),
+        ),
+        ("sit-sde-250", "--sampler euler --last-step none", {"--last-step": "the sampler is euler"}),
+        ("sit-sde-250", "--last-step none --last-step-size 0.1", {"--last-step-size": "there is no last step"}),
+        ("sit-sde-250", "--last-step euler --last-step-size 0.1 --sde-norm 2", {}),
+    ],
+)
+def test_options_without_effect_are_reported(
+    name: str, line: str, notes: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings(line, MODELS[name])
+    expected = sorted(f"note: {option} has no effect: {reason}" for option, reason in notes.items())
+    assert sorted(capsys.readouterr().err.splitlines()) == expected
+
+
 @pytest.mark.parametrize("name", ["dit-250", "sit-sde-250", "sit-ode-250", "repa-sde-250"])
 def test_the_manifest_records_the_protocol_and_overrides(name: str, tmp_path: Path) -> None:
     family = FAMILIES[PROTOCOLS[name].family]
