@@ -1,9 +1,11 @@
-"""Quality of the digits model: are its digits recognized, new, and as varied as real ones?
+"""Quality of a digits model: are its digits recognized, new, and as varied as real ones?
 
 A support vector classifier is trained on the real training digits; the real held-out digits are its test set and the
 baseline of every figure. Distances are Euclidean, in the data's 17 grey levels, to the nearest training digit.
 
-    python benchmarks/digits_quality.py --ckpt digits --cfg-scale 1.5 --sampler ddim --steps ddim50 --grid grid.png
+    python benchmarks/digits_quality.py --ckpt digits --cfg-scale 1.5 --grid grid.png
+
+All models get 50 evaluations per image by default: 50 steps of DDIM, or 25 of Heun.
 """
 
 import argparse
@@ -19,12 +21,13 @@ from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import image_noise
 from svdit.images import grid, to_float, write_png
 from svdit.model.dit import DiT
-from svdit.sampling.batch import SamplingConfig, generate_images
+from svdit.sampling.batch import SamplingConfig, default_sampling, generate_images
 from svdit.training.data import LabelledImages, digits
 
 COUNT = 1000
 BATCH = 250
 CPU = torch.device("cpu")
+STEPS = {"dit": ("ddim", "ddim50"), "sit": ("heun", "26"), "jit": ("heun", "25")}  # SiT counts times
 
 
 def levels(pixels: torch.Tensor) -> np.ndarray:
@@ -76,18 +79,21 @@ def main() -> None:
     """Generate, measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default="digits")
-    parser.add_argument("--sampler", default="ddim")
-    parser.add_argument("--steps", default="ddim50")
+    parser.add_argument("--sampler")
+    parser.add_argument("--steps")
     parser.add_argument("--cfg-scale", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", type=Path, help="write a grid of the first hundred images")
     args = parser.parse_args()
-    config = SamplingConfig(args.sampler, args.steps, args.cfg_scale)
-    labels = [i % 10 for i in range(COUNT)]
-    images = generated(load_model(args.ckpt), labels, config, args.seed)
+    model, labels = load_model(args.ckpt), [i % 10 for i in range(COUNT)]
+    sampler, steps = STEPS[model.config.family]
+    config = default_sampling(
+        model.config, sampler=args.sampler or sampler, steps=args.steps or steps, cfg_scale=args.cfg_scale
+    )
+    images = generated(model, labels, config, args.seed)
     if args.grid:
         write_png(args.grid, grid(images[:100], 10, scale=6))
-    note = f"{args.ckpt}, {args.sampler} {args.steps}, cfg {args.cfg_scale:g}, seed {args.seed}, {COUNT} images"
+    note = f"{args.ckpt}, {config.sampler} {config.steps}, cfg {args.cfg_scale:g}, seed {args.seed}, {COUNT} images"
     for name, (value, unit) in figures(levels(to_float(images)[:, :1]), np.array(labels)).items():
         record("digits_quality", name, value, unit, note)
 

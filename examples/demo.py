@@ -1,9 +1,9 @@
-"""Quantize the digits model with several presets, sample with the same noise, evaluate, and compare.
+"""Quantize two digits models, a DiT and a SiT, sample with the same noise, evaluate, and compare.
 
     python examples/demo.py demo
 
-Takes a few minutes on two cores and downloads nothing. Prints one row per preset and writes demo/side_by_side.png.
-Expect w8a8 above 40 dB PSNR, and w4a4 well above SVDQuant as published (svdquant-w4a4).
+Takes a few minutes on two cores and downloads nothing. Prints one row per model and preset and writes
+demo/side_by_side.png. Expect w8a8 above 40 dB PSNR, and w4a4 well above SVDQuant as published (svdquant-w4a4).
 """
 
 import json
@@ -18,9 +18,11 @@ from rich.table import Table
 from svdit.cli import command
 from svdit.images import grid, list_images, read_image
 
-PRESETS = ("w8a8", "w4a8", "w4a4", "svdquant-w4a4")
+PRESETS = {"digits": ("w8a8", "w4a4", "svdquant-w4a4"), "digits-sit": ("w8a8", "w4a4")}
+NAMES = {"digits": "DiT", "digits-sit": "SiT, a flow model"}
+SAMPLERS = {"digits": "ddim --num-sampling-steps 50", "digits-sit": "heun --num-sampling-steps 26"}  # 50 evaluations
 COUNT = 200
-SAMPLING = "--sampler ddim --num-sampling-steps 50 --cfg-scale 1.5 --per-proc-batch-size 100"
+SAMPLING = "--cfg-scale 1.5 --per-proc-batch-size 100"
 
 
 def run(line: str) -> None:
@@ -32,36 +34,52 @@ def run(line: str) -> None:
 
 def main(folder: Path) -> None:
     """Run the demo; all files go into `folder`."""
-    run(f"generate --ckpt digits --num-fid-samples {COUNT} --sample-dir {folder}/full {SAMPLING}")
-    table = Table("", "MB", "PSNR, dB", "relative L2", "Fréchet distance of random features*", box=None)
-    for preset in PRESETS:
-        file, samples, out = folder / f"{preset}.safetensors", folder / preset, folder / f"{preset}-evaluation"
-        run(f"quantize --ckpt digits --preset {preset} --rank 8 --output {file}")
-        run(f"generate --ckpt {file} --num-fid-samples {COUNT} --sample-dir {samples} {SAMPLING}")
-        run(
-            f"evaluate --real_dir {folder}/full --fake_dir {samples} --num_images {COUNT} --metrics fid,paired "
-            f"--feature-extractor random --output {out}"
-        )
-        metrics = json.loads((out / "metrics.json").read_text())["metrics"]
-        shown = [f"{metrics[name]['value']:.4g}" for name in ("psnr", "relative_l2", "random_fid")]
-        table.add_row(preset, f"{file.stat().st_size / 1e6:.2f}", *shown)
+    table = Table("", "", "MB", "PSNR, dB", "relative L2", "Fréchet distance of random features*", box=None)
+    for model, presets in PRESETS.items():
+        sampling = f"--num-fid-samples {COUNT} --sampler {SAMPLERS[model]} {SAMPLING}"
+        run(f"generate --ckpt {model} --sample-dir {folder}/{model} {sampling}")
+        for preset in presets:
+            name = f"{model}-{preset}"
+            run(f"quantize --ckpt {model} --preset {preset} --rank 8 --output {folder}/{name}.safetensors")
+            run(f"generate --ckpt {folder}/{name}.safetensors --sample-dir {folder}/{name} {sampling}")
+            run(
+                f"evaluate --real_dir {folder}/{model} --fake_dir {folder}/{name} --num_images {COUNT} "
+                f"--metrics fid,paired --feature-extractor random --output {folder}/{name}-evaluation"
+            )
+            table.add_row(NAMES[model], preset, *figures(folder, name))
     side_by_side(folder)
     Console().print(table, f"* to the full-precision images; NOT an FID\n{folder}/side_by_side.png", sep="\n")
 
 
+def figures(folder: Path, name: str) -> list[str]:
+    """Size, PSNR, relative L2 and Fréchet distance of a quantized model."""
+    metrics = json.loads((folder / f"{name}-evaluation" / "metrics.json").read_text())["metrics"]
+    size = (folder / f"{name}.safetensors").stat().st_size
+    values = [metrics[metric]["value"] for metric in ("psnr", "relative_l2", "random_fid")]
+    return [f"{size / 1e6:.2f}", *(f"{value:.4g}" for value in values)]
+
+
 def side_by_side(folder: Path) -> None:
     """Plot the first 20 images of every preset, from the same noise, and their differences to full precision."""
-    names = ("full", *PRESETS)
-    first = {name: np.stack([read_image(path) for path in list_images(folder / name)[:20]]) for name in names}
-    figure = Figure(figsize=(10, 5.6), layout="constrained")
-    axes = figure.subplots(len(names), 1, height_ratios=(1, *[2] * len(PRESETS)))
-    for axis, name in zip(axes, names, strict=True):
-        difference = np.abs(first[name].astype(int) - first["full"])
-        rows = [first[name]] if name == "full" else [first[name], np.minimum(10 * difference, 255).astype(np.uint8)]
-        axis.imshow(grid(np.concatenate(rows), 20, scale=4))
-        axis.set_title(name if name == "full" else f"{name}, and difference × 10", loc="left", fontsize=9)
+    rows = [(model, preset) for model, presets in PRESETS.items() for preset in ("", *presets)]
+    figure = Figure(figsize=(10, 7.6), layout="constrained")
+    axes = figure.subplots(len(rows), 1, height_ratios=[2 if preset else 1 for _, preset in rows])
+    for axis, (model, preset) in zip(axes, rows, strict=True):
+        images = first(folder / model)
+        if preset:
+            quantized = first(folder / f"{model}-{preset}")
+            difference = np.abs(quantized.astype(int) - images)
+            images = np.concatenate([quantized, np.minimum(10 * difference, 255).astype(np.uint8)])
+        axis.imshow(grid(images, 20, scale=4))
+        title = f"{preset}, and difference × 10" if preset else "full precision"
+        axis.set_title(f"{NAMES[model]}: {title}", loc="left", fontsize=9)
         axis.axis("off")
     figure.savefig(folder / "side_by_side.png", dpi=120)
+
+
+def first(folder: Path) -> np.ndarray:
+    """The first 20 images, (20, H, W, 3)."""
+    return np.stack([read_image(path) for path in list_images(folder)[:20]])
 
 
 if __name__ == "__main__":
