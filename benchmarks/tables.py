@@ -6,7 +6,7 @@ of results.csv, which is append-only. New measurements therefore change no table
 
 import csv
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).with_name("results.csv")
@@ -75,6 +75,61 @@ def quality(rows: Rows, experiment: str, header: str) -> str:
     return markdown(columns, lines, source(measured, f"bench_end_to_end.py {experiment}", setting))
 
 
+def families(rows: Rows) -> str:
+    """Each method on a digits model of every family: PSNR, and what quantization adds to the Fréchet distance."""
+    measured = latest(rows, "families")
+    models = models_of(measured)
+    full = [measured[f"{model} full Fréchet"] for model in models]
+    distances = [f"{float(row['value']):.1f} ± {float(extract('se ([^;]+)', row['note'])):.1f}" for row in full]
+    lines = [["full precision", *("–" for _ in models), *distances]]
+    for method in sorted({name.split(" ")[1] for name in measured if name.endswith("PSNR")}, key=order_of_method):
+        decibels = [with_pooled(measured.get(f"{model} {method} PSNR")) for model in models]
+        changes = [difference(measured.get(f"{model} {method} Fréchet")) for model in models]
+        lines.append([f"`{method}`", *decibels, *changes])
+    columns = [f"{model}, dB" for model in models] + [f"{model}, Fréchet" for model in models]
+    return markdown(["method", *columns], lines, source(measured, "families.py methods", setting_of(full)))
+
+
+def order_of_method(method: str) -> tuple[int, bool]:
+    """W8A8 first, and svdit's recipe before SVDQuant."""
+    return -int(method[-3] + method[-1]), "svdquant" in method
+
+
+def difference(row: Row | None) -> str:
+    """A difference to full precision with its error, from the note."""
+    if row is None:
+        return "–"
+    value, error = map(float, extract("difference (.+?);", row["note"]).split(" se "))
+    return f"{value:+.2f} ± {error:.2f}"
+
+
+def with_pooled(row: Row | None) -> str:
+    """A PSNR with its error, and the pooled one in brackets."""
+    if row is None:
+        return "–"
+    error, pooled = extract("^se ([0-9.]+)", row["note"]), float(extract("pooled ([0-9.]+)", row["note"]))
+    return f"{float(row['value']):.1f} ± {error} ({pooled:.1f})"
+
+
+def families_by_time(rows: Rows) -> str:
+    """The error of images, in %, of which some tenths of the steps were quantized, by family."""
+    measured = latest(rows, "families by time")
+    tenths = list(dict.fromkeys(name.rpartition("tenths ")[2] for name in measured))
+    names = {model: [f"{model} w4a4, tenths {tenth}" for tenth in tenths] for model in models_of(measured)}
+    cells = [[model, *(f"{100 * float(measured[n]['value']):.2f}" for n in line)] for model, line in names.items()]
+    return markdown(["tenths", *tenths], cells, source(measured, "families.py times", setting_of(measured.values())))
+
+
+def models_of(measured: Iterable[str]) -> list[str]:
+    """The models that the names of measurements start with, DiT first."""
+    return sorted({name.split(" ")[0] for name in measured}, key=("DiT", "SiT", "JiT").index)
+
+
+def setting_of(rows: Iterable[Row]) -> str:
+    """What the notes of these rows say last, once for each."""
+    return " / ".join(dict.fromkeys(row["note"].rpartition("; ")[2] for row in rows))
+
+
 def synthetic(rows: Rows) -> str:
     """SQNR of layer outputs on the synthetic block."""
     measured = latest(rows, "synthetic")
@@ -107,6 +162,8 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "ablation": lambda rows: quality(rows, "ablation", "recipe"),
     "ranks": lambda rows: quality(rows, "ranks", "recipe"),
     "budget": lambda rows: quality(rows, "budget", "weights"),
+    "families": families,
+    "families by time": families_by_time,
     "synthetic": synthetic,
     "cost": lambda rows: listing(rows, "cost", "bench_cost.py"),
     # Differences paired by seed are not in results.csv: digits_evaluation.py writes this table and updates the page.

@@ -1,0 +1,184 @@
+"""Which family is easier to quantize? DiT, SiT and JiT of one size, trained on the digits, from the same noise.
+
+    python benchmarks/families.py methods [--only w4a4 …]   # PSNR to full precision and Fréchet distance to real digits
+    python benchmarks/families.py times                     # where along the trajectory the error arises, at W4A4
+    python benchmarks/families.py layers                    # JiT: the layers next to its pixels, quantized or not
+
+50 steps (DDIM for DiT, Euler for the flows), guidance 1.5, rank 8. PSNR: the mean over pairs of images, and pooled, of
+the mean squared error of all. The Fréchet distance is that of the 64 pixels to all 1797 real digits, with jackknife
+errors; those of differences to full precision are paired by seed.
+"""
+
+import argparse
+from dataclasses import replace
+
+import numpy as np
+import torch
+from bench_end_to_end import BEST_PUBLISHED, CPU, RANK, calibration, draw
+from record import record
+from torch import Tensor
+
+from svdit.checkpoints.store import load_model
+from svdit.diffusion.noise import image_labels, image_noise
+from svdit.evaluation.frechet import jackknifed_distance
+from svdit.evaluation.jackknife import Estimate, assign_blocks
+from svdit.evaluation.statistics import Gaussian, Moments
+from svdit.images import Pixels
+from svdit.model.dit import DiT
+from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config
+from svdit.quant.quantize import quantize_
+from svdit.runtime.accelerate import accelerate
+from svdit.sampling.batch import SamplingConfig, default_sampling, generate
+from svdit.training.data import digits
+
+MODELS = {"DiT": "digits", "SiT": "digits-sit", "JiT": "digits-jit"}
+STEPS = 50
+METHODS: dict[str, Recipe] = {
+    "w8a8": RECIPES["w8a8"],
+    "svdquant-w8a8": BEST_PUBLISHED["svdquant w8a8, gptq"],
+    "w4a8": RECIPES["w4a8"],
+    "svdquant-w4a8": BEST_PUBLISHED["svdquant w4a8, gptq"],
+    "w4a4": RECIPES["w4a4"],
+    "svdquant-w4a4": BEST_PUBLISHED["svdquant-w4a4, gptq"],
+}
+WINDOWS = {str(i + 1): (5 * i, 5 * i + 5) for i in range(10)} | {"1 to 9": (0, 45), "all": (0, 50)}  # of STEPS
+
+
+def walk_of(model: DiT) -> SamplingConfig:
+    """50 first-order steps with guidance 1.5."""
+    sampler = "euler" if model.config.is_flow else "ddim"
+    number = STEPS + (model.config.family == "sit")  # which counts the points of the grid
+    return default_sampling(model.config, sampler=sampler, steps=str(number), cfg_scale=1.5, cfg_channels=None)
+
+
+def quantized(checkpoint: str, config: QuantConfig) -> DiT:
+    """The checkpoint's model, quantized and accelerated."""
+    model = load_model(checkpoint)
+    quantize_(model, config, calibration(model))
+    return accelerate(model)
+
+
+def with_rank(recipe: Recipe) -> QuantConfig:
+    """The rules of a recipe of rank RANK."""
+    return dit_config(replace(recipe, rank=RANK))
+
+
+def rows(images: Pixels) -> np.ndarray:
+    """One channel of uint8 images (N, 8, 8, 3) as rows (N, 64) in the data's levels, 0 to 16."""
+    return images[..., 0].reshape(len(images), -1).astype(np.float64) * (16 / 255)
+
+
+def real() -> Gaussian:
+    """The summary of all real digits."""
+    images = [part.read(i) for part in digits() for i in range(len(part))]
+    return Moments(64).add((torch.stack(images).flatten(1) + 1) * 8).gaussian()
+
+
+def distance(reference: Gaussian, images: Pixels) -> Estimate:
+    """The Fréchet distance of images to the real ones."""
+    x = rows(images)
+    summary = Moments(64).add(torch.from_numpy(x)).gaussian()
+    values = jackknifed_distance(reference, summary, x, assign_blocks(len(x)))
+    return Estimate(values[0], tuple(values[1:]))
+
+
+def squares(images: Pixels, full: Pixels) -> np.ndarray:
+    """The mean squared error (N,) of each image."""
+    return np.square(images.astype(np.float64) - full).mean(axis=(1, 2, 3))
+
+
+def methods(checkpoints: dict[str, str], count: int, only: list[str]) -> None:
+    """Every method on every family."""
+    reference = real()
+    for family, checkpoint in checkpoints.items():
+        model = load_model(checkpoint)
+        walk = walk_of(model)
+        full = draw(model, count, walk)
+        base = distance(reference, full)
+        setting = f"{count} digits, {walk.sampler} 50, cfg 1.5, rank {RANK}"
+        record("families", f"{family} full Fréchet", base.value, "", f"se {base.se:.3g}; {setting}")
+        for name in only:
+            images = draw(quantized(checkpoint, with_rank(METHODS[name])), count, walk)
+            errors, there = squares(images, full), distance(reference, images)
+            psnr = np.minimum(100, 10 * np.log10(255**2 / np.maximum(errors, 1e-9)))
+            pooled = 10 * np.log10(255**2 / errors.mean())
+            note = f"se {psnr.std(ddof=1) / count**0.5:.2f}; pooled {pooled:.2f}; {setting}"
+            record("families", f"{family} {name} PSNR", psnr.mean(), "dB", note)
+            change = there.minus(base)
+            note = f"se {there.se:.3g}; difference {change.value:.3g} se {change.se:.3g}; {setting}"
+            record("families", f"{family} {name} Fréchet", there.value, "", note)
+
+
+class Mixed:
+    """A full-precision model, of whose calls `first` to `last` − 1 the quantized one computes."""
+
+    def __init__(self, model: DiT, other: DiT) -> None:
+        self.full, self.other, self.count = model.forward, other, 0
+        model.forward = self  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.count += 1
+        return (self.other if self.first < self.count <= self.last else self.full)(x, t, y)
+
+    def between(self, first: int, last: int) -> None:
+        """Start to count."""
+        self.first, self.last, self.count = first, last, 0
+
+
+def times(checkpoints: dict[str, str], count: int) -> None:
+    """The relative L2 error of the images where the quantized model computes some tenths of the steps only."""
+    for family, checkpoint in checkpoints.items():
+        model = load_model(checkpoint)
+        walk, labels = walk_of(model), image_labels(1, range(count), model.config.num_classes)
+        mixed = Mixed(model, quantized(checkpoint, with_rank(RECIPES["w4a4"])))
+        images = {}
+        for name, (first, last) in {"none": (0, 0), **WINDOWS}.items():
+            mixed.between(first, last)
+            noise = image_noise(1, range(count), model.input_shape, CPU)
+            images[name] = generate(model, labels, walk, noise=noise)
+        for name in WINDOWS:
+            error = float((images[name] - images["none"]).norm() / images["none"].norm())
+            note = f"{count} digits, {walk.sampler} {STEPS}, cfg 1.5, rank {RANK}"
+            record("families by time", f"{family} w4a4, tenths {name}", error, "", note)
+
+
+def layers(checkpoint: str, count: int) -> None:
+    """PSNR with other rules for the layers next to the pixels."""
+    model = load_model(checkpoint)
+    walk = walk_of(model)
+    full = draw(model, count, walk)
+    for name in ("w4a4", "w8a8"):
+        rules = with_rank(METHODS[name]).rules
+        recipe = replace(METHODS[name], rank=RANK)
+        variants = {
+            "default": rules,
+            "final adaLN in floats": (Rule("final_layer.*", None), *rules),
+            "final linear quantized": (Rule("final_layer.linear", recipe), *rules),
+            "first block in floats": (Rule("blocks.0.*", None), *rules),
+            "last block in floats": (Rule(f"blocks.{model.config.depth - 1}.*", None), *rules),
+        }
+        for what, choice in variants.items():
+            errors = squares(draw(quantized(checkpoint, QuantConfig(choice)), count, walk), full)
+            psnr = np.minimum(100, 10 * np.log10(255**2 / np.maximum(errors, 1e-9)))
+            note = f"se {psnr.std(ddof=1) / count**0.5:.2f}; {count} digits, rank {RANK}"
+            record("families layers", f"JiT {name}, {what}", psnr.mean(), "dB", note)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("methods", "times", "layers"))
+    parser.add_argument("--ckpt", nargs="+", default=[f"{k}={v}" for k, v in MODELS.items()], metavar="FAMILY=FILE")
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--count", type=int, default=512)
+    args = parser.parse_args()
+    checkpoints = dict(each.split("=", 1) for each in args.ckpt)
+    if args.what == "methods":
+        methods(checkpoints, args.count, args.only)
+    elif args.what == "times":
+        times(checkpoints, args.count)
+    else:
+        layers(checkpoints["JiT"], args.count)
+
+
+if __name__ == "__main__":
+    main()
