@@ -76,7 +76,7 @@ def slopes(
     """The k_i, (N, C, H, W) each; `first` is k_0 where it is known."""
     h, k = following - t, [f(x, t) if first is None else first]
     for node, row in zip(method.nodes[1:], method.rows[1:], strict=True):
-        k.append(f(x + column(h, x) * combine(row, k), following if node == 1 else t + node * h))
+        k.append(f(x + column(h, x) * combine(row, k), t + node * h))
     return k
 
 

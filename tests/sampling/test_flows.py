@@ -5,7 +5,7 @@ The names of the recorded arrays have the settings they were run with: families.
 
 import re
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -165,7 +165,14 @@ def test_times_equal_published(name: str, key: str, family: str, path: dict[str,
         ("repa", {"sampler": "heun", "steps": "10", "cfg_interval": (0.0, 0.7), "cfg_scale": 1.0}, 0, 19),
         ("lightningdit", {"cfg_interval": (0.125, 1.0)}, 168, 249),
         ("lightningdit", {"cfg_interval": (0.1, 1.0)}, 181, 249),
-        ("jit", {"cfg_interval": (0.1, 1.0), "sampler": "euler", "cfg_scale": 2.0}, 44, 50),  # t = 0.1 is not
+        ("repa", {"sampler": "heun", "steps": "10", "cfg_scale": 0.5}, 0, 19),
+        ("jit", {"cfg_interval": (0.1, 1.0), "sampler": "euler", "cfg_scale": 2.0}, 44, 50),
+        (
+            "jit",
+            {"cfg_interval": (0.1, 1.0), "sampler": "euler", "cfg_scale": 2.0, "steps": "10"},
+            8,
+            10,
+        ),  # not t = 0.1
         ("jit", {"cfg_interval": (0.1, 1.0), "cfg_scale": 2.0}, 88, 99),
         ("jit", {"cfg_interval": (0.0, 1.0), "cfg_scale": 2.0}, 99, 99),
     ],
@@ -175,6 +182,15 @@ def test_guided_calls_of_the_published_settings(family: str, fields: dict[str, A
     calls = Counted(model, 1)
     generate(model, [1], default_sampling(model.config, **{"cfg_scale": 1.8, **fields}))
     assert (sum(calls.doubled), len(calls.doubled)) == (guided, of)
+
+
+def test_second_calls_of_heun_are_at_the_next_time() -> None:
+    """To the last bit: it decides whether guidance applies there."""
+    model = small("lightningdit", depth=2)
+    calls, config = Counted(model, 1), default_sampling(model.config, sampler="heun", steps="60", cfg_scale=1.0)
+    generate(model, [1], config)
+    times = config.schedule(model.config).times.tolist()  # type: ignore[union-attr]
+    assert calls.times == [t for step in pairwise(times) for t in step]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
