@@ -169,7 +169,11 @@ def report(line: str) -> None:
 
 
 def image_space(args: argparse.Namespace) -> tuple[int, bool]:
-    """Side of the images, and whether the model works on pixels. Raises UserError for other sizes of the digits."""
+    """Side of the images, and whether the model works on pixels.
+
+    Raises UserError for other sizes of the digits, and for latents of an unknown autoencoder.
+    """
+    from svdit.model.autoencoder import SD_CHANNELS
     from svdit.model.zoo import config_for
 
     config, digits = config_for(args.model), args.data == "digits"
@@ -178,6 +182,11 @@ def image_space(args: argparse.Namespace) -> tuple[int, bool]:
     if digits and args.vae not in ("auto", "none"):
         raise UserError(f"--vae is {args.vae}, but the digits are learned in pixel space; omit it")
     pixels = digits or setup.FACTORS.get(config.in_channels) == 1
+    if args.vae == "auto" and not pixels and config.in_channels != SD_CHANNELS:
+        raise UserError(
+            f"{args.model} learns latents of {config.in_channels} channels; pass --vae with the folder or "
+            "repository of their autoencoder, or none for pixels"
+        )
     default = 8 if digits else config.input_size if pixels else 256
     return args.image_size or default, args.vae == "none" or (args.vae == "auto" and pixels)
 
