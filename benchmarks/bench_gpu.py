@@ -1,7 +1,7 @@
-"""Speed of a quantized DiT-XL/2 on a CUDA device, compared with the same model in bfloat16.
+"""Speed of a quantized model of each kind of block on a CUDA device, compared with the same model in bfloat16.
 
     python benchmarks/bench_gpu.py                       # batch 64 and 2: whole model, products, memory, start-up
-    python benchmarks/bench_gpu.py --quick               # 4 blocks, batch 8, three rounds, no recording
+    python benchmarks/bench_gpu.py --quick               # 6 blocks, batch 8, three rounds, no recording
 
 Weights are random, and the float model has exactly the dequantized weights. All candidates run in one process, in
 shuffled order each round. CUDA events time a few runs on alternating inputs; times are medians, ratios are medians of
@@ -15,18 +15,20 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import cycle
 
 import torch
-from bench_cpu import LAYERS, SCHEMES, Setting
-from random_models import in_floats, model_inputs, quantized, random_layer
+from bench_cpu import FAMILIES, LAYERS, SCHEMES, Setting
+from random_models import in_floats, model_inputs, random_layer, random_model
 from record import record
 from timing import ratio, steady
 from torch import Tensor, nn
 
 from svdit.kernels import ops
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
-from svdit.model.dit import DiT
+from svdit.model.dit import DiT, DiTConfig
+from svdit.model.zoo import config_for
 from svdit.quant.linear import LinearSpec
 from svdit.runtime.accelerate import accelerate
 from svdit.runtime.dit import FastDiT
@@ -69,9 +71,9 @@ def ceilings(rounds: int) -> dict[str, float]:
     return {name: work[name] / seconds / 1e12 for name, seconds in median.items()}
 
 
-def inputs(batch: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def inputs(batch: int, config: DiTConfig) -> list[tuple[Tensor, Tensor, Tensor]]:
     """RUNS guided batches of different noise: x (N, C, H, W), t and y (N,)."""
-    x, t, y = (part.cuda() for part in model_inputs(batch))
+    x, t, y = (part.cuda() for part in model_inputs(batch, config))
     return [(x + 0.1 * k * torch.randn_like(x), t, y) for k in range(RUNS)]
 
 
@@ -96,9 +98,11 @@ def floats(model: DiT, batches: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str
     }
 
 
-def packed(name: str, setting: Setting, batches: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[FastDiT, Tensor]:
-    """The accelerated model, and the output of the dequantized model for the first batch, (N, 2C, H, W)."""
-    model = quantized(*SCHEMES[name], setting.depth, setting.rank).cuda()
+def packed(
+    name: str, config: DiTConfig, rank: int, batches: list[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[FastDiT, Tensor]:
+    """The accelerated model, and the output of the dequantized model for the first batch, (N, C or 2C, H, W)."""
+    model = random_model(config, *SCHEMES[name], rank).cuda()
     expected = in_floats(model)(*batches[0])
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -112,21 +116,23 @@ def packed(name: str, setting: Setting, batches: list[tuple[Tensor, Tensor, Tens
     return fast, expected
 
 
-def whole_model(setting: Setting, batch: int) -> None:
+def whole_model(model: str, setting: Setting, batch: int) -> None:
     """Whole model: time, speed-up over compiled bfloat16, and error."""
-    batches, baseline = inputs(batch), "bf16 max-autotune + CUDA graph"
-    plain = in_floats(quantized("W8A8", "int8", setting.depth, setting.rank)).cuda()
+    config = config_for(model)
+    config = replace(config, depth=min(config.depth, setting.depth))
+    batches, baseline = inputs(batch, config), "bf16 max-autotune + CUDA graph"
+    plain = in_floats(random_model(config, "W8A8", rank=setting.rank)).cuda()
     candidates, truth = floats(plain, batches), {"bf16": plain(*batches[0])}
     del plain
     ours: dict[str, FastDiT] = {}
     for name in SCHEMES:
-        ours[name], truth[name] = packed(name, setting, batches)
+        ours[name], truth[name] = packed(name, config, setting.rank, batches)
         candidates[f"{name} + CUDA graph"] = in_turn(ours[name], batches, torch.float32)
         candidates[name] = in_turn(ours[name].compute, batches, torch.float32)
     times = measure(candidates, setting.rounds)
     valid = steady(times[baseline]) and setting.keep
-    shape = f"{setting.depth} blocks, batch {batch}, rank {setting.rank}"
-    print(f"\nDiT-XL/2 at 256 px, {shape}, {torch.cuda.get_device_name()}")
+    shape = f"{config.depth} blocks, batch {batch}, rank {setting.rank}"
+    print(f"\n{model} at 256 px, {shape}, {torch.cuda.get_device_name()}")
     for name, run in candidates.items():
         expected = truth[name.split(" + ")[0] if name.startswith("W") else "bf16"]
         error = float(
@@ -136,13 +142,13 @@ def whole_model(setting: Setting, batch: int) -> None:
         print(f"{name:32} {median * 1e3:9.2f} ms {over:6.2f} × {baseline}   error {error:.2g}")
         if valid:
             note = f"{median * 1e3:.2f} ms; {shape}, error {error:.2g}"
-            record("gpu", f"{name}, over {baseline}, batch {batch}", over, "×", note)
-    eager = [name for name, model in ours.items() if not model.step.graphs]
+            record("gpu", f"{model}, {name}, over {baseline}, batch {batch}", over, "×", note)
+    eager = [name for name, fast in ours.items() if not fast.step.graphs]
     print(f"not replayed as a graph: {', '.join(eager) or 'none'}")
 
 
 def products(setting: Setting, batch: int, ceiling: dict[str, float]) -> None:
-    """Each linear of a block: fused kernels compared with torch's bfloat16, in TOP/s."""
+    """Each linear of a block of DiT-XL/2: fused kernels compared with torch's bfloat16, in TOP/s."""
     generator, M = torch.Generator().manual_seed(0), 256 * batch
     for name, (I, O) in LAYERS.items():
         linear = nn.Linear(I, O, device="meta")
@@ -173,7 +179,7 @@ def main() -> None:
     if reason := ops.reasons("cuda")["triton"]:
         print(f"GPU benchmark skipped: {reason}")
         return
-    setting = Setting(4, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)
+    setting = Setting(6, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)
     torch.set_grad_enabled(False)
     ceiling = ceilings(setting.rounds)
     print(", ".join(f"{what} {rate:.2f}" for what, rate in ceiling.items()), "(TFLOP/s, TOP/s, TB/s)")
@@ -182,7 +188,8 @@ def main() -> None:
             record("gpu", f"ceiling, {what}", rate, unit, "8192³ products, a copy of 1 GiB")
     for batch in [8] if args.quick else args.batch:
         products(setting, batch, ceiling)
-        whole_model(setting, batch)
+        for model in FAMILIES:
+            whole_model(model, setting, batch)
 
 
 if __name__ == "__main__":

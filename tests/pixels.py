@@ -1,10 +1,6 @@
-"""A tiny model of pixels with random weights: in memory, in a file, and generating a set of images.
-
-Under torchrun, with the repository on PYTHONPATH: pixels.py FOLDER COUNT BATCH_SIZE also notes every image's noise.
-"""
+"""A tiny model of pixels with random weights: in memory, in a file, and generating a set of images."""
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +11,6 @@ from conftest import randomize
 from torch import Tensor
 
 from svdit.checkpoints.store import save_model
-from svdit.distributed import rank, session
 from svdit.model.dit import DiT, DiTConfig
 from svdit.sampling import dataset
 from svdit.sampling.batch import SamplingConfig
@@ -86,13 +81,3 @@ def noting(notes: dict[int, list[str]]) -> Callable[..., Callable[[], Tensor]]:
         return next_draw
 
     return image_noise
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    notes: dict[int, list[str]] = {}
-    dataset.image_noise = noting(notes)
-    folder = Path(sys.argv[1])
-    with session():
-        draw(folder, count=int(sys.argv[2]), batch_size=int(sys.argv[3]))
-        (folder / f"noise-{rank()}.json").write_text(json.dumps(notes))

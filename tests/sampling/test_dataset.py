@@ -1,10 +1,7 @@
 """Data sets of images: the same for every batch size and world size, never partial, never mixed."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +12,7 @@ import pixels
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pixels import ROOT, SEED, draw, interrupt_at
+from pixels import SEED, draw, interrupt_at
 from worlds import in_world
 
 from svdit import distributed, images
@@ -71,22 +68,22 @@ def test_the_manifest_records_the_settings(reference: Path) -> None:
 
 
 def test_three_processes_draw_what_one_does(reference: Path, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     folder = tmp_path / "set"
-    subprocess.run(
-        [*torchrun, pixels.__file__, str(folder), str(COUNT), "2"],
-        check=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
-    notes = [json.loads((folder / f"noise-{r}.json").read_text()) for r in range(3)]
-    drawn = sorted(int(i) for note in notes for i in note)
+
+    def noted() -> dict[int, list[str]]:
+        notes: dict[int, list[str]] = {}
+        dataset.image_noise = pixels.noting(notes)  # type: ignore[assignment]
+        draw(folder, batch_size=2)
+        return notes
+
+    notes = in_world(3, noted)
+    drawn = sorted(i for note in notes for i in note)
     assert drawn == list(range(COUNT))  # none twice, none missing
     alone: dict[int, list[str]] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset, "image_noise", pixels.noting(alone))
         draw(tmp_path / "alone", batch_size=4)
-    assert {int(i): draws for note in notes for i, draws in note.items()} == alone  # bit for bit
+    assert {i: draws for note in notes for i, draws in note.items()} == alone  # bit for bit
     assert all(len(draws) == 5 for draws in alone.values())
     assert same_images(arrays(folder.with_suffix(".npz")), arrays(reference))
 
