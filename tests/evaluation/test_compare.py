@@ -10,7 +10,6 @@ from svdit.errors import UserError
 from svdit.evaluation.compare import compare
 from svdit.evaluation.inputs import SAMPLE_FIELDS
 from svdit.evaluation.protocol import disagreements
-from svdit.storage.manifest import EARLIER
 
 
 def report(path: Path, fid: float, leave_out: list[float], psnr: float | None = None, **protocol: Any) -> Path:
@@ -110,7 +109,10 @@ FLOW = {
 
 def test_reports_of_earlier_versions_are_of_dits():
     old = {"sample_sampler": "ddpm", "sample_steps": "250"}
-    new = {f"sample_{name}": EARLIER.get(name) for name in SAMPLE_FIELDS} | old | {"sample_precision": "float32"}
+    dit = {"family": "dit", "prediction": "epsilon", "time": "timesteps", "path": "ddpm", "noise_scale": 1.0}
+    dit |= {"uint8": "half_up", "latents": None, "time_shift": 1.0, "sde_form": "sigma", "sde_norm": 1.0}
+    dit |= {"last_step": "mean", "last_step_size": 0.04, "precision": "float32"}
+    new = {f"sample_{name}": dit.get(name) for name in SAMPLE_FIELDS} | old
     assert disagreements(old, new) == disagreements(new, old) == []
     assert disagreements(old, new | {"sample_protocol": "dit-250"}) == []
     for field, value in FLOW.items():

@@ -21,15 +21,16 @@ from svdit.errors import UserError
 from svdit.model.dit import DiT
 from svdit.sampling import dataset
 from svdit.sampling.dataset import LABEL_POLICIES, split
-from svdit.storage.manifest import EARLIER
 
 COUNT = 7
-KEYS = {
+OLD_KEYS = {
     *("tool", "version", "model", "checkpoint", "checkpoint_sha256", "quantization", "precision", "image_size"),
     *("num_images", "num_classes", "label_policy", "labels", "seed", "sampler", "steps", "cfg_scale"),
-    *("cfg_channels", "cfg_interval", "vae", "files", "storage", "manifest_sha256"),
+    *("cfg_channels", "cfg_interval", "vae", "files"),
+}
+KEYS = OLD_KEYS | {
     *("family", "prediction", "time", "path", "noise_scale", "uint8", "latents", "protocol", "overrides", "reference"),
-    *("time_shift", "sde_form", "sde_norm", "last_step", "last_step_size"),
+    *("time_shift", "sde_form", "sde_norm", "last_step", "last_step_size", "storage", "manifest_sha256"),
 }
 
 
@@ -211,8 +212,7 @@ def test_a_set_of_an_earlier_version_resumes(reference: Path, tmp_path: Path) ->
     folder = tmp_path / "set"
     shutil.copytree(reference.with_suffix(""), folder)
     manifest = json.loads((folder / "manifest.json").read_text())
-    earlier = {name: value for name, value in manifest.items() if name not in {*EARLIER, "manifest_sha256"}}
-    (folder / "manifest.json").write_text(json.dumps(earlier))
+    (folder / "manifest.json").write_text(json.dumps({name: manifest[name] for name in OLD_KEYS}))
     with pytest.raises(UserError, match="a run with family 'dit', not 'sit'"):
         draw(folder, origin={"family": "sit"})
     assert np.array_equal(arrays(draw(folder)), arrays(reference))
