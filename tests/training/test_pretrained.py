@@ -10,11 +10,11 @@ from svdit.sampling.batch import default_sampling, generate
 from svdit.training.data import digits
 from svdit.training.loop import held_out_error
 
-# By name: the configuration, the last held-out error of the learning curve, a sampler with 20 evaluations per image.
+# By name: the configuration, the last held-out error of the learning curve, a sampler of few steps.
 MODELS = {
     "digits": ("DiT-digits", 0.070453, {"sampler": "ddim", "steps": "ddim20"}),
-    "digits-sit": ("SiT-digits", 0.355233, {"sampler": "heun", "steps": "11"}),
-    "digits-jit": ("JiT-digits", 0.302049, {"sampler": "heun", "steps": "10"}),
+    "digits-sit": ("SiT-digits", 0.355233, {"sampler": "heun", "steps": "6"}),
+    "digits-jit": ("JiT-digits", 0.302049, {"sampler": "heun", "steps": "5"}),
 }
 
 
