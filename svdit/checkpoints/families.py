@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from svdit.checkpoints.hub import is_published
+from svdit.checkpoints.padding import padded
 from svdit.errors import UserError
 from svdit.model.config import DiTConfig
 from svdit.model.embeddings import rotation
@@ -82,20 +82,7 @@ def converted(tensors: Mapping[str, Tensor], config: DiTConfig, path: Path) -> d
 
     names = {name: re.sub(r"^decoder_blocks\.(\d{1,6})\.", later, name) for name in tensors}
     kept = {names[name]: tensor.float() for name, tensor in tensors.items() if not name.startswith(EXTRA)}
-    if config.mlp == "swiglu":
-        width = kept["blocks.0.mlp.w3.weight"].shape[1]
-        return {name: padded(name, tensor, width, config.mlp_hidden - width) for name, tensor in kept.items()}
-    return kept
-
-
-def padded(name: str, tensor: Tensor, width: int, missing: int) -> Tensor:
-    """A tensor (…) of a SwiGLU with zeros for the hidden channels that are missing: silu(0) · 0 = 0."""
-    if name.endswith((".mlp.w12.weight", ".mlp.w12.bias")) and tensor.shape[:1] == (2 * width,):
-        zeros = tensor.new_zeros(missing, *tensor.shape[1:])
-        return torch.cat([part for half in tensor.chunk(2) for part in (half, zeros)])
-    if name.endswith(".mlp.w3.weight") and tensor.shape[1:] == (width,):
-        return torch.cat([tensor, tensor.new_zeros(len(tensor), missing)], dim=1)
-    return tensor
+    return padded(kept, config)
 
 
 def check_rope(tensors: Mapping[str, Tensor], config: DiTConfig, path: Path) -> None:

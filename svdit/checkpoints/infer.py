@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from svdit.checkpoints.families import QK_NORM, ROPE, decide, families
+from svdit.checkpoints.padding import padded_width
 from svdit.checkpoints.restore import naming
 from svdit.errors import UserError
 from svdit.model.config import FAMILIES, DiTConfig
@@ -21,7 +22,6 @@ from svdit.model.zoo import CONFIGS
 UNSEEN = ("num_heads", "context_start", "rope", "prediction", "path", "noise_scale", "uint8")
 WORDS = {"v": "velocity", "noise": "epsilon", "cosine": "gvp"}
 BLOCKS = ("blocks.", "decoder_blocks.")
-WIDTHS = 64  # hidden widths of SwiGLU become multiples of it
 
 
 def config_from_shapes(
@@ -98,7 +98,7 @@ def mlp(tensors: Mapping[str, Tensor], hidden_size: int) -> dict[str, Any]:
     """The kind and the width of the MLP among tensors (…); that of SwiGLU as `padded` makes it."""
     if "blocks.0.mlp.w3.weight" in tensors:
         _, width = tensors["blocks.0.mlp.w3.weight"].shape
-        return {"mlp": "swiglu", "mlp_hidden": -(-width // WIDTHS) * WIDTHS}
+        return {"mlp": "swiglu", "mlp_hidden": padded_width(width)}
     width, _ = tensors["blocks.0.mlp.fc1.weight"].shape
     ratio = width / hidden_size
     return {"mlp": "gelu", "mlp_ratio": ratio, "mlp_hidden": 0 if int(hidden_size * ratio) == width else width}

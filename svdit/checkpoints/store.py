@@ -18,6 +18,7 @@ from svdit.checkpoints.convert import from_diffusers, is_diffusers
 from svdit.checkpoints.families import converted
 from svdit.checkpoints.folders import DIT, class_of, in_folder
 from svdit.checkpoints.infer import config_from_shapes
+from svdit.checkpoints.padding import STEP, padded, padded_width
 from svdit.checkpoints.restore import distinct, naming, restore_, unfolded
 from svdit.checkpoints.statistics import beside, latent_statistics, of_batch_norm
 from svdit.errors import UserError
@@ -82,8 +83,7 @@ def load_model(
     contents = io.read(path)
     tensors, config = configured(contents, name, overrides, path, latent_stats)
     header = contents.header
-    if header is None:
-        tensors = converted(tensors, config, path)
+    tensors = converted(tensors, config, path) if header is None else padded(tensors, config)
     model = empty(config, tensors, path)
     check_finite(tensors, path)
     restore_(model, tensors, header or {}, path)
@@ -156,6 +156,8 @@ def configured(
         tensors, config = published(contents, {**named, **overrides}, path)
     else:
         tensors, config = contents.tensors, config_from_header(contents.header, path)
+        if config.mlp == "swiglu" and config.mlp_width % STEP and not contents.header.get("layers"):
+            config = replace(config, mlp_hidden=padded_width(config.mlp_width))
     config = with_statistics(config, contents, path, latent_stats)
     check_claims(config, named, path, f", so it is not {name}")
     check_claims(config, overrides, path)

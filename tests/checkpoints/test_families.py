@@ -268,10 +268,14 @@ def test_files_of_published_shapes_are_the_named_models(path: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("width", [85, 64, 130])
-def test_hidden_widths_of_swiglu_are_padded_exactly(width: int, tmp_path: Path) -> None:
-    model = small("jit", mlp_hidden=width)
-    path = saved({"model_ema1": {f"net.{key}": value for key, value in model.state_dict().items()}}, tmp_path / "x.pth")
+def test_hidden_widths_of_swiglu_are_padded_exactly(width: int, own: bool, tmp_path: Path) -> None:
+    model, path = small("jit", mlp_hidden=width), tmp_path / "model.pt"
+    if own:
+        save_model(model, path)
+    else:
+        saved({"model_ema1": {f"net.{key}": value for key, value in model.state_dict().items()}}, path)
     loaded = load_model(path, context_start=1)
     assert loaded.config.mlp_hidden == {85: 128, 64: 64, 130: 192}[width]
     x, t, y = torch.randn(2, *model.input_shape), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
