@@ -19,7 +19,7 @@ from svdit.cli import command
 from svdit.images import grid, list_images, read_image
 
 PRESETS = {"digits": ("w8a8", "w4a4", "svdquant-w4a4"), "digits-sit": ("w8a8", "w4a4")}
-NAMES = {"digits": "DiT", "digits-sit": "SiT, a flow model"}
+NAMES = {"digits": "DiT", "digits-sit": "SiT (flow)"}
 SAMPLERS = {"digits": "ddim --num-sampling-steps 50", "digits-sit": "heun --num-sampling-steps 26"}  # 50 evaluations
 COUNT = 200
 SAMPLING = "--cfg-scale 1.5 --per-proc-batch-size 100"
