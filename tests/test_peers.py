@@ -59,6 +59,23 @@ def test_a_mistake_is_printed_once_and_all_exit_with_code_2(
     assert lines[0].startswith("svdit generate: ")
 
 
+def test_a_mistake_is_printed_before_the_first_process_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun would terminate the one that prints."""
+
+    def slowly(line: object) -> None:
+        time.sleep(0.5)
+        (tmp_path / "printed").touch()
+
+    def exit_now() -> None:
+        assert (tmp_path / "printed").exists()
+        os._exit(2)
+
+    monkeypatch.setattr(peers, "write_error", slowly)
+    monkeypatch.setattr(peers, "exit_now", exit_now)
+    codes, _ = Run(lambda: peers.fail("svdit: broken"), tmp_path).end()
+    assert codes == [2, 2]
+
+
 def in_session(work: Callable[[], object]) -> Callable[[], None]:
     def run() -> None:
         try:
