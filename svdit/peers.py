@@ -4,6 +4,7 @@ Every process counts upwards in the run's store, however long its work is, and w
 """
 
 import os
+import signal
 import socket
 import threading
 import time
@@ -117,17 +118,13 @@ def report(line: str) -> None:
 
 def fail(line: str) -> NoReturn:
     """Print the line, unless another process has failed before, and exit with code 2, together with the others."""
+    with suppress(ValueError):  # in the main thread: this process ends by itself, also when torchrun ends the others
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     report(line)
     end = time.monotonic() + TOGETHER
-    while processes() > 1 and not _all_failed() and time.monotonic() < end:
+    while processes() > 1 and (_add("failed", 0) or processes()) < processes() and time.monotonic() < end:
         time.sleep(POLL)
     exit_now()
-
-
-def _all_failed() -> bool:
-    """Whether every process has failed and the message is printed: at the first exit torchrun ends the others."""
-    failed, reported = _add("failed", 0), _add("reported", 0)
-    return failed is None or reported is None or (failed >= processes() and reported > 0)
 
 
 def exit_now() -> NoReturn:

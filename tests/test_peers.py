@@ -59,21 +59,21 @@ def test_a_mistake_is_printed_once_and_all_exit_with_code_2(
     assert lines[0].startswith("svdit generate: ")
 
 
-def test_a_mistake_is_printed_before_the_first_process_exits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torchrun would terminate the one that prints."""
+def test_a_process_that_fails_prints_although_torchrun_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun terminates the others when the first one exits."""
+    genuine = peers.write_error
 
     def slowly(line: object) -> None:
-        time.sleep(0.5)
-        (tmp_path / "printed").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+        genuine(line)
 
-    def exit_now() -> None:
-        assert (tmp_path / "printed").exists()
-        os._exit(2)
+    def work() -> None:
+        with ending():
+            peers.fail("svdit: broken")
 
     monkeypatch.setattr(peers, "write_error", slowly)
-    monkeypatch.setattr(peers, "exit_now", exit_now)
-    codes, _ = Run(lambda: peers.fail("svdit: broken"), tmp_path).end()
-    assert codes == [2, 2]
+    codes, lines = Run(work, tmp_path).end()
+    assert (codes, lines) == ([2, 2], ["svdit: broken"])
 
 
 def in_session(work: Callable[[], object]) -> Callable[[], None]:

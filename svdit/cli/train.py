@@ -45,7 +45,7 @@ def parser() -> Parser:
         "--model",
         default="DiT-XL/2",
         metavar="NAME",
-        help="DiT-…, SiT-…, REPA-…, LightningDiT-… or JiT-…, with its family's loss; default: %(default)s",
+        help="DiT-XL/2, SiT-B/2, JiT-B/16, ...: the family decides the loss; default: %(default)s",
     )
     add("--image-size", type=pixels, metavar="PIXELS", help="default: the model's, or 256")
     add("--num-classes", type=many, metavar="K", help="default: the number of classes in the data")

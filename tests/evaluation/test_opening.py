@@ -15,6 +15,7 @@ from svdit.errors import UserError
 from svdit.evaluation.inputs import open_set
 from svdit.evaluation.opening import open_source
 from svdit.evaluation.options import Options
+from svdit.storage.manifest import EARLIER
 from svdit.storage.tar import write_tar
 
 from .conftest import make_images, write_folder
@@ -64,7 +65,7 @@ def test_npz_equals_its_images_however_it_is_stored(tmp_path: Path, save: Callab
     (tmp_path / "x.json").write_text(json.dumps({"tool": "svdit", "seed": 3}))
     source = open_source(tmp_path / "x.npz")
     assert isinstance(source.array, np.memmap)
-    assert (source.kind, len(source), source.manifest) == ("npz", 4, {"tool": "svdit", "seed": 3})
+    assert (source.kind, len(source), source.manifest) == ("npz", 4, {**EARLIER, "tool": "svdit", "seed": 3})
     for i in range(4):
         np.testing.assert_array_equal(source.read(i), images[i])
 
@@ -76,9 +77,10 @@ def test_grey_npz_becomes_rgb(tmp_path: Path):
 
 
 def described(path: Path, **fields: object) -> dict[str, object]:
+    """Write a manifest; returns what is read of it."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"tool": "svdit", **fields}))
-    return {"tool": "svdit", **fields}
+    return {**EARLIER, "tool": "svdit", **fields}
 
 
 def test_npz_has_the_manifest_of_its_folder(tmp_path: Path):
