@@ -88,7 +88,8 @@ def sweep(parent: Path) -> None:
     """Delete the temporary folders in `parent` that no living process holds the lock of."""
     for folder in parent.glob(f"{PREFIX}*{SUFFIX}"):
         with suppress(OSError):
-            lock = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+            # One killed as it made or deleted the folder left no lock there.
+            lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)

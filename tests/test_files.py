@@ -142,6 +142,7 @@ def test_the_next_process_deletes_what_a_killed_one_left_and_nothing_else(tmp_pa
     (tmp_path / ".svdit-of-the-user.tmp").write_text("a file")
     (tmp_path / ".other-123.tmp").mkdir()
     kept = set(tmp_path.iterdir())
+    (tmp_path / ".svdit-456.tmp").mkdir()  # of one that was killed before it had its lock
     (killed, stray), (alive, used) = writer(tmp_path / "a.bin"), writer(tmp_path / "b.bin")
     killed.kill()
     killed.wait()
