@@ -123,7 +123,8 @@ def check(folder: Path, *agents: Agent) -> None:
     }
 
 
-@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
 def test_an_agent_joins_and_dies_and_another_comes(tmp_path: Path, start: Start, again: bool) -> None:
     options = [*ELASTIC, QUICK, f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
     images = tmp_path / "set"

@@ -114,8 +114,7 @@ def test_the_others_wait_for_the_message(tmp_path: Path, monkeypatch: pytest.Mon
     assert ours(run.end()[1]) == ["svdit: process 1 cannot write"]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("lost", "number"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_nobody_waits_for_a_process_that_is_dead_or_frozen(lost: int, number: signal.Signals, tmp_path: Path) -> None:
     def work() -> None:
         if rank() == lost:
@@ -136,6 +135,7 @@ def test_nobody_waits_for_a_process_that_is_dead_or_frozen(lost: int, number: si
     assert len(ours(lines)) == 1 and problem in ours(lines)[0]
 
 
+@pytest.mark.slow
 def test_slow_work_and_a_suspended_run_are_neither(tmp_path: Path) -> None:
     """One process works longer than a frozen one may be silent; then both are stopped for as long, and continue."""
 

@@ -67,6 +67,7 @@ def test_flow_models_train_on_digits(tmp_path: Path, name: str) -> None:
     assert rows[-1]["held_out_mse"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_grids")
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -326,7 +326,12 @@ def test_weight_only() -> None:
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("dit", "w4a4"), ("repa", "w8a8"), ("lightningdit without shift", "w4a8"), ("jit", "w8a8")],
+    [
+        ("dit", "w4a4"),
+        ("jit", "w8a8"),
+        pytest.param("repa", "w8a8", marks=pytest.mark.slow),
+        pytest.param("lightningdit without shift", "w4a8", marks=pytest.mark.slow),
+    ],
 )
 @torch.no_grad()
 def test_whole_models_of_every_kind_of_block(name: str, config: str) -> None:

@@ -134,6 +134,7 @@ def run(*command: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_they_raise_without_assertions_too() -> None:
     assert re.fullmatch(r"\d+ calls, accepted: \[\]\n", run("-O", __file__))
 
@@ -197,7 +198,9 @@ for call in (lambda: packed.quantize(x), lambda: packed.multiply(quantized, 1), 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is that of Linux")
-@pytest.mark.parametrize("isa", ffi.isas())
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=[pytest.mark.slow] * (isa != ffi.isas()[0])) for isa in ffi.isas()]
+)
 def test_a_failed_allocation_is_a_memory_error(isa: str) -> None:
     """With two threads, either of which may fail: the process may grow by 8 MB, and every buffer needs more.
 

@@ -65,7 +65,10 @@ def test_pictures_are_the_same_on_every_backend(tiny: DiT, config: str) -> None:
         assert picture.std() > 0.1
 
 
-@pytest.mark.parametrize("config", ["w8a8", "w4a8", "svdquant", "factors"])
+SLOW = [pytest.param(config, marks=pytest.mark.slow) for config in ("w8a8", "svdquant", "factors")]
+
+
+@pytest.mark.parametrize("config", ["w4a8", *SLOW])
 def test_stored_layers_compile_into_one_graph(tiny: DiT, config: str) -> None:
     model = quantized(tiny, config)
     torch._dynamo.reset()
