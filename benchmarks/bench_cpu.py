@@ -114,7 +114,8 @@ def families(setting: Setting) -> None:
         note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {ffi.kernels().isa}"
         print(f"{name:18} W8A8 {over:5.2f} × fp32 eager, {over / first:.2f} of {FAMILIES[0]}'s   {note}")
         if valid:
-            record("cpu families", f"{name}, W8A8 over fp32 eager", over, "×", f"{note}; {over / first:.2f} of DiT-XL/2's")
+            setting = f"{note}; {over / first:.2f} of {FAMILIES[0]}'s"
+            record("cpu families", f"{name}, W8A8 over fp32 eager", over, "×", setting)
 
 
 def with_precision(precision: str, run: Run) -> Tensor:
