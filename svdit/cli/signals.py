@@ -56,10 +56,12 @@ def unwind(number: int, frame: FrameType | None) -> None:
 
 def resend(dropped: Any, otherwise: Callable[[Any], object]) -> None:
     """Send a signal again whose exception Python has dropped (a `sys.UnraisableHookArgs`)."""
-    if isinstance(dropped.exc_value, SystemExit) and isinstance(dropped.exc_value.code, int):
-        number = dropped.exc_value.code - 128
+    error = dropped.exc_value
+    codes = {128 + number: number for number in SIGNALS}
+    if isinstance(error, SystemExit) and error.code in codes:
+        number = codes[error.code]
         signal.signal(number, unwind)
-    elif isinstance(dropped.exc_value, KeyboardInterrupt):
+    elif isinstance(error, KeyboardInterrupt):
         number = signal.SIGINT
     else:
         otherwise(dropped)

@@ -95,3 +95,18 @@ def test_handlers_are_restored(capsys: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in signals.SIGNALS]
     command("inspect", ["digits"])
     assert [signal.getsignal(number) for number in signals.SIGNALS] == before
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), SystemExit("text"), ValueError("text")])
+def test_other_errors_in_a_destructor_are_reported_as_ever(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Raises:
+        def __del__(self) -> None:
+            raise error
+
+    reported = list[object]()
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: reported.append(dropped.exc_value))
+    with signals.ending():
+        Raises()
+    assert reported == [error]
