@@ -117,17 +117,21 @@ def test_images_equal_published(name: str, key: str, monkeypatch: pytest.MonkeyP
     config = default_sampling(model.config, **settings[1])
     start, steps = published["noise" if "noise" in published else "z"], settings[1]["steps"]
     draws = iter(published[f"noise_{steps}"]) if config.sampler.startswith("sde") else iter(())
-    calls, done = Counted(model, len(start)), list[int]()
+    calls, steps_of_first = Counted(model, len(start)), [start[:1]]
     x = generate(
         model,
         published["y_sample"],
         config,
         noise=chain([start], draws).__next__,
-        callback=lambda count, _: done.append(count),
+        callback=lambda _, x: steps_of_first.append(x[:1].clone()),
     )
     assert relative(x, published[key]) < 2e-5
     assert (x.dtype, next(draws, None)) == (torch.float32, None)
-    assert done == list(range(1, len(config.schedule(model.config)) + 1))
+    assert len(steps_of_first) == len(config.schedule(model.config)) + 1
+    if f"{key}_path" in published:
+        path = published[f"{key}_path"]  # of an ODE's grid points, the start included, or of steps
+        ours = steps_of_first if len(path) == len(steps_of_first) else steps_of_first[1:]
+        assert relative(torch.cat(ours), path.reshape(-1, *start.shape[1:])) < 2e-5
     for kind, ours in (("t_calls", calls.times), ("guided", calls.doubled)):
         if f"{kind}_{key}" in published:
             np.testing.assert_allclose(np.array(ours, float), published[f"{kind}_{key}"].double(), rtol=1e-7)
@@ -156,28 +160,44 @@ def test_times_equal_published(name: str, key: str, family: str, path: dict[str,
     assert len(schedule) == len(expected) - (fields["sampler"] != "sde")
 
 
+def decisions() -> list[tuple[str, str, dict[str, Any]]]:
+    """Recorded decisions about the published grids: file, array, and fields of SamplingConfig."""
+    found = list[tuple[str, str, dict[str, Any]]]()
+    for name in NAMES:
+        for key in np.load(FOLDER / f"{name}.npz"):
+            if match := re.fullmatch(r"guided_(sde|ode)_(\d+)", key):
+                fields: dict[str, Any] = {"sampler": {"sde": "sde", "ode": "euler"}[match[1]], "steps": match[2]}
+                found.append((name, key, fields | {"cfg_interval": (0.0, 0.7)}))
+            elif match := re.fullmatch(r"guided_ode_(\d+)_start(\d+)", key):
+                start = {"0125": 0.125, "01": 0.1}[match[2]]
+                found.append((name, key, {"steps": match[1], "cfg_interval": (start, 1.0)}))
+            elif match := re.fullmatch(r"guided_(\d+)_01_1", key):
+                found.append((name, key, {"sampler": "euler", "steps": match[1], "cfg_interval": (0.1, 1.0)}))
+    return found
+
+
+@pytest.mark.parametrize(("name", "key", "fields"), decisions())
+def test_guided_calls_equal_published(name: str, key: str, fields: dict[str, Any]) -> None:
+    """Of REPA t = 0.7 is guided, of JiT t = 0.1 is not; both lie on a grid."""
+    model = small(name.split("/")[0], depth=2)
+    calls = Counted(model, 1)
+    generate(model, [1], default_sampling(model.config, cfg_scale=1.8, **fields))
+    recorded = np.load(FOLDER / f"{name}.npz")
+    assert calls.doubled == recorded[key].astype(bool).tolist()
+    if (times := key.replace("guided", "t_calls")) in recorded:
+        np.testing.assert_allclose(calls.times, recorded[times], rtol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "guided", "of"),
     [
-        ("repa", {"sampler": "sde", "steps": "250", "cfg_interval": (0.0, 0.7)}, 172, 250),
-        ("repa", {"sampler": "euler", "steps": "50", "cfg_interval": (0.0, 0.7)}, 35, 50),  # t = 0.7 is
-        ("repa", {"sampler": "heun", "steps": "10", "cfg_interval": (0.0, 0.7)}, 13, 19),
         ("repa", {"sampler": "heun", "steps": "10", "cfg_interval": (0.0, 0.7), "cfg_scale": 1.0}, 0, 19),
-        ("lightningdit", {"cfg_interval": (0.125, 1.0)}, 168, 249),
-        ("lightningdit", {"cfg_interval": (0.1, 1.0)}, 181, 249),
         ("repa", {"sampler": "heun", "steps": "10", "cfg_scale": 0.5}, 0, 19),
-        ("jit", {"cfg_interval": (0.1, 1.0), "sampler": "euler", "cfg_scale": 2.0}, 44, 50),
-        (
-            "jit",
-            {"cfg_interval": (0.1, 1.0), "sampler": "euler", "cfg_scale": 2.0, "steps": "10"},
-            8,
-            10,
-        ),  # not t = 0.1
-        ("jit", {"cfg_interval": (0.1, 1.0), "cfg_scale": 2.0}, 88, 99),
-        ("jit", {"cfg_interval": (0.0, 1.0), "cfg_scale": 2.0}, 99, 99),
+        ("jit", {"cfg_interval": (0.1, 1.0)}, 88, 99),
+        ("jit", {"cfg_interval": (0.0, 1.0)}, 99, 99),
     ],
 )
-def test_guided_calls_of_the_published_settings(family: str, fields: dict[str, Any], guided: int, of: int) -> None:
+def test_number_of_guided_calls(family: str, fields: dict[str, Any], guided: int, of: int) -> None:
     model = small(family, depth=2)
     calls = Counted(model, 1)
     generate(model, [1], default_sampling(model.config, **{"cfg_scale": 1.8, **fields}))
