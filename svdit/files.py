@@ -79,9 +79,16 @@ def locked_folder(parent: Path) -> tuple[Path, int]:
             lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR)
             with suppress(OSError):  # file systems without locks are never swept
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if folder.exists():
+            if is_open_as(lock, folder / LOCK):
                 return folder, lock
             os.close(lock)
+
+
+def is_open_as(descriptor: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name: a lock on a deleted file excludes nobody."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False
 
 
 def sweep(parent: Path) -> None:

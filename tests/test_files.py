@@ -138,6 +138,23 @@ def writer(path: Path) -> tuple[subprocess.Popen[str], Path]:
     return process, Path(process.stdout.readline().strip())
 
 
+def test_a_lock_on_a_deleted_file_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two others sweep the new folder: one deletes the file with the lock, the other makes a new one."""
+    genuine, swept = fcntl.flock, list[Path]()
+
+    def flock(lock: int, how: int) -> None:
+        if not swept:
+            swept.append(next(tmp_path.iterdir()))
+            (swept[0] / files.LOCK).unlink()
+            (swept[0] / files.LOCK).touch()
+        genuine(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder, lock = files.locked_folder(tmp_path)
+    os.close(lock)
+    assert folder != swept[0]
+
+
 def test_the_next_process_deletes_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".svdit-of-the-user.tmp").write_text("a file")
     (tmp_path / ".other-123.tmp").mkdir()
