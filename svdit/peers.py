@@ -118,12 +118,16 @@ def report(line: str) -> None:
 
 def fail(line: str) -> NoReturn:
     """Print the line, unless another process has failed before, and exit with code 2, together with the others."""
-    with suppress(ValueError):  # in the main thread: this process ends by itself, also when torchrun ends the others
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    terminated = threading.Event()
+    with suppress(ValueError):  # in the main thread: at the first exit torchrun ends the others
+        signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     report(line)
-    end = time.monotonic() + TOGETHER
-    while processes() > 1 and (_add("failed", 0) or processes()) < processes() and time.monotonic() < end:
-        time.sleep(POLL)
+    if processes() > 1:
+        _add("ending", 1)  # "failed" counts a process that may still be cleaning up
+        end = time.monotonic() + TOGETHER
+        while (_add("ending", 0) or processes()) < processes() and time.monotonic() < end:
+            if terminated.wait(POLL):
+                break
     exit_now()
 
 

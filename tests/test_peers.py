@@ -76,6 +76,25 @@ def test_a_process_that_fails_prints_although_torchrun_ends_it(tmp_path: Path, m
     assert (codes, lines) == ([2, 2], ["svdit: broken"])
 
 
+def test_nobody_exits_before_one_that_still_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun would terminate it: `session` counts a failure before it leaves the process group."""
+
+    def work() -> None:
+        if os.environ["RANK"] == "0":
+            peers.first_to_fail()
+            time.sleep(0.5)
+            (tmp_path / "clean").touch()
+        peers.fail("svdit: broken")
+
+    def exit_now() -> None:
+        assert (tmp_path / "clean").exists()
+        os._exit(2)
+
+    monkeypatch.setattr(peers, "exit_now", exit_now)
+    codes, lines = Run(work, tmp_path).end()
+    assert (codes, lines) == ([2, 2], ["svdit: broken"])
+
+
 def in_session(work: Callable[[], object]) -> Callable[[], None]:
     def run() -> None:
         try:
