@@ -2,7 +2,7 @@
 
     record("evaluation", "inception_fast", 28.8, "images/s", note="batch 32, 256 px")
 
-The machine is recorded as processor model and number of cores, without a host name.
+The machine is recorded as the processor's name, family and model, and the number of cores, without a host name.
 """
 
 import csv
@@ -44,18 +44,11 @@ def machine() -> str:
     """The processor, the cores this process may use, and the GPU if there is one."""
     import torch
 
+    from svdit.kernels.cpu.features import processor
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"{_processor()}, {cores} cores, {torch.get_num_threads()} threads"
+    text = f"{processor()}, {cores} cores, {torch.get_num_threads()} threads"
     return f"{text}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else text
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def versions() -> str:

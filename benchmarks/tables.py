@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = (DOCS / "quantization.md", DOCS / "evaluation.md", DOCS / "performance.md")
 MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
+TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r", (?:avx\w+|portable)\b"  # in notes
 Row = dict[str, str]
 Rows = Sequence[Row]
 
@@ -38,14 +39,19 @@ def markdown(header: list[str], lines: list[list[str]], source: str) -> str:
     return "\n".join([*("| " + " | ".join(row) + " |" for row in rows), "", source])
 
 
-def source(rows: dict[str, Row], command: str, setting: str = "") -> str:
+def source(rows: dict[str, Row], command: str = "", setting: str = "") -> str:
     """Caption: machine, versions, commit and date of the newest row, and the command to reproduce it."""
     if not rows:
         return ""
     row = list(rows.values())[-1]
     machine = re.sub(r"\b1 (core|thread)s\b", r"1 \1", row["machine"])
     parts = [setting, machine, row["versions"], f"commit {row['commit']}", row["date"]]
-    return "; ".join(filter(None, parts)) + f". Reproduce with `python benchmarks/{command}`."
+    return ". ".join(filter(None, ["; ".join(filter(None, parts)), reproduce(command)]))
+
+
+def reproduce(command: str) -> str:
+    """How to measure again, as a sentence; "" without a command."""
+    return f"Reproduce with `python benchmarks/{command}`." if command else ""
 
 
 def extract(pattern: str, text: str) -> str:
@@ -143,11 +149,45 @@ def synthetic(rows: Rows) -> str:
 
 
 def listing(rows: Rows, benchmark: str, command: str, groups: tuple[str, ...] = ()) -> str:
-    """One line per measurement; names that contain one of `groups` are grouped in that order."""
-    measured = latest(rows, benchmark)
-    names = sorted(measured, key=lambda name: [group not in name for group in groups])
-    lines = [[name, number(row := measured[name]), row["note"], row["machine"]] for name in names]
-    return markdown(["what", "", "setting", "machine"], lines, source(measured, command))
+    """One line per measurement, one column per processor; names that contain one of `groups` in that order."""
+    measured = {name: latest(part, benchmark) for name, part in by_processor(rows, benchmark).items()}
+    names = list(dict.fromkeys(name for each in measured.values() for name in each))
+    names.sort(key=lambda name: [group not in name for group in groups])
+    lines = []
+    for name in names:
+        found = [each.get(name) for each in measured.values()]
+        newest = [row for row in found if row][-1]
+        lines.append([name, *(cell(row) if row else "–" for row in found), setting_alone(newest["note"])])
+    captions = ". ".join(f"{name}: {source(each)}" for name, each in measured.items())
+    return markdown(["what", *measured, "setting"], lines, f"{captions}. {reproduce(command)}")
+
+
+def by_processor(rows: Rows, benchmark: str) -> dict[str, list[Row]]:
+    """The rows of a benchmark by the short name of their processor."""
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["benchmark"] == benchmark:
+            parts.setdefault(short_name(row), []).append(row)
+    return parts
+
+
+def short_name(row: Row) -> str:
+    """The processor of a measurement. Early rows give its brand only; log.md has what they were."""
+    name = re.sub(r", \d+ cores.*", "", row["machine"])
+    if name == "AMD EPYC":
+        return "Zen 3" if row["date"] < "2026-11-25" else "Zen 5"
+    return extract(r"\(([^()]+), family", name) or name.replace("(R)", "").removesuffix(" Processor")
+
+
+def cell(row: Row) -> str:
+    """The value, and the times that its note begins with."""
+    times = extract(TIMES, row["note"])
+    return number(row) + (f" ({times})" if times else "")
+
+
+def setting_alone(note: str) -> str:
+    """A note without what differs between processors: times and the instruction set."""
+    return re.sub(TIMES, "", re.sub(ISA, "", note)).strip("; ")
 
 
 def number(row: Row) -> str:

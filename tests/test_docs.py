@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.tables import MARKED, TABLES, filled, latest, read
+from benchmarks.tables import MARKED, TABLES, filled, latest, listing, read
 from benchmarks.tables import PAGES as TABLED
 from svdit.model.config import FAMILIES
 from svdit.sampling.protocols import JIT, PROTOCOLS
@@ -57,6 +57,18 @@ def test_the_newest_row_of_a_name_wins() -> None:
     ]
     assert latest(rows, "a") == {"images a minute": rows[1]}
     assert latest(rows, "b") == {}
+
+
+def test_processors_stand_side_by_side() -> None:
+    machines = ["AMD EPYC", "AMD EPYC (Zen 4, family 25 model 17)", "Intel(R) Xeon(R) Processor"]
+    same = {"benchmark": "a", "name": "W8A8", "unit": "×", "date": "2026-11-27", "commit": "", "versions": ""}
+    own = [
+        {"machine": f"{name}, 2 cores, 2 threads", "value": str(i), "note": f"{i} ms; rank 32, avx2"}
+        for i, name in enumerate(machines)
+    ]
+    header, _, line, *_ = listing([same | row for row in own], "a", "a.py").splitlines()
+    assert header == "| what | Zen 5 | Zen 4 | Intel Xeon | setting |"
+    assert line == "| W8A8 | 0 × (0 ms) | 1 × (1 ms) | 2 × (2 ms) | rank 32 |"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

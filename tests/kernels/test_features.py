@@ -1,11 +1,11 @@
-"""Both sources of the processor's extensions agree."""
+"""Both sources of the processor's extensions agree; processors have names."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
-from svdit.kernels.cpu.features import LINUX, OTHERS, capabilities
+from svdit.kernels.cpu.features import LINUX, OTHERS, capabilities, described
 from svdit.kernels.cpu.ffi import ISAS
 
 
@@ -20,3 +20,18 @@ def test_linux_lists_what_torch_lists(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_extension_that_an_instruction_set_needs_is_looked_up() -> None:
     assert {name for names in ISAS.values() for name in names} <= {*LINUX, *OTHERS}
+
+
+AMD = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t\t: 1"
+ARM = "processor\t: 0\nBogoMIPS\t: 2100.00\nCPU implementer\t: 0x41\nCPU part\t: 0xd4f\n"
+NAMES = {
+    AMD: "AMD EPYC (Zen 4, family 25 model 17)",
+    AMD.replace("17", "99"): "AMD EPYC (family 25 model 99)",
+    ARM: "CPU implementer 0x41 CPU part 0xd4f",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("cpuinfo", NAMES)
+def test_a_processor_is_named_by_family_and_model(cpuinfo: str) -> None:
+    assert described(cpuinfo) == NAMES[cpuinfo]

@@ -1,5 +1,7 @@
-"""The instruction set extensions of this processor, by torch's names."""
+"""This processor: its name, and its instruction set extensions by torch's names."""
 
+import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +14,15 @@ LINUX = {
     "avx512_dq": "avx512dq",
     "fma3": "fma",
 }
+DESIGNS = {  # by vendor, family and model
+    ("AuthenticAMD", "25", "1"): "Zen 3",
+    ("AuthenticAMD", "25", "17"): "Zen 4",
+    ("AuthenticAMD", "26", "2"): "Zen 5",
+    ("GenuineIntel", "6", "106"): "Ice Lake",
+    ("GenuineIntel", "6", "143"): "Sapphire Rapids",
+    ("GenuineIntel", "6", "207"): "Emerald Rapids",
+    ("GenuineIntel", "6", "173"): "Granite Rapids",
+}
 OTHERS = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16")  # Linux uses the same names
 
 
@@ -20,6 +31,28 @@ def capabilities() -> dict[str, bool]:
     """Which extensions the processor and the kernel support; from /proc/cpuinfo where torch is too old to list them."""
     if hasattr(torch.cpu, "get_capabilities"):
         return dict(torch.cpu.get_capabilities())
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = set(cpuinfo.read_text(encoding="utf-8", errors="replace").split()) if cpuinfo.exists() else set()
+    flags = set(cpuinfo().split())
     return {name: LINUX.get(name, name) in flags for name in (*LINUX, *OTHERS)}
+
+
+def cpuinfo() -> str:
+    """Linux' description of the processors; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+@cache
+def processor() -> str:
+    """The name of this processor."""
+    return described(cpuinfo()) or platform.processor() or platform.machine()
+
+
+def described(text: str) -> str:
+    """The processor of a /proc/cpuinfo: its name, which clouds shorten, with its design, family and model."""
+    fields = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
+    vendor, family, model = (fields.get(key, "") for key in ("vendor_id", "cpu family", "model"))
+    if not model:  # Arm's has numbers only
+        return " ".join(f"{key} {fields[key]}" for key in ("CPU implementer", "CPU part") if key in fields)
+    design = DESIGNS.get((vendor, family, model))
+    numbers = f"family {family} model {model}"
+    return f"{fields.get('model name', vendor)} ({f'{design}, ' if design else ''}{numbers})"
