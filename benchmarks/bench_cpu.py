@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bound import Bound, operations
 from random_models import in_floats, model_inputs, quantized, random_layer, random_model
 from record import record
 from timing import Run, measure, ratio, steady
@@ -68,13 +69,14 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         candidates["bf16 eager"] = lambda: half(x.bfloat16(), t, y)
     if HAS_BF16 and compiled:
         candidates["bf16 compile + freezing"] = compiled_model(copy.deepcopy(half), x.bfloat16(), t, y)
-    truth = {"fp32": plain(x, t, y)}
+    truth, counts = {"fp32": plain(x, t, y)}, {}
     for name, (scheme, adaln) in SCHEMES.items():
         model = quantized(scheme, adaln, setting.depth, setting.rank)
-        truth[name] = in_floats(model)(x, t, y)
+        truth[name], counts[name] = in_floats(model)(x, t, y), operations(model, batch)
         fast = accelerate(model)
         candidates[name] = lambda fast=fast: fast(x, t, y)
-    times = measure(candidates, setting.rounds)
+    bound = Bound(ffi.kernels())
+    times = measure(candidates | {"peaks": bound}, setting.rounds)
     valid = steady(times["fp32 eager"]) and setting.keep
     shape = f"{setting.depth} blocks, batch {batch}, rank {setting.rank}"
     print(f"\nDiT-XL/2 at 256 px, {shape}, {ops.describe(ops.choose())}")
@@ -94,28 +96,35 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         print(f"{name}: {value:.3f} ×")
         if valid:
             record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {ffi.kernels().isa}")
+    for name, count in counts.items():
+        share = bound.share(count, times[name])
+        print(f"{name}: the arithmetic at the peaks takes {share:.0f} % of its time")
+        if valid:
+            record("cpu", f"{name}, arithmetic at the peaks, batch {batch}", share, "%", f"of its time; {shape}")
 
 
 def families(setting: Setting) -> None:
     """Speed-up of W8A8 over eager fp32 for a model of each kind of block, all in the same rounds."""
-    runs, batch = dict[str, Run](), 2
+    runs, counts, batch, bound = dict[str, Run](), {}, 2, Bound(ffi.kernels())
     for name in FAMILIES:
         model = random_model(config_for(name), "W8A8", rank=setting.rank)
-        inputs, plain = model_inputs(batch, model.config), in_floats(model)
+        inputs, plain, counts[name] = model_inputs(batch, model.config), in_floats(model), operations(model, batch)
         fast = accelerate(model)
         runs[f"{name} fp32"] = lambda plain=plain, inputs=inputs: plain(*inputs)
         runs[f"{name} W8A8"] = lambda fast=fast, inputs=inputs: fast(*inputs)
-    times = measure(runs, setting.rounds)
+    times = measure(runs | {"peaks": bound}, setting.rounds)
     valid = steady(times[f"{FAMILIES[0]} fp32"]) and setting.keep
     first = ratio(times, f"{FAMILIES[0]} fp32", f"{FAMILIES[0]} W8A8")
     for name in FAMILIES:
-        over = ratio(times, f"{name} fp32", f"{name} W8A8")
+        over, share = ratio(times, f"{name} fp32", f"{name} W8A8"), bound.share(counts[name], times[f"{name} W8A8"])
         slow, fast = (1e3 * statistics.median(times[f"{name} {kind}"]) for kind in ("fp32", "W8A8"))
         note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {ffi.kernels().isa}"
         print(f"{name:18} W8A8 {over:5.2f} × fp32 eager, {over / first:.2f} of {FAMILIES[0]}'s   {note}")
+        print(f"{name:18} the arithmetic at the peaks takes {share:.0f} % of the time of W8A8")
         if valid:
-            setting = f"{note}; {over / first:.2f} of {FAMILIES[0]}'s"
-            record("cpu families", f"{name}, W8A8 over fp32 eager", over, "×", setting)
+            record("cpu families", f"{name}, W8A8 over fp32 eager", over, "×", note)
+            record("cpu families", f"{name}, over {FAMILIES[0]}'s", over / first, "", "ratio of speed-ups")
+            record("cpu families", f"{name}, arithmetic at the peaks", share, "%", "of the time of W8A8")
 
 
 def with_precision(precision: str, run: Run) -> Tensor:
@@ -144,12 +153,14 @@ def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
 
 
 def peak(setting: Setting) -> None:
-    """Peak INT8 and fp32 rates of this processor, computed from registers."""
+    """Peak rates of this processor, computed from registers."""
     kernels = ffi.kernels()
-    int8, fp32 = (max(ffi.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9 for kind in (True, False))
-    print(f"\npeak from registers: INT8 {int8:.0f} GOP/s, fp32 {fp32:.0f} GFLOP/s")
-    if setting.keep:
-        record("cpu", "INT8 out of registers", int8, "GOP/s", f"fp32 {fp32:.0f} GFLOP/s, {kernels.isa}")
+    for kind in ffi.PEAKS:
+        name = str(kernels.low_dtype).removeprefix("torch.") if kind == "low" else kind
+        rate = max(ffi.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9
+        print(f"peak from registers, {name}: {rate:.0f} GOP/s")
+        if setting.keep and name != "float32":
+            record("cpu", f"{name.upper()} out of registers", rate, "GOP/s", kernels.isa)
 
 
 def parts(setting: Setting) -> None:
@@ -172,7 +183,7 @@ def parts(setting: Setting) -> None:
         bare = packed.pop("product alone")
         codes, peaks = bare.quantize(x), list[float]()
         runs["product alone"] = lambda p=bare, codes=codes: p.multiply(codes, 2)
-        runs["peak"] = lambda peaks=peaks: peaks.append(ffi.peak(kernels, True, 500_000))
+        runs["peak"] = lambda peaks=peaks: peaks.append(ffi.peak(kernels, "int8", 500_000))
         times = measure(runs, 5 * setting.rounds)
         median = {what: statistics.median(seconds) for what, seconds in times.items()}
         rates = [2 * 512 * I * O / seconds for seconds in times["product alone"]]

@@ -48,7 +48,8 @@ Product = _structure(
 Attention = _structure("Attention", "images tokens heads head", "qkv weight bias cos sin out")
 WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
 Packing = _structure("Packing", "outputs depth bits group", "stored multiples weight sums")
-Peak = _structure("Peak", "repeats integers", "")
+Peak = _structure("Peak", "repeats kind", "")
+PEAKS = ("fp32", "int8", "low")  # kinds of `peak`; low is bf16, or fp32 where attention is
 STRUCTURES = (Rows, Product, Attention, WeightOnly, Packing)
 SIGNATURES = {
     "quantize_rows": [POINTER(Rows)],
@@ -170,11 +171,12 @@ def row_pointer(x: Tensor, images: int, columns: int, stride: int) -> int:
     return x.data_ptr()
 
 
-def peak(kernels: Kernels, integers: bool, repeats: int = 20_000_000) -> float:
-    """Operations per second (a multiply-add is two) of all threads on registers, for benchmarks."""
+def peak(kernels: Kernels, kind: str, repeats: int = 20_000_000) -> float:
+    """Operations per second (a multiply-add is two) of all threads on registers, of a kind of PEAKS, for benchmarks."""
     lanes = c_int64()
     start = time.perf_counter()
-    kernels.call("peak", Peak(repeats=repeats, integers=integers), lanes)
+    kernels.call("peak", Peak(repeats=repeats, kind=PEAKS.index(kind)), lanes)
     seconds = time.perf_counter() - start
-    codes = (2 if kernels.wide else 4) if integers else 1
-    return 2 * lanes.value * codes * repeats * torch.get_num_threads() / seconds
+    pairs = kernels.low_dtype == torch.bfloat16
+    numbers = {"fp32": 1, "int8": 2 if kernels.wide else 4, "low": 2 if pairs else 1}[kind]  # of a lane
+    return 2 * lanes.value * numbers * repeats * torch.get_num_threads() / seconds

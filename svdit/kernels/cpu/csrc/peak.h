@@ -1,8 +1,10 @@
 /* The most this processor can do out of registers, for benchmarks: TILE_ROWS · TILE_VECTORS sums side by side. */
 
 typedef struct {
-    int64_t repeats, integers; /* integers: `dot`, else multiply-add of floats */
+    int64_t repeats, kind; /* of PEAKS */
 } Peak;
+
+enum PEAKS { FP32, INT8, LOW }; /* a multiply-add of floats; `dot`; `multiply_add`, of bf16 where PAIRS */
 
 #if defined(USE_VNNI) || WIDE
 #define KEEP(x) __asm__ volatile("" : "+v"(x))
@@ -14,16 +16,22 @@ WORK int peak_some(const Peak *p, int64_t *next)
 {
     VI sums[TILE_ROWS * TILE_VECTORS] = {0}, a = splat_int((int32_t)take(next, team()) + 0x01020304), b[TILE_VECTORS];
     VF totals[TILE_ROWS * TILE_VECTORS] = {0}, x = splat(1e-3f), y = splat(1e-3f);
+    VI low = splat_int(0x3a833a83); /* two bf16 of about 1e-3, or one float */
     for (int j = 0; j < TILE_VECTORS; j++) b[j] = splat_int(j + 1);
-    for (int64_t r = 0; p->integers && r < p->repeats; r++)
+    for (int64_t r = 0; p->kind == INT8 && r < p->repeats; r++)
         UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
             if (i % TILE_VECTORS == 0) KEEP(a);
             sums[i] = dot(sums[i], a, b[i % TILE_VECTORS]);
         }
-    for (int64_t r = 0; !p->integers && r < p->repeats; r++)
+    for (int64_t r = 0; p->kind == FP32 && r < p->repeats; r++)
         UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
             KEEP(x); /* or one product would do for all */
             totals[i] += x * y;
+        }
+    for (int64_t r = 0; p->kind == LOW && r < p->repeats; r++)
+        UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
+            KEEP(low);
+            totals[i] = multiply_add(totals[i], low, low);
         }
     UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) { KEEP(sums[i]); KEEP(totals[i]); }
     return 0;
