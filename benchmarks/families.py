@@ -2,11 +2,12 @@
 
     python benchmarks/families.py methods [--only w4a4 …]   # PSNR to full precision and Fréchet distance to real digits
     python benchmarks/families.py times                     # where along the trajectory the error arises, at W4A4
-    python benchmarks/families.py layers                    # JiT: the layers next to its pixels, quantized or not
+    python benchmarks/families.py layers                    # the layers next to the pixels, quantized or not
 
 50 steps (DDIM for DiT, Euler for the flows), guidance 1.5, rank 8. PSNR: the mean over pairs of images, and pooled, of
 the mean squared error of all. The Fréchet distance is that of the 64 pixels to all 1797 real digits, with jackknife
-errors; those of differences to full precision are paired by seed.
+errors; those of differences to full precision are paired by seed. Means over two calibrations; the error is the larger
+of that over images and that over calibrations.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from svdit.evaluation.jackknife import Estimate, assign_blocks
 from svdit.evaluation.statistics import Gaussian, Moments
 from svdit.images import Pixels
 from svdit.model.dit import DiT
-from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config
+from svdit.quant.config import RECIPES, QuantConfig, Recipe, Rule, dit_config, whole_bytes
 from svdit.quant.quantize import quantize_
 from svdit.runtime.accelerate import accelerate
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate
@@ -33,6 +34,7 @@ from svdit.training.data import digits
 
 MODELS = {"DiT": "digits", "SiT": "digits-sit", "JiT": "digits-jit"}
 STEPS = 50
+CALIBRATIONS = (0, 1)  # seeds
 METHODS: dict[str, Recipe] = {
     "w8a8": RECIPES["w8a8"],
     "svdquant-w8a8": BEST_PUBLISHED["svdquant w8a8, gptq"],
@@ -51,16 +53,17 @@ def walk_of(model: DiT) -> SamplingConfig:
     return default_sampling(model.config, sampler=sampler, steps=str(number), cfg_scale=1.5, cfg_channels=None)
 
 
-def quantized(checkpoint: str, config: QuantConfig) -> DiT:
-    """The checkpoint's model, quantized and accelerated."""
+def quantized(checkpoint: str, config: QuantConfig, seed: int = 0) -> DiT:
+    """The checkpoint's model, quantized with a calibration and accelerated."""
     model = load_model(checkpoint)
-    quantize_(model, config, calibration(model))
+    quantize_(model, config, calibration(model, seed))
     return accelerate(model)
 
 
-def with_rank(recipe: Recipe) -> QuantConfig:
+def with_rank(recipe: Recipe, model: DiT) -> QuantConfig:
     """The rules of a recipe of rank RANK."""
-    return dit_config(replace(recipe, rank=RANK))
+    last_block = model.config.depth - 1 if model.config.prediction == "x0" else None
+    return dit_config(replace(recipe, rank=RANK), last_block=last_block)
 
 
 def rows(images: Pixels) -> np.ndarray:
@@ -82,31 +85,44 @@ def distance(reference: Gaussian, images: Pixels) -> Estimate:
     return Estimate(values[0], tuple(values[1:]))
 
 
+def decibels(squares: np.ndarray) -> np.ndarray:
+    """PSNR (N,) of mean squared errors (N,); identical images count as 100 dB."""
+    return np.minimum(100, 10 * np.log10(255**2 / np.maximum(squares, 1e-9)))
+
+
 def squares(images: Pixels, full: Pixels) -> np.ndarray:
     """The mean squared error (N,) of each image."""
     return np.square(images.astype(np.float64) - full).mean(axis=(1, 2, 3))
 
 
 def methods(checkpoints: dict[str, str], count: int, only: list[str]) -> None:
-    """Every method on every family."""
+    """Every method on every family: means over CALIBRATIONS."""
     reference = real()
     for family, checkpoint in checkpoints.items():
         model = load_model(checkpoint)
         walk = walk_of(model)
         full = draw(model, count, walk)
         base = distance(reference, full)
-        setting = f"{count} digits, {walk.sampler} 50, cfg 1.5, rank {RANK}"
+        setting = f"{count} digits, {walk.sampler} 50, cfg 1.5, rank {RANK}, {len(CALIBRATIONS)} calibrations"
         record("families", f"{family} full Fréchet", base.value, "", f"se {base.se:.3g}; {setting}")
         for name in only:
-            images = draw(quantized(checkpoint, with_rank(METHODS[name])), count, walk)
-            errors, there = squares(images, full), distance(reference, images)
-            psnr = np.minimum(100, 10 * np.log10(255**2 / np.maximum(errors, 1e-9)))
-            pooled = 10 * np.log10(255**2 / errors.mean())
-            note = f"se {psnr.std(ddof=1) / count**0.5:.2f}; pooled {pooled:.2f}; {setting}"
-            record("families", f"{family} {name} PSNR", psnr.mean(), "dB", note)
-            change = there.minus(base)
-            note = f"se {there.se:.3g}; difference {change.value:.3g} se {change.se:.3g}; {setting}"
-            record("families", f"{family} {name} Fréchet", there.value, "", note)
+            config = with_rank(METHODS[name], model)
+            drawn = [draw(quantized(checkpoint, config, seed), count, walk) for seed in CALIBRATIONS]
+            values = [decibels(squares(images, full)) for images in drawn]
+            error = max(values[0].std(ddof=1) / count**0.5, np.std([v.mean() for v in values], ddof=1))
+            pooled = 10 * np.log10(255**2 / np.mean([squares(images, full) for images in drawn]))
+            record(
+                "families",
+                f"{family} {name} PSNR",
+                np.mean(values),
+                "dB",
+                f"se {error:.2f}; pooled {pooled:.2f}; {setting}",
+            )
+            there = [distance(reference, images) for images in drawn]
+            changes = [each.minus(base) for each in there]
+            change, error = np.mean([each.value for each in changes]), max(each.se for each in changes)
+            note = f"se {there[0].se:.3g}; difference {change:.3g} se {error:.3g}; {setting}"
+            record("families", f"{family} {name} Fréchet", np.mean([each.value for each in there]), "", note)
 
 
 class Mixed:
@@ -130,7 +146,7 @@ def times(checkpoints: dict[str, str], count: int) -> None:
     for family, checkpoint in checkpoints.items():
         model = load_model(checkpoint)
         walk, labels = walk_of(model), image_labels(1, range(count), model.config.num_classes)
-        mixed = Mixed(model, quantized(checkpoint, with_rank(RECIPES["w4a4"])))
+        mixed = Mixed(model, quantized(checkpoint, with_rank(RECIPES["w4a4"], model)))
         images = {}
         for name, (first, last) in {"none": (0, 0), **WINDOWS}.items():
             mixed.between(first, last)
@@ -142,26 +158,28 @@ def times(checkpoints: dict[str, str], count: int) -> None:
             record("families by time", f"{family} w4a4, tenths {name}", error, "", note)
 
 
-def layers(checkpoint: str, count: int) -> None:
-    """PSNR with other rules for the layers next to the pixels."""
-    model = load_model(checkpoint)
-    walk = walk_of(model)
-    full = draw(model, count, walk)
-    for name in ("w4a4", "w8a8"):
-        rules = with_rank(METHODS[name]).rules
-        recipe = replace(METHODS[name], rank=RANK)
-        variants = {
-            "default": rules,
-            "final adaLN in floats": (Rule("final_layer.*", None), *rules),
-            "final linear quantized": (Rule("final_layer.linear", recipe), *rules),
-            "first block in floats": (Rule("blocks.0.*", None), *rules),
-            "last block in floats": (Rule(f"blocks.{model.config.depth - 1}.*", None), *rules),
-        }
-        for what, choice in variants.items():
-            errors = squares(draw(quantized(checkpoint, QuantConfig(choice)), count, walk), full)
-            psnr = np.minimum(100, 10 * np.log10(255**2 / np.maximum(errors, 1e-9)))
-            note = f"se {psnr.std(ddof=1) / count**0.5:.2f}; {count} digits, rank {RANK}"
-            record("families layers", f"JiT {name}, {what}", psnr.mean(), "dB", note)
+def layers(checkpoints: dict[str, str], count: int) -> None:
+    """PSNR with other rules for the layers next to the pixels, over CALIBRATIONS."""
+    for family, checkpoint in checkpoints.items():
+        model = load_model(checkpoint)
+        walk = walk_of(model)
+        full, last = draw(model, count, walk), f"blocks.{model.config.depth - 1}.*"
+        for name in ("w4a4", "w4a8"):
+            recipe = replace(METHODS[name], rank=RANK)
+            rules = dit_config(recipe).rules
+            variants = {
+                "alike": rules,
+                "final adaLN in floats": (Rule("final_layer.*", None), *rules),
+                "final linear quantized": (Rule("final_layer.linear", recipe), *rules),
+                "first block in floats": (Rule("blocks.0.*", None), *rules),
+                "last block in floats": (Rule(last, None), *rules),
+                "last block in bytes": (Rule(last, whole_bytes(recipe)), *rules),
+            }
+            for what, choice in variants.items():
+                drawn = [draw(quantized(checkpoint, QuantConfig(choice), seed), count, walk) for seed in CALIBRATIONS]
+                values = [decibels(squares(images, full)).mean() for images in drawn]
+                note = f"calibrations {', '.join(f'{v:.2f}' for v in values)}; {count} digits, rank {RANK}"
+                record("families layers", f"{family} {name}, {what}", np.mean(values), "dB", note)
 
 
 def main() -> None:
@@ -177,7 +195,7 @@ def main() -> None:
     elif args.what == "times":
         times(checkpoints, args.count)
     else:
-        layers(checkpoints["JiT"], args.count)
+        layers(checkpoints, args.count)
 
 
 if __name__ == "__main__":

@@ -111,8 +111,10 @@ def run(args: argparse.Namespace) -> Result | None:
             note(sentence)
         source = setup.load_checkpoint(args, device)
         outputs.check_distinct("--output", args.output, source.path)
-        scale = calibration_sampling(source.model.config, 1, settings.cfg_scale).cfg_scale
-        settings = replace(settings, cfg_scale=scale)
+        config = source.model.config
+        scale = calibration_sampling(config, 1, settings.cfg_scale).cfg_scale
+        last_block = config.depth - 1 if config.prediction == "x0" else None
+        settings = replace(settings, cfg_scale=scale, last_block=last_block)
         if settings.calibrates or settings.figures:
             check_guidance(source.model, scale)
         select(source.model, settings.config)  # before calibration, errors in patterns and shapes

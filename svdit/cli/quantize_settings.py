@@ -10,7 +10,7 @@ from typing import Any
 
 from svdit.errors import UserError
 from svdit.kernels.formats import ACT_FORMATS, Format
-from svdit.quant.config import RECIPES, QuantConfig, Recipe, dit_config, rank_ratio_config
+from svdit.quant.config import RECIPES, QuantConfig, Recipe, dit_config, rank_ratio_config, whole_bytes
 
 ACTS = {4: ACT_FORMATS["int4"], 8: ACT_FORMATS["int8"], 16: None}  # --act-bits
 LOW_BIT = {"w8a8": "w4a8", "w8a16": "w4a16"}  # the preset that --num-bits 4 and below start from
@@ -47,6 +47,7 @@ class QuantizeSettings:
     cfg_scale: float | None = None  # that of the family's protocol
     seed: int = 0
     max_memory: float = 8.0  # GB
+    last_block: int | None = None  # the number of the last block, where the model predicts x₀
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -130,7 +131,7 @@ class QuantizeSettings:
         """What to do with which layer."""
         if self.rank_ratio is not None:
             return rank_ratio_config(self.rank_ratio, self.num_bits or 8, self.whiten, self.skip)
-        return dit_config(self.recipe, self.adaln, self.skip)
+        return dit_config(self.recipe, self.adaln, self.skip, self.last_block)
 
     @property
     def calibrates(self) -> bool:
@@ -143,8 +144,9 @@ class QuantizeSettings:
         if self.rank_ratio is not None:
             mode = {"mode": "rank_ratio", "rank_ratio": self.rank_ratio, "num_bits": self.num_bits or 8}
             return {**mode, "whiten": self.whiten, "skip": list(self.skip)}
-        mode = {"mode": "preset", "preset": self.preset, "adaln": self.adaln}
-        return {**mode, "skip": list(self.skip), "recipe": asdict(self.recipe)}
+        mode: dict[str, Any] = {"mode": "preset", "preset": self.preset, "adaln": self.adaln}
+        mode |= {"skip": list(self.skip), "recipe": asdict(self.recipe)}
+        return mode if self.last_block is None else {**mode, "last_block": asdict(whole_bytes(self.recipe))}
 
 
 def flag(*names: str) -> str:

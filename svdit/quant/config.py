@@ -173,18 +173,32 @@ RECIPES: dict[str, Recipe] = {
 GELU_SHIFT = -0.171875  # −11/64, below tanh-GELU's minimum −0.17004, so that shifted inputs of fc2 are never negative
 
 
-def dit_config(recipe: Recipe, adaln: str = "int8", skip: tuple[str, ...] = ()) -> QuantConfig:
+def dit_config(
+    recipe: Recipe, adaln: str = "int8", skip: tuple[str, ...] = (), last_block: int | None = None
+) -> QuantConfig:
     """The rules for a DiT: `recipe` for the blocks' linears, `ADALN[adaln]` for adaLN; other linears are skipped.
 
+    `last_block`: the number of the last block of a model that predicts x₀, which has `whole_bytes` of svdit's recipes.
     Raises UserError for an unknown `adaln`.
     """
     if adaln not in ADALN:
         raise UserError(f"{adaln!r} is not a format of adaLN; choose one of {', '.join(ADALN)}")
-    fc2 = recipe
+    rules: dict[str, Recipe | None] = {"*adaLN_modulation*": ADALN[adaln]}
+    if last_block is not None and whole_bytes(recipe) != recipe:
+        rules[f"blocks.{last_block}.*"] = whole_bytes(recipe)
     if recipe.act == INT4_SYMMETRIC and recipe.smoothing and not recipe.centre:
-        fc2 = replace(recipe, shift=GELU_SHIFT, act=replace(recipe.act, span="unsigned"))
-    rules = {"*adaLN_modulation*": ADALN[adaln], "blocks.*.mlp.fc2": fc2, "blocks.*": recipe}
+        rules["blocks.*.mlp.fc2"] = replace(recipe, shift=GELU_SHIFT, act=replace(recipe.act, span="unsigned"))
+    rules["blocks.*"] = recipe
     return QuantConfig((*skipping(skip), *(Rule(pattern, each, optional=True) for pattern, each in rules.items())))
+
+
+def whole_bytes(recipe: Recipe) -> Recipe:
+    """svdit's W8A8, or W8A16, in place of its recipes with integers of fewer bits; other recipes as they are."""
+    integers = recipe.weight is not None and recipe.weight.element == "int" and recipe.weight.bits < 8
+    if not recipe.centre or not integers:
+        return recipe
+    act = FULL.act if recipe.act else None
+    return replace(FULL, act=act, rank=min(recipe.rank, FULL.rank), low_rank=recipe.low_rank, factors=recipe.factors)
 
 
 def rank_ratio_config(ratio: float, num_bits: int, whiten: bool = False, skip: tuple[str, ...] = ()) -> QuantConfig:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from svdit.errors import UserError
-from svdit.kernels.formats import WEIGHT_FORMATS
+from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS
 from svdit.quant.config import (
     ADALN,
     CLOSED_SETS,
@@ -109,6 +109,23 @@ def test_every_adaln_format_has_its_rule(adaln: str) -> None:
     assert dit_config(RECIPES["w8a8"], adaln).recipe("blocks.3.adaLN_modulation.1") == ADALN[adaln]
     with pytest.raises(UserError, match="'fp8' is not a format of adaLN; choose one of int8, int4, fp16"):
         dit_config(RECIPES["w8a8"], "fp8")
+
+
+@pytest.mark.parametrize("preset", ["w4a8", "w4a8-channel", "w4a4", "w4a16"])
+def test_the_last_block_before_pixels_has_whole_bytes(preset: str) -> None:
+    recipe = recipe_for(preset, rank=8)
+    config = dit_config(recipe, skip=("*.fc1",), last_block=5)
+    last = config.recipe("blocks.5.mlp.w3")
+    assert (last.weight, last.act) == (WEIGHT_FORMATS["int8"], ACT_FORMATS["int8"] if recipe.act else None)
+    assert (last.rank, last.hadamard) == (8, recipe.hadamard)
+    assert config.recipe("blocks.4.mlp.w3") == config.recipe("blocks.15.attn.qkv") == recipe
+    assert config.recipe("blocks.5.mlp.fc1") is None
+    assert config.recipe("blocks.5.adaLN_modulation.1") == ADALN["int8"]
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w8a16", "svdquant", "svdquant-w4a4", "rtn", "nvfp4", "fp8"])
+def test_the_last_block_of_other_recipes_is_like_the_others(preset: str) -> None:
+    assert dit_config(RECIPES[preset], last_block=5) == dit_config(RECIPES[preset])
 
 
 def test_skipped_layers_come_first() -> None:
