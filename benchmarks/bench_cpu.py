@@ -42,6 +42,7 @@ from svdit.runtime.accelerate import accelerate
 
 HAS_BF16 = bool(capabilities().get("avx512_bf16"))
 SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4"), "W4A4": ("W4A4", "int4")}  # blocks and adaLN
+AMX = "SVDIT_ISA=amx python benchmarks/bench_cpu.py"
 FAMILIES = ("DiT-XL/2", "LightningDiT-XL/1", "JiT-B/16")
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 
@@ -275,6 +276,8 @@ def main() -> None:
     if args.memory_of:
         memory_of(setting, args.memory_of)
         return
+    if "amx" in ffi.isas() and ffi.kernels().isa != "amx":
+        print(f"this processor has AMX, which nobody has measured: run {AMX}, and please send benchmarks/results.csv")
     peak(setting)
     if args.only in (None, "parts"):
         parts(setting)

@@ -314,7 +314,7 @@ def test_one_openmp_runtime() -> None:
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SVDIT_ISA", "sse9")
-    with pytest.raises(UserError, match="SVDIT_ISA is sse9, but this processor has"):
+    with pytest.raises(UserError, match="SVDIT_ISA is sse9, but this machine supports"):
         ffi.kernels.__wrapped__()
 
 

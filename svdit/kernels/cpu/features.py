@@ -1,7 +1,9 @@
 """This processor: its name, and its instruction set extensions by torch's names."""
 
+import ctypes
 import platform
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +25,9 @@ DESIGNS = {  # by vendor, family and model
     ("GenuineIntel", "6", "207"): "Emerald Rapids",
     ("GenuineIntel", "6", "173"): "Granite Rapids",
 }
-OTHERS = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16")  # Linux uses the same names
+OTHERS = (  # Linux uses the same names
+    *("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+)
 
 
 @cache
@@ -33,6 +37,15 @@ def capabilities() -> dict[str, bool]:
         return dict(torch.cpu.get_capabilities())
     flags = set(cpuinfo().split())
     return {name: LINUX.get(name, name) in flags for name in (*LINUX, *OTHERS)}
+
+
+@cache
+def permits_tiles() -> bool:
+    """Whether Linux lets this process, its threads and children use AMX's registers, for which it asks."""
+    if not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, request, registers = 158, 0x1023, 18  # SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return ctypes.CDLL(None).syscall(*map(ctypes.c_long, (arch_prctl, request, registers))) == 0
 
 
 def cpuinfo() -> str:

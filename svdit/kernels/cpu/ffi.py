@@ -16,15 +16,17 @@ from torch import Tensor
 from svdit.errors import UserError
 from svdit.kernels import reference as ref
 from svdit.kernels.cpu.build import MissingKernelsError, library
-from svdit.kernels.cpu.features import capabilities
+from svdit.kernels.cpu.features import capabilities, permits_tiles
 from svdit.kernels.layer import Layer
 
 DEPTH_STEP = 16
-ISAS: dict[str, tuple[str, ...]] = {  # best first; the `capabilities` each needs
-    "avx512bf16": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "avx512_bf16", "fma3"),
-    "avx512vnni": ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3"),
+AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3")
+ISAS: dict[str, tuple[str, ...]] = {  # the default first; the `capabilities` each needs
+    "avx512bf16": (*AVX512, "avx512_bf16"),
+    "avx512vnni": AVX512,
     "avxvnni": ("avx2", "fma3", "avx_vnni"),
     "avx2": ("avx2", "fma3"),
+    "amx": (*AVX512, "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),  # behind avx512bf16 until it is measured
     "portable": (),
 }
 
@@ -65,9 +67,10 @@ SIGNATURES = {
 
 @cache
 def isas() -> list[str]:
-    """Instruction sets of this processor, best first."""
+    """Instruction sets of this machine, the default first; AMX only if Linux permits it."""
     has = capabilities()
-    return [isa for isa, needs in ISAS.items() if all(has.get(need, False) for need in needs)]
+    supported = [isa for isa, needs in ISAS.items() if all(has.get(need, False) for need in needs)]
+    return [isa for isa in supported if isa != "amx" or permits_tiles()]
 
 
 class Kernels:
@@ -75,6 +78,8 @@ class Kernels:
 
     def __init__(self, isa: str) -> None:
         self.isa, self.lib = isa, library()
+        if not hasattr(self.lib, f"geometry_{isa}"):
+            raise UserError(f"the CPU kernels were compiled without {isa}; install a newer compiler, then svdit again")
         numbers = (c_int64 * 9)()
         self.call("geometry", numbers)
         self.panel, self.low_panel, self.wide, pairs, *sizes = numbers
@@ -116,13 +121,13 @@ class Kernels:
 
 @cache
 def kernels(isa: str | None = None) -> Kernels:
-    """Those of `isa`, or of SVDIT_ISA, or the best of this processor.
+    """Those of `isa`, or of SVDIT_ISA, or the default of this machine.
 
-    Raises MissingKernelsError where there is no library, UserError for an instruction set this processor lacks.
+    Raises MissingKernelsError where there is no library, UserError for an instruction set this machine lacks.
     """
     isa = isa or os.environ.get("SVDIT_ISA") or isas()[0]
     if isa not in isas():
-        raise UserError(f"SVDIT_ISA is {isa}, but this processor has {', '.join(isas())}")
+        raise UserError(f"SVDIT_ISA is {isa}, but this machine supports {', '.join(isas())}")
     return Kernels(isa)
 
 

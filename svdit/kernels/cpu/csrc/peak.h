@@ -1,4 +1,5 @@
-/* The most this processor can do out of registers, for benchmarks: TILE_ROWS · TILE_VECTORS sums side by side. */
+/* The most this processor can do out of registers, for benchmarks: TILE_ROWS · TILE_VECTORS sums side by side, or for
+   integers by AMX those of a block. */
 
 typedef struct {
     int64_t repeats, kind; /* of PEAKS */
@@ -18,7 +19,12 @@ WORK int peak_some(const Peak *p, int64_t *next)
     VF totals[TILE_ROWS * TILE_VECTORS] = {0}, x = splat(1e-3f), y = splat(1e-3f);
     VI low = splat_int(0x3a833a83); /* two bf16 of about 1e-3, or one float */
     for (int j = 0; j < TILE_VECTORS; j++) b[j] = splat_int(j + 1);
-    for (int64_t r = 0; p->kind == INT8 && r < p->repeats; r++)
+#ifdef USE_AMX
+    begin();
+    for (int64_t r = 0; p->kind == INT8 && r < p->repeats; r++) multiply_registers(0);
+    end();
+#endif
+    for (int64_t r = 0; p->kind == INT8 && !DOTS && r < p->repeats; r++)
         UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
             if (i % TILE_VECTORS == 0) KEEP(a);
             sums[i] = dot(sums[i], a, b[i % TILE_VECTORS]);
@@ -37,9 +43,9 @@ WORK int peak_some(const Peak *p, int64_t *next)
     return 0;
 }
 
-/* Every repeat updates TILE_ROWS · TILE_VECTORS · LANES lanes, a number that is returned in `lanes`. */
+/* The results of `dot`, or of a multiply-add, in every repeat are returned in `lanes`. */
 int EXPORT(peak)(const Peak *p, int64_t *lanes)
 {
-    *lanes = TILE_ROWS * TILE_VECTORS * LANES;
+    *lanes = p->kind == INT8 && DOTS ? DOTS : TILE_ROWS * TILE_VECTORS * LANES;
     PARALLEL(peak_some, p)
 }

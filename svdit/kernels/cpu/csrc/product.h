@@ -90,7 +90,14 @@ FN void finish(const Product *p, const float *gate, int64_t m, int64_t n, int64_
     }
 }
 
-FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
+/* What others computed of a tile's sums: those over the first `lanes` of the codes and `pairs` of the branch. */
+typedef struct {
+    const VI *sums;
+    const VF *branch;
+    int64_t lanes, pairs;
+} Started;
+
+FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, Started from)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), rows = least(TILE_ROWS, p->rows - m0);
     int64_t lanes = Kp / (p->bits == 4 ? 4 : CODES);
@@ -104,11 +111,12 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
     if (p->floats) grouped_sums(y, a, steps, b, p);
     else {
         VI acc[TILE_ROWS][TILE_VECTORS] = {0};
+        if (from.sums) memcpy(acc, from.sums, sizeof acc);
 #if WIDE
         if (p->bits == 4) small_sums(acc, a, b, p);
         else
 #endif
-            integer_sums(acc, a, b.codes, 0, lanes);
+            integer_sums(acc, a, b.codes, from.lanes, lanes);
         UNROLL for (int j = 0; j < TILE_VECTORS; j++) {
             VI offset = load_int(p->offsets + panel * PANEL + j * LANES);
             VF channel = load(p->channel + panel * PANEL + j * LANES);
@@ -123,8 +131,12 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
     if (p->rank) {
         int64_t Rp = padded(p->rank, LOW_PANEL), pairs = (p->rank + 1) / 2;
         const Low *low[TILE_ROWS];
-        UNROLL for (int i = 0; i < TILE_ROWS; i++) low[i] = (const Low *)p->low + (m0 + least(i, rows - 1)) * Rp;
-        low_rank_tile(y, low, p->l1 + panel * PANEL * pairs * 2, pairs, TILE_VECTORS);
+        UNROLL for (int i = 0; i < TILE_ROWS; i++)
+            low[i] = (const Low *)p->low + (m0 + least(i, rows - 1)) * Rp + 2 * from.pairs;
+        if (from.branch)
+            UNROLL for (int i = 0; i < TILE_ROWS; i++)
+                UNROLL for (int j = 0; j < TILE_VECTORS; j++) y[i][j] += from.branch[i * TILE_VECTORS + j];
+        low_rank_tile(y, low, p->l1 + (panel * pairs + from.pairs) * PANEL * 2, pairs - from.pairs, TILE_VECTORS);
     }
     int64_t n = panel * PANEL, left = p->outputs - n;
     UNROLL for (int i = 0; i < TILE_ROWS; i++) {
@@ -135,6 +147,20 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0)
     }
 }
 
+#ifdef USE_AMX
+#include "blocks.h"
+#else
+enum { DOTS = 0 };
+FN void begin(void) {}
+FN void end(void) {}
+
+/* Rows `first` … `last` of one panel. */
+FN void multiply_rows(const Product *p, Expanded b, int64_t panel, int64_t first, int64_t last)
+{
+    for (int64_t m = first; m < last; m += TILE_ROWS) product_tile(p, b, panel, m, (Started){0});
+}
+#endif
+
 WORK int multiply_some(const Product *shared, int64_t *next)
 {
     const Product kept = *shared, *p = &kept; /* which no store can change */
@@ -144,13 +170,15 @@ WORK int multiply_some(const Product *shared, int64_t *next)
     Expanded own = new_panel(PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size), b = own;
     if (!own.multiples) return 1;
     parts = least(parts, padded(tiles, 8) / 8); /* of the rows, where panels are few for so many threads */
+    begin();
     for (int64_t piece, last = -1, panel; (piece = take(next, panels * parts)) < panels * parts; last = panel) {
         int64_t part = piece % parts;
         panel = piece / parts;
         if (panel != last) b = expand(p, panel, size, own);
-        for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; tile++)
-            product_tile(p, b, panel, tile * TILE_ROWS);
+        int64_t first = tiles * part / parts * TILE_ROWS, behind = tiles * (part + 1) / parts * TILE_ROWS;
+        multiply_rows(p, b, panel, first, least(behind, p->rows));
     }
+    end();
     free(own.multiples); /* the start of the buffer */
     return 0;
 }

@@ -1,0 +1,22 @@
+/* AVX-512 with VNNI and BF16 as in avx512bf16.c, and the products of layers by AMX. */
+#if defined(__x86_64__) && __has_include(<amxint8intrin.h>)
+#define ISA amx
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8,amx-bf16")))
+#define LANES 16
+#define TILE_ROWS 4
+#define TILE_VECTORS 4
+#define WIDE 0
+#define PAIRS 1
+#define USE_VNNI "vpdpbusd"
+#define USE_BF16
+#define USE_AMX
+#include "lanes.h"
+#include "norms.h"
+#include "rows.h"
+#include "panels.h"
+#include "product.h"
+#include "attention.h"
+#include "weights.h"
+#include "packing.h"
+#include "peak.h"
+#endif

@@ -1,0 +1,107 @@
+"""The kernels of amx.c with AMX's instructions in plain C (tiles.h), and its selection; where there is AMX the tests of
+all instruction sets run it too.
+"""
+
+import ctypes
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from kernels.test_cpu import (  # noqa: F401 — these run with the kernels below
+    SCHEMES,
+    check,
+    make,
+    test_bfloat16_between_layers,
+    test_everything_around_a_layer,
+    test_extreme_rows,
+    test_sums_of_the_largest_codes_are_exact,
+    test_threads_do_not_change_a_bit,
+)
+from layers import random_layer
+
+from svdit.errors import UserError
+from svdit.kernels.cpu import build, ffi
+from svdit.kernels.cpu import linear as cpu
+from svdit.kernels.cpu.features import cpuinfo, permits_tiles
+from svdit.kernels.formats import WEIGHT_FORMATS, Format
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ffi.Kernels:
+    if "avx512bf16" not in ffi.isas():
+        pytest.skip("no AVX512-BF16")
+    path, every = tmp_path_factory.mktemp("amx") / "amx.so", build.files()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "files", lambda: [name for name in every if Path(name).stem in ("amx", "source")])
+        build.compile_library(path, ["-O1", "-include", str(Path(__file__).with_name("tiles.h"))])
+        patch.setattr(ffi, "library", lambda: ctypes.CDLL(str(path)))
+        return ffi.Kernels("amx")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_blocks_of_any_shape(kernels: ffi.Kernels, scheme: str) -> None:
+    """Rows in whole blocks and parts of one; columns and ranks that fill registers, and some left."""
+    grouped = any(form.group for form in SCHEMES[scheme])
+    for seed, (M, I) in enumerate(product((1, 15, 16, 17, 32, 33, 70), (48, 64, 200, 256))):
+        layer = make(scheme, (3, 64, 130)[seed % 3], padded(I, grouped), (0, 7, 32, 33, 70)[seed % 5], seed)
+        check(layer, torch.randn(M, layer.shape[1], generator=torch.Generator().manual_seed(seed)), kernels)
+
+
+def padded(columns: int, grouped: bool) -> int:
+    return ffi.padded(columns, 64) if grouped else columns
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
+def test_without_a_branch_outputs_equal_those_of_avx512(kernels: ffi.Kernels, name: str) -> None:
+    layer, x = random_layer(100, 320, 0, WEIGHT_FORMATS[name], 1, 64), torch.randn(1, 50, 320)
+    expected = cpu.IntegerLinear(layer, ffi.kernels("avx512bf16"))(x)
+    assert torch.equal(cpu.IntegerLinear(layer, kernels)(x), expected)
+
+
+def test_a_row_does_not_depend_on_the_others(kernels: ffi.Kernels) -> None:
+    packed, x = cpu.IntegerLinear(random_layer(70, 200, 40, Format(8), 1), kernels), torch.randn(1, 83, 200)
+    parts = x.split((1, 3, 16, 17, 32, 14), 1)
+    assert torch.equal(packed(x), torch.cat([packed(part) for part in parts], 1))
+
+
+def test_every_thread_configures_and_releases_its_registers(kernels: ffi.Kernels) -> None:
+    """A register that its thread has not configured ends the process (tiles.h)."""
+    packed, before = cpu.IntegerLinear(random_layer(300, 128, 32, Format(8), 1), kernels), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        packed(torch.randn(1, 70, 128))
+        ffi.peak(kernels, "int8", 1)
+    finally:
+        torch.set_num_threads(before)
+    assert ctypes.c_int.in_dll(kernels.lib, "configured_threads").value == 0
+
+
+@pytest.mark.parametrize("permitted", [True, False])
+def test_amx_is_offered_where_linux_permits_it_but_is_no_default(
+    monkeypatch: pytest.MonkeyPatch, permitted: bool
+) -> None:
+    monkeypatch.setattr(ffi, "capabilities", lambda: dict.fromkeys(sum(ffi.ISAS.values(), ()), True))
+    monkeypatch.setattr(ffi, "permits_tiles", lambda: permitted)
+    supported = ffi.isas.__wrapped__()
+    assert ("amx" in supported) == permitted
+    assert supported[0] == "avx512bf16" and supported[-1] == "portable"
+    monkeypatch.setattr(ffi, "isas", lambda: supported)
+    monkeypatch.setattr(ffi, "Kernels", lambda isa: isa)
+    monkeypatch.setenv("SVDIT_ISA", "amx")
+    if permitted:
+        assert ffi.kernels.__wrapped__() == "amx"
+    else:
+        with pytest.raises(UserError, match="SVDIT_ISA is amx, but this machine supports avx512bf16, "):
+            ffi.kernels.__wrapped__()
+
+
+@pytest.mark.skipif(not cpuinfo(), reason="Linux lists extensions there")
+def test_linux_permits_what_it_lists() -> None:
+    assert permits_tiles() == ("amx_tile" in cpuinfo().split())
+
+
+def test_a_compiler_without_amx_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffi, "library", lambda: ctypes.CDLL(None))
+    with pytest.raises(UserError, match="the CPU kernels were compiled without amx"):
+        ffi.Kernels("amx")
