@@ -1,4 +1,4 @@
-"""Images to latents and back: an AutoencoderKL of diffusers, or the identity for models of pixels.
+"""Images to latents and back: an AutoencoderKL in diffusers' format, or the identity for models of pixels.
 
 raw = mean + std·ε of the encoder's Gaussian. latents = 0.18215 · raw (the VAE's scaling factor), as for DiT, SiT and
 REPA; or (raw − μ)/σ by channel, for models with latent statistics (LightningDiT, REPA-E). REPA-E trains with
@@ -22,6 +22,7 @@ from svdit.download import redacted
 from svdit.errors import UserError
 from svdit.extras import require
 from svdit.model.config import DiTConfig
+from svdit.model.vae import CONFIG, read
 from svdit.storage.checksum import digest
 
 REPOSITORIES = {"ema": "stabilityai/sd-vae-ft-ema", "mse": "stabilityai/sd-vae-ft-mse"}
@@ -34,7 +35,7 @@ WORKERS = 8  # images at the same time on a CPU; one of 256 px needs 0.5 GB
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """`vae` is a diffusers AutoencoderKL, or None if the model works on pixels; `mean` and `std` are of raw latents."""
+    """`vae`: of vae.py or of diffusers, or None if the model works on pixels; `mean` and `std` are of raw latents."""
 
     name: str
     vae: Any = None
@@ -106,7 +107,8 @@ class Autoencoder:
     def _map(self, function: Callable[[Tensor], Any], x: Tensor, factor: int) -> list[Any]:
         """`function` of parts of x (N, …), each part's factor² times as many pixels.
 
-        On a CPU every image is a part and one thread's work, so that rounding depends on the number of neither.
+        On a CPU every image is a part and one thread's work, except for NNPACK's convolutions, so that rounding depends
+        on the number of neither.
         """
         x = x.to(self.vae.device, self.vae.dtype)
         if self.vae.device.type == "cpu":
@@ -155,7 +157,7 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
     if (Path(source) / "model_index.json").is_file():  # a pipeline
         source = str(Path(source) / "vae")
     try:
-        vae, missing = from_diffusers(source, download)
+        vae, missing = load(source, download)
     except (OSError, ValueError) as error:
         remedy = "save it again with diffusers"
         if download:
@@ -165,6 +167,27 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
     if missing:  # diffusers would continue with random weights
         raise UserError(f"the autoencoder {source} lacks {len(missing)} tensors, first {missing[0]}; download it again")
     return Autoencoder(name, vae.to(device).eval())
+
+
+def load(source: str, download: bool) -> tuple[Any, list[str]]:
+    """The autoencoder and the names of missing tensors; by diffusers only where it must be, which takes seconds."""
+    folder = cached(source) if download else Path(source)
+    loaded: tuple[Any, list[str]] | None = read(folder) if folder else None
+    if loaded is None:
+        loaded = from_diffusers(source, download)
+        if download and (folder := cached(source)):  # the same implementation as in the next run
+            loaded = read(folder) or loaded
+    return loaded
+
+
+def cached(repository: str) -> Path | None:
+    """The folder of a repository of Hugging Face that was downloaded before; None where there is none."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    found = try_to_load_from_cache(repository, CONFIG)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def from_diffusers(source: str, download: bool) -> tuple[Any, list[str]]:

@@ -1,5 +1,6 @@
 """The autoencoder against diffusers' own encode and decode, on a tiny random VAE."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from svdit.errors import UserError
 from svdit.model import autoencoder
 from svdit.model.autoencoder import Autoencoder, load_autoencoder
 from svdit.model.config import DiTConfig
+from svdit.model.vae import VAE, VAEConfig
 from svdit.shims import allow_cpu_torchvision
 
 allow_cpu_torchvision()
@@ -41,6 +43,7 @@ def folder(tmp_path: Path) -> Path:
 def test_equals_diffusers(folder: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     monkeypatch.setattr(autoencoder, "MAX_PIXELS", at_once)
     ours, theirs = load_autoencoder(str(folder)), AutoencoderKL.from_pretrained(folder).eval()
+    assert isinstance(ours.vae, VAE)
     assert (ours.factor, ours.channels, ours.name) == (8, 4, str(folder))
     x = torch.rand(5, 3, 16, 32) * 2 - 1
     gaussian = theirs.encode(x).latent_dist
@@ -99,12 +102,7 @@ def test_32_channels_at_a_factor_of_16(tmp_path: Path) -> None:
 
 
 def test_images_depend_neither_on_the_batch_nor_on_the_number_of_threads() -> None:
-    vae = AutoencoderKL(
-        block_out_channels=(64, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    ours = Autoencoder("random", randomize(vae))
+    ours = Autoencoder("random", randomize(VAE(VAEConfig((64, 64)))))
     x, noise, found = torch.rand(3, 3, 64, 64) * 2 - 1, torch.randn(3, 4, 32, 32), list[torch.Tensor]()
     try:
         for threads in (1, 2, 3):
@@ -117,6 +115,36 @@ def test_images_depend_neither_on_the_batch_nor_on_the_number_of_threads() -> No
         torch.set_num_threads(1)
     assert found[0].std() > 0.01
     assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+def test_other_blocks_and_files_are_left_to_diffusers(folder: Path, tmp_path: Path) -> None:
+    attending = AutoencoderKL(up_block_types=("AttnUpDecoderBlock2D",), block_out_channels=(8,), norm_num_groups=4)
+    attending.save_pretrained(tmp_path / "attending")
+    pickled = AutoencoderKL.from_pretrained(folder)
+    pickled.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    for name in ("attending", "pickled"):
+        assert isinstance(load_autoencoder(str(tmp_path / name)).vae, AutoencoderKL)
+
+
+def test_half_precision_is_decoded_in_full(folder: Path, tmp_path: Path) -> None:
+    half = AutoencoderKL.from_pretrained(folder).half()
+    half.save_pretrained(tmp_path / "half")
+    z = torch.randn(1, 4, 4, 4)
+    expected = half.float().eval().decode(z / 0.18215).sample
+    assert relative(load_autoencoder(str(tmp_path / "half")).decode(z), expected.clamp(-1, 1)) < 1e-5
+
+
+def test_a_cached_repository_is_read_without_diffusers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--stabilityai--sd-vae-ft-ema"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(autoencoder, "from_diffusers", None)
+    assert load_autoencoder("ema").channels == 4
 
 
 def test_pixels_pass_through() -> None:
@@ -139,6 +167,14 @@ def test_what_cannot_be_loaded_is_an_error(folder: Path, tmp_path: Path) -> None
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 tensors, first decoder\.conv_out\.bias; download it again"):
         load_autoencoder(str(folder))
+    save_file(state | {"decoder.conv_out.bias": torch.zeros(2)}, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"cannot load the autoencoder .*size mismatch for decoder\.conv_out\.bias"):
+        load_autoencoder(str(folder))
+    config = folder / "config.json"
+    for groups in ("0", '"x"', "3", "null"):
+        config.write_text(re.sub(r'(?<="norm_num_groups": )[^,]*', groups, config.read_text()))
+        with pytest.raises(UserError, match="cannot load the autoencoder"):
+            load_autoencoder(str(folder))
     weights.write_bytes(weights.read_bytes()[:9000])
     with pytest.raises(UserError, match="cannot load the autoencoder"):
         load_autoencoder(str(folder))
