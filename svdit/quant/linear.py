@@ -49,6 +49,7 @@ class SVDLinear(nn.Module):
         spec: LinearSpec | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.dtype = dtype  # of `weight`, and of nothing stored
@@ -60,7 +61,7 @@ class SVDLinear(nn.Module):
             self.register_parameter(name, None)
         for name in OPTIONAL:
             self.register_buffer(name, None)
-        self.store(initial_tensors(spec, out_features, in_features, bias, device))
+        self.store(initial_tensors(spec, out_features, in_features, bias, device) if tensors is None else tensors)
 
     def store(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the tensors of these names: those of a `Layer`, of any shape (…)."""
@@ -85,9 +86,7 @@ class SVDLinear(nn.Module):
     def from_tensors(cls, spec: LinearSpec, O: int, I: int, tensors: Mapping[str, Tensor]) -> "SVDLinear":
         """The layer (O, I) of these tensors. Raises UserError where they do not fit the spec or hold other values."""
         check(Layer(spec, (O, I), tensors))
-        module = cls(I, O, bias=False, spec=spec, device=torch.device("meta"))
-        module.store(tensors)
-        return module
+        return cls(I, O, spec=spec, tensors=tensors)
 
     def forward(self, input: Tensor) -> Tensor:  # the name that nn.Linear has
         if not input.numel():

@@ -1,12 +1,18 @@
 """`svdit sample`: the grid, the published order of noise, errors, a closed pipe."""
 
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import randomize
 from PIL import Image
 from pixels import saved
+from safetensors.torch import save_file
 
 from svdit import images
 from svdit.checkpoints.store import load_model, save_model
@@ -15,6 +21,10 @@ from svdit.cli.sample import class_labels, default_classes
 from svdit.diffusion.guidance import guided
 from svdit.diffusion.samplers import ddpm
 from svdit.diffusion.schedule import make_schedule
+from svdit.model.dit import DiT
+from svdit.model.vae import BLOCKS, CONFIG, VAE, WEIGHTS, VAEConfig
+from svdit.quant.config import RECIPES, dit_config
+from svdit.quant.quantize import quantize_
 
 FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
 
@@ -96,3 +106,25 @@ def test_errors_are_one_line(
     assert sentence in message
     assert message.count("\n") == 1
     assert not (tmp_path / "a.png").exists()
+
+
+SLOW = {"diffusers", "huggingface_hub", "matplotlib", "scipy", "sklearn", "sympy", "torchvision", "transformers"}
+SLOW |= {"torch._dynamo", "torch._inductor"}  # torch's compiler
+
+
+def test_nothing_slow_is_imported_from_start_to_image(tmp_path: Path, tiny: DiT) -> None:
+    quantize_(tiny, dit_config(replace(RECIPES["rtn"], low_rank="svd", rank=4)))
+    save_model(tiny, tmp_path / "tiny.safetensors")
+    config = VAEConfig((8, 8, 8, 8), norm_num_groups=4)
+    (tmp_path / "vae").mkdir()
+    blocks = {key: [block] * 4 for key, block in BLOCKS.items()}
+    (tmp_path / "vae" / CONFIG).write_text(json.dumps({"_class_name": "AutoencoderKL", **blocks, **asdict(config)}))
+    save_file(randomize(VAE(config)).state_dict(), tmp_path / "vae" / WEIGHTS)
+    code = "import sys; from svdit.cli import command; command('sample', sys.argv[1:]); print(*sys.modules)"
+    argv = ["--ckpt", "tiny.safetensors", "--vae", "vae", *FAST]
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    output, modules = done.stdout.splitlines()
+    assert (tmp_path / output).is_file()
+    assert "torch" in modules.split()
+    assert sorted(SLOW.intersection(modules.split())) == []
