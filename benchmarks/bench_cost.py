@@ -2,6 +2,7 @@
 
     python benchmarks/bench_cost.py [w8a8 w4a8 347 …]
     python benchmarks/bench_cost.py svd             # time of 100 exact SVDs of every weight
+    python benchmarks/bench_cost.py rank-ratio      # the documented mode: --rank-ratio 0.95 --num-bits 8
 
 A run is a preset, or a target size in MB. adaLN is INT8 for w8a8 and sizes above 500 MB, else INT4. The weights are
 random and nonzero: time and memory do not depend on their values. All runs share one calibration; a user's run consists
@@ -22,7 +23,7 @@ from svdit.checkpoints.store import save_model
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
 from svdit.quant.budget import allot, options_of
-from svdit.quant.config import RECIPES, QuantConfig, dit_config
+from svdit.quant.config import RECIPES, QuantConfig, dit_config, rank_ratio_config
 from svdit.quant.linear import linears
 from svdit.quant.observe import observe
 from svdit.quant.quantize import quantize_
@@ -78,6 +79,9 @@ def main() -> None:
 
     if args.runs == ["svd"]:
         note("published", "100 exact float64 SVDs a weight", exact_svd_hours(random_model(args.model)), "h")
+    elif args.runs == ["rank-ratio"]:
+        report = quantize_(random_model(args.model), rank_ratio_config(0.95, 8))
+        note("rank ratio 0.95", "solving", report.seconds["quantize"] / 60, "min")
     else:
         quantized(args.runs, args.model, args.images, note)
 

@@ -19,6 +19,7 @@ from svdit.kernels.checks import check
 from svdit.kernels.formats import Format as Format  # part of a spec
 from svdit.kernels.layer import Layer
 from svdit.kernels.layer import LinearSpec as LinearSpec  # what `spec` is
+from svdit.quant.lowrank import balanced_svd
 
 PARAMETERS, OPTIONAL = ("bias", "l1", "l2"), ("in_scale", "in_shift")
 
@@ -136,9 +137,7 @@ class SVDLinear(nn.Module):
         """The truncated SVD of a Linear: float factors, √S in each."""
         O, I, like = linear.out_features, linear.in_features, linear.weight
         layer = cls(I, O, linear.bias is not None, rank_ratio, device=like.device, dtype=like.dtype)
-        U, S, Vh = torch.linalg.svd(linear.weight.detach().double(), full_matrices=False)
-        root = S[: layer.spec.rank].sqrt()
-        layer.store_factors((U[:, : len(root)] * root).float(), (root[:, None] * Vh[: len(root)]).float())
+        layer.store_factors(*balanced_svd(linear.weight.detach(), layer.spec.rank))
         if linear.bias is not None:
             layer.store({"bias": linear.bias.detach().float().clone()})
         return layer

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import sqrtm
 
-from svdit.quant.lowrank import output_error, truncated_svd, weighted_svd
+from svdit.quant.lowrank import balanced_svd, output_error, truncated_svd, weighted_svd
 
 
 def matrix(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -29,6 +29,62 @@ def test_truncated_svd_leaves_the_tail(shape: tuple[int, int], rank: int) -> Non
     l1, l2 = truncated_svd(A, rank)
     tail = np.linalg.svd(A.double().numpy(), compute_uv=False)[rank:]
     assert float((A - l1 @ l2).norm()) == pytest.approx(float(np.sqrt((tail**2).sum())), rel=1e-4, abs=1e-4)
+
+
+def with_singular_values(S: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    U, V = (torch.linalg.qr(matrix(size, len(S), size).double())[0] for size in (rows, columns))
+    return ((U * S.double()) @ V.T).float()
+
+
+SPECTRA = {  # of 24 singular values
+    "8 decades": torch.logspace(0, -8, 24),
+    "8 decades, large": torch.logspace(12, 4, 24),
+    "a plateau": torch.tensor([4.0] * 8 + [2.0] * 8 + [1.0] * 8),
+    "rank 10": torch.tensor([3.0] * 10 + [0.0] * 14),
+    "rank 1": torch.tensor([5.0] + [0.0] * 23),
+    "tiny": torch.full((24,), 1e-30),
+    "zeros": torch.zeros(24),
+}
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (24, 24)])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_balanced_svd_equals_numpys(name: str, shape: tuple[int, int]) -> None:
+    W = with_singular_values(SPECTRA[name], *shape)
+    U, S, Vh = np.linalg.svd(W.double().numpy(), full_matrices=False)
+    for rank in (1, 8, 16, 23, 24):
+        l1, l2 = balanced_svd(W, rank)
+        assert l1.shape == (shape[0], rank) and l2.shape == (rank, shape[1])
+        product, size = (l1.double() @ l2.double()).numpy(), np.linalg.norm(S[:rank])
+        tail = np.linalg.norm(S[rank:])
+        assert abs(np.linalg.norm(W.double().numpy() - product) - tail) <= 1e-6 * size
+        if rank == 24 or S[rank - 1] > 1.01 * S[rank] or S[rank] < 1e-6 * size:  # else the product is not unique
+            assert np.linalg.norm(product - (U[:, :rank] * S[:rank]) @ Vh[:rank]) <= 1e-6 * size
+
+
+@given(rows=st.integers(1, 30), columns=st.integers(1, 30), seed=st.integers(0, 1000), data=st.data())
+@settings(max_examples=30)
+def test_balanced_factors_are_equally_long_and_leave_the_tail(
+    rows: int, columns: int, seed: int, data: st.DataObject
+) -> None:
+    A = matrix(rows, columns, seed) * torch.logspace(0, -data.draw(st.integers(0, 6)), columns)
+    rank = data.draw(st.integers(1, min(A.shape)))
+    l1, l2 = balanced_svd(A, rank)
+    S = np.linalg.svd(A.double().numpy(), compute_uv=False)
+    assert torch.allclose(l1.norm(dim=0), l2.norm(dim=1), rtol=1e-5)
+    np.testing.assert_allclose(l1.double().norm(dim=0).square(), S[:rank], rtol=1e-5, atol=1e-7 * S[0])
+    assert float((A - l1.double() @ l2.double()).norm()) == pytest.approx(np.linalg.norm(S[rank:]), abs=1e-6 * S[0])
+
+
+def test_balanced_svd_does_not_depend_on_the_number_of_threads() -> None:
+    W, factors = matrix(300, 200), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            factors.append(balanced_svd(W, 150))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for pair in factors[1:] for a, b in zip(pair, factors[0], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
