@@ -19,7 +19,7 @@ from record import record
 from timing import Run, measure, ratio, steady
 from torch import Tensor, nn
 
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice
 from svdit.model.dit import DiT
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -106,7 +106,7 @@ def main() -> None:
             over = ratio(times, name, "svdit w8a8")
             print(f"{name:20} {milliseconds:8.1f} ms, {over:5.2f} × the time of svdit w8a8; error {error:.2g}")
             if keep:
-                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {ffi.kernels().isa}"
+                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {choice.choice()}"
                 record("anchors", f"{name}, time over svdit w8a8", over, "×", note)
 
 

@@ -30,7 +30,7 @@ from timing import Run, measure, ratio, steady
 from torch import Tensor, nn
 
 from svdit.kernels import ops
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cpu.features import capabilities
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
@@ -76,7 +76,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         truth[name], counts[name] = in_floats(model)(x, t, y), operations(model, batch)
         fast = accelerate(model)
         candidates[name] = lambda fast=fast: fast(x, t, y)
-    bound = Bound(ffi.kernels())
+    bound = Bound(choice.kernels())
     times = measure(candidates | {"peaks": bound}, setting.rounds)
     valid = steady(times["fp32 eager"]) and setting.keep
     shape = f"{setting.depth} blocks, batch {batch}, rank {setting.rank}"
@@ -87,7 +87,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
         print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
         if valid:
-            note = f"{median * 1e3:.0f} ms; {shape}, {ffi.kernels().isa}, error {error:.2g}"
+            note = f"{median * 1e3:.0f} ms; {shape}, {choice.choice()}, error {error:.2g}"
             record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
     floats = [name for name in candidates if name not in SCHEMES and name != "fp32 eager"]
     best = min(floats, key=lambda name: statistics.median(times[name]))
@@ -96,7 +96,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     for name, value in ratios.items():
         print(f"{name}: {value:.3f} ×")
         if valid:
-            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {ffi.kernels().isa}")
+            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {choice.choice()}")
     for name, count in counts.items():
         share = bound.share(count, times[name])
         print(f"{name}: the arithmetic at the peaks takes {share:.0f} % of its time")
@@ -106,7 +106,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
 
 def families(setting: Setting) -> None:
     """Speed-up of W8A8 over eager fp32 for a model of each kind of block, all in the same rounds."""
-    runs, counts, batch, bound = dict[str, Run](), {}, 2, Bound(ffi.kernels())
+    runs, counts, batch, bound = dict[str, Run](), {}, 2, Bound(choice.kernels())
     for name in FAMILIES:
         model = random_model(config_for(name), "W8A8", rank=setting.rank)
         inputs, plain, counts[name] = model_inputs(batch, model.config), in_floats(model), operations(model, batch)
@@ -119,7 +119,7 @@ def families(setting: Setting) -> None:
     for name in FAMILIES:
         over, share = ratio(times, f"{name} fp32", f"{name} W8A8"), bound.share(counts[name], times[f"{name} W8A8"])
         slow, fast = (1e3 * statistics.median(times[f"{name} {kind}"]) for kind in ("fp32", "W8A8"))
-        note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {ffi.kernels().isa}"
+        note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {choice.choice()}"
         print(f"{name:18} W8A8 {over:5.2f} × fp32 eager, {over / first:.2f} of {FAMILIES[0]}'s   {note}")
         print(f"{name:18} the arithmetic at the peaks takes {share:.0f} % of the time of W8A8")
         if valid:
@@ -155,7 +155,7 @@ def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
 
 def peak(setting: Setting) -> None:
     """Peak rates of this processor, computed from registers."""
-    kernels = ffi.kernels()
+    kernels = choice.kernels()
     for kind in ffi.PEAKS:
         name = str(kernels.low_dtype).removeprefix("torch.") if kind == "low" else kind
         rate = max(ffi.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9
@@ -166,7 +166,7 @@ def peak(setting: Setting) -> None:
 
 def parts(setting: Setting) -> None:
     """INT8 products relative to the peak in the same round; share of the low-rank branch and of the transforms."""
-    kernels, generator = ffi.kernels(), torch.Generator().manual_seed(0)
+    kernels, generator = choice.kernels(), torch.Generator().manual_seed(0)
     totals: dict[str, float] = {}
     for name, (I, O) in LAYERS.items():
         linear, x = nn.Linear(I, O, device="meta"), torch.randn(2, 256, I, generator=generator)
@@ -206,7 +206,7 @@ def parts(setting: Setting) -> None:
 
 def attention(setting: Setting, generator: torch.Generator) -> float:
     """Seconds of the kernels' attention; also times torch's SDPA and, in bfloat16, unfused matrix products."""
-    qkv, kernels = torch.randn(2, 256, 3456, generator=generator), ffi.kernels()
+    qkv, kernels = torch.randn(2, 256, 3456, generator=generator), choice.kernels()
     q, k, v = qkv.view(2, 256, 3, 16, 72).permute(2, 0, 3, 1, 4)
     low = qkv.to(kernels.low_dtype)
     runs: dict[str, Run] = {
@@ -276,8 +276,8 @@ def main() -> None:
     if args.memory_of:
         memory_of(setting, args.memory_of)
         return
-    if "amx" in ffi.isas() and ffi.kernels().isa != "amx":
-        print(f"this processor has AMX, which nobody has measured: run {AMX}, and please send benchmarks/results.csv")
+    if "amx" in ffi.isas():
+        print(f"this processor has AMX, which nobody has measured: run {AMX} too, and send benchmarks/results.csv")
     peak(setting)
     if args.only in (None, "parts"):
         parts(setting)

@@ -23,7 +23,7 @@ from record import record
 from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.images import Pixels
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.model.dit import DiT
 from svdit.quant.budget import HEADER, plan_
@@ -123,7 +123,7 @@ def backends(full: Pixels, calibrations: int) -> None:
             quantize_(model, presets()[name](model, seed), calibration(model, seed))
             for isa in ("reference", *ffi.isas()[:-1]):
                 os.environ["SVDIT_ISA"] = "" if isa == "reference" else isa
-                ffi.kernels.cache_clear()
+                choice.choice.cache_clear()
                 fast = accelerate(copy.deepcopy(model), isa if isa == "reference" else "cpu")
                 errors.setdefault(isa, []).append(differences(draw(fast, len(full)), full))
         for isa, pairs in errors.items():

@@ -18,7 +18,7 @@ from record import record
 from tables import latest, read
 from timing import Run, measure
 
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice
 from svdit.model.config import DiTConfig
 from svdit.runtime.accelerate import accelerate
 
@@ -55,7 +55,7 @@ def run(axes: list[str], minimum: int, rounds: int) -> None:
                 torch.set_num_threads(min(value, threads))
             times = block_times(**{} if axis == "threads" else {axis: value}, rounds=rounds)
             for method, milliseconds in times.items():
-                record("growth", f"{axis} {value} {method}", milliseconds, "ms", f"a block, {ffi.kernels().isa}")
+                record("growth", f"{axis} {value} {method}", milliseconds, "ms", f"a block, {choice.choice()}")
     torch.set_num_threads(threads)
 
 

@@ -1,6 +1,7 @@
 """What several test files share: the published implementation's outputs, and models that are not zero."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from hypothesis import HealthCheck, settings
 from safetensors import safe_open
 from torch import nn
 
+from svdit.kernels.cpu import ffi
 from svdit.model.dit import DiT, DiTConfig
 from svdit.quant.observe import Statistics
 
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(1)  # tests run two processes side by side
+os.environ.setdefault("SVDIT_ISA", ffi.isas()[0])  # the same in every run, where a measured choice may differ
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 

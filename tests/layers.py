@@ -9,7 +9,7 @@ import torch
 
 from svdit.kernels import ops
 from svdit.kernels import reference as ref
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice
 from svdit.kernels.formats import Format
 from svdit.kernels.generic import dequantized
 from svdit.kernels.layer import Layer, Linear, LinearSpec, Modulation, Residual
@@ -74,7 +74,7 @@ def model_bound(backend: str, bits: int = 8) -> float:
     the branch and attention are rounded to it. A code of 4 bits that moves counts sixteen times as much as one of 8,
     and the error grows with its root.
     """
-    rounds = backend == "cpu" and ffi.kernels().low_dtype == torch.bfloat16
+    rounds = backend == "cpu" and choice.kernels().low_dtype == torch.bfloat16
     return (0.01 if rounds else 2e-3) * (4 if rounds and bits == 4 else 1)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from svdit.errors import UserError
 from svdit.kernels import fused, generic
 from svdit.kernels.checks import check
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cuda import backend as cuda
 from svdit.kernels.fused import by_image, composed
@@ -45,8 +45,12 @@ def _nothing(*_: object) -> str:
     return ""
 
 
+def _pack_for_cpu(layer: Layer, inner: bool) -> Linear | None:
+    return cpu.pack(layer, choice.kernels(), choice.attention_dtype() if inner else torch.float32)
+
+
 BACKENDS = {  # best first
-    "cpu": Backend("C kernels for this processor", ffi.missing, cpu.unsupported, cpu.pack),
+    "cpu": Backend("C kernels for this processor", ffi.missing, cpu.unsupported, _pack_for_cpu),
     "torch-int8": Backend(
         "torch's integer product, on processors with VNNI",
         generic.torch_int8_missing,
@@ -79,8 +83,8 @@ def choose(device: torch.device | str = "cpu", backend: str | None = None) -> st
 
 
 def describe(backend: str) -> str:
-    """The backend, and for `cpu` the instruction set in use."""
-    return f"cpu ({ffi.kernels().isa})" if backend == "cpu" else backend
+    """The backend, and for `cpu` the instruction sets in use."""
+    return f"cpu ({choice.choice()})" if backend == "cpu" else backend
 
 
 def unsupported(spec: LinearSpec, shape: Shape, backend: str, device: torch.device | str = "cpu") -> str:
@@ -111,7 +115,7 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
 def float_linear(weight: Tensor, bias: Tensor | None, backend: str) -> Linear:
     """A layer that is not quantized, of weight (O, I) and bias (O,)."""
     if backend == "cpu":
-        return cpu.float_linear(weight, bias, ffi.kernels())
+        return cpu.float_linear(weight, bias, choice.kernels())
     return composed(by_image(lambda x: F.linear(x.float(), weight, bias)))
 
 
@@ -124,6 +128,7 @@ def attention(
     """
     if backend == "triton":
         return cuda.attention(qkv, heads, norms, rotation)
-    if backend == "cpu" and qkv.dtype == ffi.kernels().low_dtype:
-        return cpu.attention(qkv, heads, ffi.kernels(), norms, rotation)
+    kernels = choice.attention_kernels() if backend == "cpu" else None
+    if kernels and qkv.dtype == kernels.low_dtype:
+        return cpu.attention(qkv, heads, kernels, norms, rotation)
     return by_image(partial(fused.attention, heads=heads, norms=norms, rotation=rotation))(qkv)

@@ -3,6 +3,7 @@ all instruction sets run it too.
 """
 
 import ctypes
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
 from layers import random_layer
 
 from svdit.errors import UserError
-from svdit.kernels.cpu import build, ffi
+from svdit.kernels.cpu import build, choice, ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cpu.features import cpuinfo, permits_tiles
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
@@ -78,22 +79,23 @@ def test_every_thread_configures_and_releases_its_registers(kernels: ffi.Kernels
 
 
 @pytest.mark.parametrize("permitted", [True, False])
-def test_amx_is_offered_where_linux_permits_it_but_is_no_default(
-    monkeypatch: pytest.MonkeyPatch, permitted: bool
+@pytest.mark.parametrize("compiled", [True, False])
+def test_amx_is_measured_where_linux_permits_it_and_the_compiler_knew_it(
+    monkeypatch: pytest.MonkeyPatch, permitted: bool, compiled: bool
 ) -> None:
     monkeypatch.setattr(ffi, "capabilities", lambda: dict.fromkeys(sum(ffi.ISAS.values(), ()), True))
     monkeypatch.setattr(ffi, "permits_tiles", lambda: permitted)
     supported = ffi.isas.__wrapped__()
     assert ("amx" in supported) == permitted
-    assert supported[0] == "avx512bf16" and supported[-1] == "portable"
-    monkeypatch.setattr(ffi, "isas", lambda: supported)
-    monkeypatch.setattr(ffi, "Kernels", lambda isa: isa)
-    monkeypatch.setenv("SVDIT_ISA", "amx")
-    if permitted:
-        assert ffi.kernels.__wrapped__() == "amx"
-    else:
-        with pytest.raises(UserError, match="SVDIT_ISA is amx, but this machine supports avx512bf16, "):
-            ffi.kernels.__wrapped__()
+    tried: list[str] = []
+    monkeypatch.setattr(ffi, "built", lambda isa: compiled or isa != "amx")
+    monkeypatch.setattr(ffi, "kernels", lambda isa: isa)
+    monkeypatch.setattr(choice, "linear_trial", lambda kernels: partial(tried.append, kernels))
+    monkeypatch.setattr(choice, "attention_trial", lambda kernels: lambda: None)
+    monkeypatch.setattr(choice, "best", lambda seconds: min(seconds))
+    choice.fastest(supported)
+    assert set(tried) >= {"avx512bf16", "avx2", *(["amx"] if permitted and compiled else [])}
+    assert ("amx" in tried) == (permitted and compiled)
 
 
 @pytest.mark.skipif(not cpuinfo(), reason="Linux lists extensions there")

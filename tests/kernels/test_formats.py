@@ -12,8 +12,7 @@ from layers import U, layer_of
 from svdit.errors import UserError
 from svdit.kernels import generic, ops
 from svdit.kernels import reference as ref
-from svdit.kernels.cpu import ffi
-from svdit.kernels.cpu import linear as cpu
+from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.formats import ELEMENT_MAX, Format
 
 FIELDS: dict[str, tuple[Any, ...]] = {
@@ -127,7 +126,7 @@ def test_every_backend_computes_the_definition(name: str, form: Format, act: For
         pytest.skip(ops.reasons()[backend])
     layer, x = weight_layer(form, act, seed), numbers(Format(), 6, seed + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "kernels", lambda: ffi.kernels(isa or None))
+        patch.setattr(choice, "kernels", lambda: ffi.kernels(isa))
         reason = ops.unsupported(layer.spec, layer.shape, backend)
         packed = ops.BACKENDS[backend].pack(generic.with_whole_codes(layer), False)
         y = ops.pack(layer, backend)(x[None])[0]

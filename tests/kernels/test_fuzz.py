@@ -18,8 +18,7 @@ from layers import U_BF16, U
 from svdit.errors import UserError
 from svdit.kernels import ops
 from svdit.kernels import reference as ref
-from svdit.kernels.cpu import ffi
-from svdit.kernels.cpu import linear as cpu
+from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.formats import Element, Format, ScaleType, Span
 from svdit.kernels.fused import gated
 from svdit.kernels.layer import Layer, LinearSpec
@@ -135,7 +134,7 @@ def test_rows_longer_than_int32_sums_are_declined(columns: int, act: Format | No
 @pytest.mark.parametrize("isa", ffi.isas())
 @pytest.mark.parametrize("seeds", [range(1), pytest.param(range(1, 3), marks=pytest.mark.slow)], ids=["few", "many"])
 def test_every_format_is_computed_or_declined(seeds: range, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "kernels", lambda: ffi.kernels(isa))
+    monkeypatch.setattr(choice, "kernels", lambda: ffi.kernels(isa))
     counts: Counter[str] = Counter()
     for seed in seeds:
         draw = random.Random(f"{seed} {isa}")

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from layers import random_layer, with_spec
 
 from svdit.errors import UserError
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.kernels.layer import HeadNorms, Layer, Modulation, Residual, Rotation
@@ -142,7 +142,7 @@ def test_they_raise_without_assertions_too() -> None:
 @pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_does_not_change_a_buffer(default: torch.dtype) -> None:
     """Buffers of the default type would be half as long as what the kernels write."""
-    kernels, x = ffi.kernels(), torch.randn(2, 5, I)
+    kernels, x = choice.kernels(), torch.randn(2, 5, I)
     layer = random_layer(O, I, R, WEIGHT_FORMATS["int4"], 1, 64)
     qkv = torch.randn(2, 5, 3 * I).to(kernels.low_dtype)
     packed = cpu.IntegerLinear(layer, kernels)
@@ -159,7 +159,7 @@ def test_the_default_dtype_does_not_change_a_buffer(default: torch.dtype) -> Non
 
 
 def test_no_images_are_no_error() -> None:
-    packed = cpu.IntegerLinear(random_layer(O, I, R, Format(8), 1, 64), ffi.kernels())
+    packed = cpu.IntegerLinear(random_layer(O, I, R, Format(8), 1, 64), choice.kernels())
     assert packed(torch.ones(0, 5, I)).numel() == packed(torch.ones(2, 0, I)).numel() == 0
 
 
@@ -225,5 +225,5 @@ def test_every_allocation_in_c_is_checked() -> None:
 
 
 if __name__ == "__main__":
-    number, left = accepted(ffi.kernels())
+    number, left = accepted(choice.kernels())
     print(f"{number} calls, accepted: {left}")

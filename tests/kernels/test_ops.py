@@ -10,7 +10,7 @@ from layers import layer_of, with_spec
 from svdit.errors import UserError
 from svdit.kernels import generic, ops
 from svdit.kernels import reference as ref
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.cpu.build import MissingKernelsError
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.kernels.layer import Layer, Modulation, Residual
@@ -109,7 +109,7 @@ def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     def missing() -> None:
         raise MissingKernelsError("no compiler")
 
-    monkeypatch.setattr(ffi, "kernels", missing)
+    monkeypatch.setattr(ffi, "library", missing)
     assert ops.choose() == "torch-int8"
     with pytest.raises(UserError, match="cpu cannot be used here: no compiler"):
         ops.choose("cpu", "cpu")
@@ -118,7 +118,7 @@ def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_description_names_the_instruction_set() -> None:
     assert ops.describe("dequant") == "dequant"
     if "cpu" in USABLE:
-        assert ops.describe("cpu") == f"cpu ({ffi.kernels().isa})"
+        assert ops.describe("cpu") == f"cpu ({choice.kernels().isa})"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from svdit.checkpoints.store import load_model
 from svdit.diffusion.noise import batch_noise
 from svdit.errors import UserError
 from svdit.kernels import ops
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice
 from svdit.model.dit import DiT
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, recipe_for
 from svdit.quant.linear import SVDLinear, linears, quantized_layers, swap
@@ -107,7 +107,7 @@ def test_the_trained_digits_are_the_same_pictures_on_every_backend() -> None:
 def test_many_images_go_through_a_block_in_parts(tiny: DiT, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(tiny, "w8a8")
     whole = accelerate(deepcopy(model))(X, T, Y)
-    size = 2 if ops.choose() == "cpu" and ffi.kernels().low_dtype == torch.bfloat16 else 4
+    size = 2 if ops.choose() == "cpu" and choice.attention_dtype() == torch.bfloat16 else 4
     monkeypatch.setattr(runtime_dit, "HIDDEN_BYTES", 2 * size * 4 * 256)  # two images of 4 tokens
     fast = accelerate(deepcopy(model))
     calls: list[int] = []

@@ -4,7 +4,6 @@ Every pointer passed down comes from a tensor whose device, type, shape and layo
 or that was allocated here. The checks raise ValueError, also under `python -O`.
 """
 
-import os
 import time
 from ctypes import POINTER, Structure, c_int, c_int64, c_void_p, sizeof
 from functools import cache
@@ -21,12 +20,12 @@ from svdit.kernels.layer import Layer
 
 DEPTH_STEP = 16
 AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3")
-ISAS: dict[str, tuple[str, ...]] = {  # the default first; the `capabilities` each needs
+ISAS: dict[str, tuple[str, ...]] = {  # the `capabilities` each needs; most extensions first
+    "amx": (*AVX512, "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
     "avx512bf16": (*AVX512, "avx512_bf16"),
     "avx512vnni": AVX512,
     "avxvnni": ("avx2", "fma3", "avx_vnni"),
     "avx2": ("avx2", "fma3"),
-    "amx": (*AVX512, "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),  # behind avx512bf16 until it is measured
     "portable": (),
 }
 
@@ -67,10 +66,15 @@ SIGNATURES = {
 
 @cache
 def isas() -> list[str]:
-    """Instruction sets of this machine, the default first; AMX only if Linux permits it."""
+    """Instruction sets of this machine, those with most extensions first; AMX only if Linux permits it."""
     has = capabilities()
     supported = [isa for isa, needs in ISAS.items() if all(has.get(need, False) for need in needs)]
     return [isa for isa in supported if isa != "amx" or permits_tiles()]
+
+
+def built(isa: str) -> bool:
+    """Whether the library has an instruction set, which older compilers leave out."""
+    return hasattr(library(), f"geometry_{isa}")
 
 
 class Kernels:
@@ -78,7 +82,7 @@ class Kernels:
 
     def __init__(self, isa: str) -> None:
         self.isa, self.lib = isa, library()
-        if not hasattr(self.lib, f"geometry_{isa}"):
+        if not built(isa):
             raise UserError(f"the CPU kernels were compiled without {isa}; install a newer compiler, then svdit again")
         numbers = (c_int64 * 9)()
         self.call("geometry", numbers)
@@ -120,14 +124,8 @@ class Kernels:
 
 
 @cache
-def kernels(isa: str | None = None) -> Kernels:
-    """Those of `isa`, or of SVDIT_ISA, or the default of this machine.
-
-    Raises MissingKernelsError where there is no library, UserError for an instruction set this machine lacks.
-    """
-    isa = isa or os.environ.get("SVDIT_ISA") or isas()[0]
-    if isa not in isas():
-        raise UserError(f"SVDIT_ISA is {isa}, but this machine supports {', '.join(isas())}")
+def kernels(isa: str) -> Kernels:
+    """Those of an instruction set of `isas`. Raises MissingKernelsError where there is no library."""
     return Kernels(isa)
 
 
@@ -136,7 +134,7 @@ def missing(device: torch.device = torch.device("cpu")) -> str:  # noqa: B008
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
     try:
-        kernels()
+        library()
     except MissingKernelsError as error:
         return str(error)
     return ""

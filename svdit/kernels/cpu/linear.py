@@ -1,8 +1,8 @@
 """The C kernels as operations on tensors: packed layers, attention.
 
-Integers equal those of reference.py. Where the processor has bf16 dot products (avx512bf16, and portable, which
-emulates it), attention and the outputs of `inner` layers are bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it;
-elsewhere everything is fp32. Factors are rounded to bf16, unless they are stored so: 2^−9 relative per element.
+Integers equal those of reference.py. With bf16 dot products (avx512bf16, and portable, which emulates it), attention
+reads bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it; elsewhere everything is fp32. Factors are rounded to bf16,
+unless they are stored so: 2^−9 relative per element.
 """
 
 import torch
@@ -18,7 +18,6 @@ from svdit.kernels.cpu.ffi import (
     Product,
     Rows,
     WeightOnly,
-    kernels,
     pad,
     padded,
     pointer,
@@ -67,11 +66,11 @@ def _weight_only(form: Format, I: int) -> str:
     return "" if whole else f"weight-only groups of {form.group} are not a multiple of {CHUNK}"
 
 
-def pack(layer: Layer, inner: bool = False) -> Linear | None:
-    """The layer for these kernels; None where they do not support it."""
+def pack(layer: Layer, kernels: Kernels, dtype: torch.dtype = torch.float32) -> Linear | None:
+    """The layer for these kernels, None where they do not support it; an integer product's output is of `dtype`."""
     if unsupported(layer.spec, layer.shape, layer.device):
         return None
-    return IntegerLinear(layer, kernels(), inner) if layer.spec.act else weight_only(layer, kernels())
+    return IntegerLinear(layer, kernels, dtype) if layer.spec.act else weight_only(layer, kernels)
 
 
 def require(layer: Layer) -> None:
@@ -84,13 +83,12 @@ def require(layer: Layer) -> None:
 class IntegerLinear:
     """W8A8, W4A8 and W4A4: codes of activations and low-rank projection, then the integer product with its epilogue."""
 
-    def __init__(self, layer: Layer, kernels: Kernels, inner: bool = False) -> None:
+    def __init__(self, layer: Layer, kernels: Kernels, dtype: torch.dtype = torch.float32) -> None:
         require(layer)
         spec, form, (O, I) = layer.spec, layer.form("residual"), layer.shape
         if spec.act is None:
             raise ValueError("the layer's activations are not quantized")
-        self.kernels, self.shape, self.act = kernels, layer.shape, spec.act
-        self.dtype = kernels.low_dtype if inner else torch.float32  # of the output
+        self.kernels, self.shape, self.act, self.dtype = kernels, layer.shape, spec.act, dtype  # dtype: of the output
         self.depth, self.outputs, self.rank = padded(I, DEPTH_STEP), padded(O, kernels.panel), spec.rank
         self.low_rank = padded(spec.rank, kernels.low_panel)
         self.group = min({form.group, spec.act.group} - {0}, default=0)  # columns that have the same scales

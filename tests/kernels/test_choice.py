@@ -1,0 +1,119 @@
+"""Which instruction set is chosen: by time, the same in every process, overridden by the environment."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdit.errors import UserError
+from svdit.kernels.cpu import choice, ffi
+from svdit.kernels.cpu.choice import TORCH, Choice
+
+pytestmark = pytest.mark.skipif(bool(ffi.missing()), reason=ffi.missing())
+ISAS = ffi.isas()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and no override."""
+    for name in ("SVDIT_ISA", "SVDIT_ATTENTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(choice, "cache_folder", lambda: tmp_path)
+    choice.choice.cache_clear()
+    yield tmp_path
+    choice.choice.cache_clear()
+
+
+def test_the_fastest_is_measured_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = choice.choice()
+    assert first.linears in ISAS
+    assert first.attention in (*ISAS, TORCH)
+    (path,) = cache.glob("choice-*.json")
+    assert json.loads(path.read_text()) == {"linears": first.linears, "attention": first.attention}
+    path.write_text(json.dumps({"linears": ISAS[-1], "attention": TORCH}))
+    choice.choice.cache_clear()
+    monkeypatch.setattr(choice, "fastest", pytest.fail)
+    assert choice.choice() == Choice(ISAS[-1], TORCH)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"linears": "sse9", "attention": "torch"}'])
+def test_a_choice_that_cannot_be_followed_is_measured_again(
+    text: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "fastest", lambda isas: Choice(isas[-1], isas[-1]))
+    choice.choice()
+    (path,) = cache.glob("choice-*.json")
+    path.write_text(text)
+    choice.choice.cache_clear()
+    assert choice.choice() == Choice(ISAS[-1], ISAS[-1])
+    assert json.loads(path.read_text()) == {"linears": ISAS[-1], "attention": ISAS[-1]}
+
+
+def test_another_library_or_processor_has_its_own_choice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "fastest", lambda isas: Choice(isas[0], TORCH))
+    for name, value in (("processor", "another"), ("source_hash", "0123")):
+        monkeypatch.setattr(choice, name, lambda value=value: value)
+        choice.choice.cache_clear()
+        choice.choice()
+    assert len(list(cache.glob("choice-*.json"))) == 2
+
+
+def test_concurrent_processes_agree(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would choose something else; the first one's choice is everybody's."""
+
+    def slow(isas: list[str]) -> Choice:
+        time.sleep(0.3)
+        return Choice(isas[0], isas[0] if os.getpid() % 2 else TORCH)
+
+    monkeypatch.setattr(choice, "fastest", slow)
+    children = []
+    for n in range(4):
+        if (child := os.fork()) == 0:
+            (cache / f"seen{n}").write_text(str(choice.choice()))
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert len({path.read_text() for path in cache.glob("seen*")}) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise choice.MissingKernelsError
+
+    monkeypatch.setattr(choice, "fastest", lambda isas: Choice(isas[0], TORCH))
+    monkeypatch.setattr(choice, "cache_folder", nowhere)
+    assert choice.choice() == Choice(ISAS[0], TORCH)
+
+
+def test_the_environment_overrides(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "fastest", lambda isas: Choice(isas[0], isas[0]))
+    monkeypatch.setenv("SVDIT_ATTENTION", TORCH)
+    assert choice.choice() == Choice(ISAS[0], TORCH)
+    assert choice.attention_kernels() is None
+    assert choice.attention_dtype() == torch.float32
+    assert str(choice.choice()) == f"{ISAS[0]}, attention torch"
+    monkeypatch.setenv("SVDIT_ISA", ISAS[-1])
+    choice.choice.cache_clear()
+    assert choice.choice() == Choice(ISAS[-1], TORCH)
+    monkeypatch.delenv("SVDIT_ATTENTION")
+    choice.choice.cache_clear()
+    assert choice.choice() == Choice(ISAS[-1], ISAS[-1])
+    assert str(choice.choice()) == ISAS[-1]
+
+
+@pytest.mark.parametrize(("name", "value"), [("SVDIT_ISA", TORCH), ("SVDIT_ATTENTION", "sse9")])
+def test_an_unknown_name_is_a_sentence(name: str, value: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{name} is {value}, but this machine supports .*{ISAS[-1]}"):
+        choice.choice()
+
+
+def test_the_least_time_wins_and_a_near_one_without_bf16() -> None:
+    assert choice.best({TORCH: 2.0, "portable": 1.0}) == "portable"  # which rounds to bf16
+    assert choice.best({TORCH: 1.0, "portable": 0.99}) == TORCH
+    slow, fast = (lambda: time.sleep(0.01)), (lambda: time.sleep(0.001))
+    assert choice.best(choice.timed({"portable": slow, TORCH: fast})) == TORCH
