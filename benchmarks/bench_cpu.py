@@ -13,6 +13,8 @@ import argparse
 import copy
 import ctypes
 import gc
+import itertools
+import os
 import re
 import statistics
 import subprocess
@@ -226,6 +228,39 @@ def attention(setting: Setting, generator: torch.Generator) -> float:
     return median["own"]
 
 
+def choices(setting: Setting) -> None:
+    """For every instruction set that could be the processor's best: is what `choice` chooses the fastest of a block?"""
+    x, t, y = model_inputs(2)
+    model = quantized("W8A8", "int8", 1, setting.rank)
+    known = [isa for isa in ffi.isas() if isa != "portable" and ffi.built(isa)]
+    runs: dict[str, Run] = {}
+    for linears, attention in itertools.product(known, (*known, choice.TORCH)):
+        os.environ |= {"SVDIT_ISA": linears, "SVDIT_ATTENTION": attention}
+        choice.choice.cache_clear()
+        fast, kernels = accelerate(copy.deepcopy(model)), choice.choice()
+        runs[str(kernels)] = lambda fast=fast, kernels=kernels: run_with(kernels, lambda: fast(x, t, y))
+    times = measure(runs, 3 * setting.rounds)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
+    for i, first in enumerate(known):
+        allowed = {str(choice.Choice(*pair)) for pair in itertools.product(known[i:], (*known[i:], choice.TORCH))}
+        chosen, best = str(choice.fastest(known[i:])), min(allowed, key=median.__getitem__)
+        over = median[chosen] / median[best]
+        print(f"up to {first}: chosen {chosen}, {over:.3f} times the time of {best}")
+        if setting.keep:
+            record(
+                "cpu choice", f"up to {first}, chosen over best", over, "×", f"chosen {chosen}; best {best}; a block"
+            )
+
+
+def run_with(kernels: choice.Choice, run: Run) -> Tensor:
+    """`run` with these kernels for attention."""
+    choice.choice, kept = lambda: kernels, choice.choice
+    try:
+        return run()
+    finally:
+        choice.choice = kept
+
+
 def resident() -> tuple[int, int]:
     """Resident bytes now, and their peak since the counter was last cleared."""
     status = Path("/proc/self/status").read_text()
@@ -268,7 +303,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--no-compile", action="store_true", help="skip compiled bf16, which takes a minute to compile")
-    parser.add_argument("--only", choices=["parts", "memory", "model", "families"], help="run only this part")
+    parser.add_argument("--only", choices=["parts", "choice", "memory", "model", "families"], help="run only this part")
     parser.add_argument("--memory-of", choices=["fp32", *SCHEMES], help=argparse.SUPPRESS)
     args = parser.parse_args()
     setting = Setting(4, args.rank, 3, keep=False) if args.quick else Setting(rank=args.rank, rounds=args.rounds)
@@ -281,6 +316,8 @@ def main() -> None:
     peak(setting)
     if args.only in (None, "parts"):
         parts(setting)
+    if args.only in (None, "choice"):
+        choices(setting)
     if args.only in (None, "families"):
         families(setting)
     for kind in ("fp32", *SCHEMES) if args.only in (None, "memory") else ():

@@ -141,12 +141,14 @@ class QuantizeSettings:
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON, for the header of the checkpoint."""
+        skip = {"skip": list(self.skip)}
         if self.rank_ratio is not None:
             mode = {"mode": "rank_ratio", "rank_ratio": self.rank_ratio, "num_bits": self.num_bits or 8}
-            return {**mode, "whiten": self.whiten, "skip": list(self.skip)}
-        mode: dict[str, Any] = {"mode": "preset", "preset": self.preset, "adaln": self.adaln}
-        mode |= {"skip": list(self.skip), "recipe": asdict(self.recipe)}
-        return mode if self.last_block is None else {**mode, "last_block": asdict(whole_bytes(self.recipe))}
+            return {**mode, "whiten": self.whiten, **skip}
+        recipes = {"recipe": asdict(self.recipe)}
+        if self.last_block is not None:
+            recipes["last_block"] = asdict(whole_bytes(self.recipe))
+        return {"mode": "preset", "preset": self.preset, "adaln": self.adaln, **skip, **recipes}
 
 
 def flag(*names: str) -> str:

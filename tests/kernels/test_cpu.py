@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from layers import U_BF16, U, error_around, layer_of, random_layer, shapes, with_spec
 
-from svdit.errors import UserError
 from svdit.kernels import generic
 from svdit.kernels import reference as ref
-from svdit.kernels.cpu import build, choice, ffi
+from svdit.kernels.cpu import build, ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 from svdit.kernels.fused import gated

@@ -1,6 +1,6 @@
 """Which instruction set computes linears and attention on this processor: measured, because flags do not tell.
 
-The candidates are timed once for a processor, this library and this torch, within a tenth of a second, and the choice
+The candidates are timed once for a processor, this library and this torch, and the choice
 is kept in the cache, so that all processes, also concurrent ones, compute the same floats. A choice changes no integer.
 SVDIT_ISA and SVDIT_ATTENTION override it.
 """
