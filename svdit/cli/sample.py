@@ -1,6 +1,6 @@
 """`svdit sample`: one image per class, in a grid.
 
-Noise is drawn in the order of the published script, so on a GPU a seed reproduces its images.
+Noise is drawn in the order of the published scripts, so on a GPU a seed reproduces DiT's images.
 """
 
 import argparse
@@ -21,6 +21,7 @@ PUBLISHED_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 COLUMNS = 4
 MIN_SIDE = 128  # smaller images are enlarged to about this many pixels
 CFG_SCALE, VAE = 4.0, "mse"
+DOUBLED = ("dit", "sit")  # families whose scripts draw the noise of steps for both halves of guidance
 
 
 def parser() -> Parser:
@@ -59,7 +60,7 @@ def draw(args: argparse.Namespace) -> Result:
     model = setup.accelerated(checkpoint.model, args)
     labels = class_labels(args.classes, checkpoint.model)
     autoencoder = sampling.load_vae(vae, model, device, VAE, checkpoint.path)
-    noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, doubled=True)
+    noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, model.config.family in DOUBLED)
     steps = len(config.schedule(model.config))
     with progress("sampling", unit="steps") as tick:
         samples = generate_images(

@@ -21,10 +21,12 @@ from svdit.cli.sample import class_labels, default_classes
 from svdit.diffusion.guidance import guided
 from svdit.diffusion.samplers import ddpm
 from svdit.diffusion.schedule import make_schedule
+from svdit.model.config import FAMILIES
 from svdit.model.dit import DiT
 from svdit.model.vae import BLOCKS, CONFIG, VAE, WEIGHTS, VAEConfig
 from svdit.quant.config import RECIPES, dit_config
 from svdit.quant.quantize import quantize_
+from svdit.sampling.batch import default_sampling, generate_images
 
 FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
 
@@ -45,6 +47,20 @@ def test_a_seed_reproduces_the_published_images(tmp_path: Path) -> None:
         )
     expected = images.grid(images.to_uint8(x), 3, scale=16)
     assert np.array_equal(np.asarray(Image.open(output)), expected)
+
+
+@pytest.mark.parametrize(("family", "doubled"), [("sit", True), ("repa", False)])
+def test_later_noise_is_drawn_twice_where_the_script_doubles_the_batch(
+    family: str, doubled: bool, tmp_path: Path
+) -> None:
+    path, output = saved(tmp_path / "tiny.safetensors", family=family, **FAMILIES[family]), tmp_path / "a.png"
+    line = f"--ckpt {path} --seed 5 --classes 4 0 2 --sampler sde --cfg-scale 2 --output {output}"
+    command("sample", [*line.split(), *FAST])
+    model, rows = load_model(path), 6 if doubled else 3
+    torch.manual_seed(5)
+    config, draws = default_sampling(model.config, sampler="sde", steps="3", cfg_scale=2.0), iter((3, rows, rows))
+    pixels = generate_images(model, [4, 0, 2], config, noise=lambda: torch.randn(next(draws), 3, 8, 8)[:3])
+    assert np.array_equal(np.asarray(Image.open(output)), images.grid(pixels, 3, scale=16))
 
 
 def test_classes_have_names_where_the_checkpoint_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
