@@ -90,7 +90,7 @@ class FastDiT(DiT):
 
     def __init__(self, model: DiT, backend: str, debug: bool = False) -> None:
         nn.Module.__init__(self)
-        self.config, self.backend = model.config, backend
+        self.config, self.class_names, self.backend = model.config, model.class_names, backend
         pack = partial(packed, backend=backend, debug=debug)
         self.patch_embedding = nn.ModuleList(
             packed_floats(layer.weight.flatten(1), layer.bias, f"x_embedder.{name}", backend, debug)

@@ -35,11 +35,13 @@ def quantized(model: DiT, config: str) -> DiT:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_backend_computes_the_same(tiny: DiT, config: str) -> None:
     model = quantized(tiny, config)
+    model.class_names = tuple("abcde")
     with torch.no_grad():
         expected, alone = model(X, T, Y), model(X[:1], T[:1], Y[:1])
     for backend in USABLE:
         fast = accelerate(deepcopy(model), backend)
         assert isinstance(fast, FastDiT) and isinstance(fast, DiT)
+        assert fast.class_names == model.class_names
         bound = model_bound(backend, 4 if "w4a4" in config else 8)
         error = relative(fast(X, T, Y), expected)
         assert error < bound and (error > 0 or backend != "cpu" or config == "factors"), backend
