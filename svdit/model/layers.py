@@ -61,10 +61,20 @@ class Attention(nn.Module):
     # fmt: on
 
 
+class RMSNorm(nn.RMSNorm):
+    """With ε 1e-6, in the type of its weight; under bfloat16 autocast that is float32, and torch would warn."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 QK_NORMS: dict[str, Callable[[int], nn.Module]] = {  # of one head's channels
     "none": lambda head: nn.Identity(),
     "layer": lambda head: nn.LayerNorm(head, eps=1e-5),
-    "rms": lambda head: nn.RMSNorm(head, eps=1e-6),
+    "rms": RMSNorm,
 }
 
 
@@ -98,7 +108,7 @@ NORMS: dict[
     str, Callable[[int], nn.Module]
 ] = {  # over the tokens' channels; shift and scale come from the conditioning
     "layer": lambda hidden_size: nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False),
-    "rms": lambda hidden_size: nn.RMSNorm(hidden_size, eps=1e-6),
+    "rms": RMSNorm,
 }
 
 
