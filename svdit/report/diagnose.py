@@ -62,14 +62,17 @@ def measure(
 
 
 def affordable(model: DiT) -> tuple[int, int]:
-    """Images and sampling steps within WORK, with both guidance halves."""
+    """Images and sampling steps within WORK, with both guidance halves, and Heun's two calls a step."""
     from torch import nn
 
-    tokens = (model.config.input_size // model.config.patch_size) ** 2
+    from svdit.sampling.calibration import calibration_sampling
+
+    calls = 2 if calibration_sampling(model.config, STEPS[0]).sampler == "heun" else 1
+    tokens = (model.config.input_size // model.config.patch_size) ** 2 + model.config.context_tokens
     linears = [
         layer for name, layer in model.blocks.named_modules() if isinstance(layer, nn.Linear) and "ada" not in name
     ]
-    pairs = int(WORK / (2 * tokens * sum(layer.weight.numel() for layer in linears)))
+    pairs = int(WORK / (2 * calls * tokens * sum(layer.weight.numel() for layer in linears)))
     steps = min(max(pairs, STEPS[0]), STEPS[1])
     return min(max(pairs // steps, IMAGES[0]), IMAGES[1]), steps
 

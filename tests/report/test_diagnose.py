@@ -59,7 +59,8 @@ def test_no_figures_leaves_no_trace(tiny: DiT, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "expected"), [("DiT-XL/2", 32, (1, 6)), ("DiT-XL/2", 64, (1, 4)), ("DiT-digits", 8, (8, 10))]
+    ("name", "size", "expected"),
+    [("DiT-XL/2", 32, (1, 6)), ("DiT-XL/2", 64, (1, 4)), ("DiT-digits", 8, (8, 10)), ("JiT-B/16", 256, (1, 10))],
 )
 def test_the_work_is_bounded(name: str, size: int, expected: tuple[int, int]) -> None:
     with torch.device("meta"):
