@@ -14,6 +14,7 @@ from svdit.errors import UserError
 from svdit.storage import pickles
 
 FILE = re.compile(r"(.+-latents-stats|latents_stats)\.pt")
+MULTIPLIER = 0.18215  # LightningDiT's latent_multiplier where its configuration has none
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # means, standard deviations
 
 

@@ -20,7 +20,7 @@ from svdit.checkpoints.folders import DIT, class_of, in_folder
 from svdit.checkpoints.infer import config_from_shapes
 from svdit.checkpoints.padding import STEP, padded, padded_width
 from svdit.checkpoints.restore import distinct, naming, restore_, unfolded
-from svdit.checkpoints.statistics import beside, latent_statistics, of_batch_norm
+from svdit.checkpoints.statistics import MULTIPLIER, beside, latent_statistics, of_batch_norm
 from svdit.errors import UserError
 from svdit.fields import from_json
 from svdit.model.dit import DiT, DiTConfig
@@ -205,18 +205,20 @@ def with_statistics(config: DiTConfig, contents: io.Contents, path: Path, latent
 
     Raises UserError for a given file with other statistics than the checkpoint's, or for other channels.
     """
-    own, recorded = (config.latent_mean, config.latent_std), contents.recorded
+    own, recorded, C = (config.latent_mean, config.latent_std), contents.recorded, config.in_channels
     if contents.header is None:
         own = of_batch_norm(contents.tensors, path) or (recorded.get("latent_mean", ()), recorded.get("latent_std", ()))
-    multiplier = recorded.get("latent_multiplier", 1.0)
+    multiplier = recorded.get("latent_multiplier", MULTIPLIER if "latent_norm" in recorded else 1.0)
     with naming(path, "latent statistics that it cannot be used with", "pass other --latent-stats"):
+        if recorded.get("latent_norm", True) is False:  # LightningDiT's latents, not normalized
+            own = (0.0,) * C, (1 / multiplier,) * C
         if latent_stats is not None:
             given = latent_statistics(latent_stats, multiplier)
             if own[1] and given != own:
                 raise UserError(f"the checkpoint has others than {latent_stats}")
             own = given
         elif contents.header is None and not own[1] and config.family in ("repa", "lightningdit"):
-            own = beside(path, config.in_channels, multiplier) or own
+            own = beside(path, C, multiplier) or own
         return replace(config, latent_mean=own[0], latent_std=own[1])
 
 

@@ -131,6 +131,23 @@ def test_statistics_beside_a_checkpoint_become_part_of_its_configuration(tmp_pat
     content = content_of(path)
     content["config"]["data"]["latent_multiplier"] = 0.5
     assert load_model(saved(content, path)).config.latent_std == tuple(2 * std for std in model.config.latent_std)
+    del content["config"]["data"]["latent_multiplier"]  # its default is that of Stable Diffusion
+    loaded = load_model(saved(content, path)).config.latent_std
+    assert loaded == pytest.approx([std / 0.18215 for std in model.config.latent_std])
+
+
+def test_latents_that_were_not_normalized_are_only_scaled(tmp_path: Path) -> None:
+    path, stats = tmp_path / "0080000.pt", FOLDER / "lightningdit" / "latents_stats.pt"
+    shutil.copy(stats, tmp_path)
+    content = content_of(LIGHTNINGDIT)
+    content["config"]["data"] |= {"latent_norm": False, "latent_multiplier": 0.25}
+    model = load_model(saved(content, path))
+    assert (model.config.latent_mean, model.config.latent_std) == ((0.0,) * 8, (4.0,) * 8)
+    with pytest.raises(UserError, match="the checkpoint has others than"):
+        load_model(path, latent_stats=stats)
+    content["config"]["data"]["latent_multiplier"] = 0.0
+    with pytest.raises(UserError, match="latent statistics that it cannot be used with"):
+        load_model(saved(content, path))
 
 
 @pytest.mark.parametrize(
