@@ -105,7 +105,7 @@ def settings(args: argparse.Namespace, model: DiT, cfg_scale: float) -> Settings
     base |= protocol.options(model.config, size) if protocol else {}
     config, policy = default_sampling(model.config, **{**base, **options}), getattr(args, "label_policy", None)
     config.schedule(model.config)  # raises for a sampler of other models
-    for sentence in unused(config, options):
+    for sentence in unused(config, options, model.config):
         note(sentence)
     if protocol is None:
         return Settings(config, args.vae or "auto", policy or "random", {})
@@ -122,18 +122,23 @@ def settings(args: argparse.Namespace, model: DiT, cfg_scale: float) -> Settings
     return chosen._replace(record={"protocol": args.protocol, "overrides": overrides, "reference": reference})
 
 
-def unused(config: SamplingConfig, options: Iterable[str]) -> Iterator[str]:
-    """A sentence for every field among `options` that changes no image."""
+def unused(config: SamplingConfig, options: Iterable[str], model: DiTConfig) -> Iterator[str]:
+    """A sentence for every field among `options` that changes no image of a model."""
     from svdit.diffusion.samplers import SAMPLERS
 
-    reasons = dict.fromkeys(GUIDANCE, "the guidance scale is 1") if config.cfg_scale == 1 else {}
+    scale, names = config.scale(model), {field: option for option, field in FIELDS.items()}
+    reasons = dict.fromkeys(GUIDANCE, "the guidance scale is 1") if scale == 1 else {}
+    if scale != config.cfg_scale:
+        reasons["cfg_scale"] = f"the family {model.family} is guided by scales above {scale:g} only"
+    if config.sampler == "dopri5":
+        reasons["steps"] = "dopri5 chooses its own steps"
     if not config.sampler.startswith("sde"):
         reasons |= dict.fromkeys(OF_SDE, f"the sampler is {config.sampler}")
     if config.sampler in SAMPLERS:
         reasons["time_shift"] = f"the sampler is {config.sampler}"
     if config.last_step == "none":
         reasons["last_step_size"] = "there is no last step"
-    yield from (f"--{x.replace('_', '-')} has no effect: {reasons[x]}" for x in options if x in reasons)
+    yield from (f"--{names[x].replace('_', '-')} has no effect: {reasons[x]}" for x in options if x in reasons)
 
 
 def find_protocol(args: argparse.Namespace, config: DiTConfig) -> Protocol | None:

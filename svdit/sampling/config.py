@@ -123,12 +123,7 @@ class SamplingConfig:
 
         Raises UserError for settings that do not fit the model.
         """
-        samplers = FLOW_SAMPLERS if model.is_flow else SAMPLERS
-        if self.sampler not in samplers:
-            raise UserError(
-                f"the sampler {self.sampler} is not for models of the family {model.family}; choose one of "
-                f"{', '.join(samplers)}"
-            )
+        _check_sampler(self.sampler, model)
         return self._flow_schedule(model) if model.is_flow else make_schedule(self.steps)
 
     def _flow_schedule(self, model: DiTConfig) -> FlowSchedule:
@@ -142,7 +137,7 @@ class SamplingConfig:
         times = flow_times(points, path, model.prediction, sde=sde, shift=self.time_shift, dtype=script.dtype)
         schedule = FlowSchedule(times, path, sde, script.last_euler)
         if sde:
-            _check_sde(schedule, model)
+            _check_sde(schedule, model, self.sampler)
         interval = self.interval(model)
         if interval and self.sampler != "dopri5" and not any(interval.contains(t) for t in times[:-1]):
             raise UserError(
@@ -161,9 +156,23 @@ class SamplingConfig:
         return max(self.cfg_scale, SCRIPTS[model.family].least_scale)
 
 
-def _check_sde(schedule: FlowSchedule, model: DiTConfig) -> None:
+def _check_sampler(sampler: str, model: DiTConfig) -> None:
+    """Raises UserError for a sampler of other models."""
+    samplers = FLOW_SAMPLERS if model.is_flow else SAMPLERS
+    if sampler in SAMPLERS | FLOW_SAMPLERS and sampler not in samplers:
+        raise UserError(
+            f"the sampler {sampler} is not for models of the family {model.family}; choose one of {', '.join(samplers)}"
+        )
+
+
+def _check_sde(schedule: FlowSchedule, model: DiTConfig, sampler: str) -> None:
     """Raises UserError for an SDE that would give NaN, or that is another than the model's."""
     assert schedule.sde
+    if sampler == "sde-heun" and schedule.sde.last_step == "none" and schedule.path.forward(schedule.times[-1]) == 1:
+        raise UserError(
+            "sde-heun without a last step calls the model at the data, where the score of this model is infinite; "
+            "choose the sampler sde, or a last step, mean for example"
+        )
     if not diffusion(schedule, schedule.times[:-1]).isfinite().all():
         others = ", ".join(form for form in FORMS if form != schedule.sde.form)
         raise UserError(
@@ -178,4 +187,7 @@ def _check_sde(schedule: FlowSchedule, model: DiTConfig) -> None:
 
 def default_sampling(model: DiTConfig, **overrides: Any) -> SamplingConfig:
     """The defaults of the sampling script of a model's family. Raises UserError for values that do not fit."""
-    return SamplingConfig(**{**SCRIPTS[model.family].defaults, **overrides})
+    options = {**SCRIPTS[model.family].defaults, **overrides}
+    if "sampler" in options:  # before other options are compared with it
+        _check_sampler(options["sampler"], model)
+    return SamplingConfig(**options)

@@ -123,6 +123,19 @@ def test_cfg_interval() -> None:
             "--time-shift 0.3 --sde-norm 2",
             dict.fromkeys(("--time-shift", "--sde-norm"), "the sampler is ddpm"),
         ),
+        (
+            "repa-sde-250",
+            "--cfg-scale 0.5 --cfg-channels three",
+            {
+                "--cfg-scale": "the family repa is guided by scales above 1 only",
+                "--cfg-channels": "the guidance scale is 1",
+            },
+        ),
+        (
+            "sit-ode-250",
+            "--sampler dopri5 --num-sampling-steps 50",
+            {"--num-sampling-steps": "dopri5 chooses its own steps"},
+        ),
         ("sit-sde-250", "--sampler euler --last-step none", {"--last-step": "the sampler is euler"}),
         ("sit-sde-250", "--last-step none --last-step-size 0.1", {"--last-step-size": "there is no last step"}),
         ("sit-sde-250", "--last-step euler --last-step-size 0.1 --sde-norm 2", {}),
