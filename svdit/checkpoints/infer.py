@@ -21,6 +21,7 @@ from svdit.model.zoo import CONFIGS
 # Fields that tensors do not show. Training scripts record two of them, in these words or in ours.
 UNSEEN = ("num_heads", "context_start", "rope", "prediction", "path", "noise_scale", "uint8")
 WORDS = {"v": "velocity", "noise": "epsilon", "cosine": "gvp"}
+PATHS = ("linear", "gvp", "vp")  # of a flow
 BLOCKS = ("blocks.", "decoder_blocks.")
 
 
@@ -115,6 +116,8 @@ def attention(tensors: Mapping[str, Tensor], hidden_size: int) -> dict[str, Any]
 
 def noted(recorded: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that a training script recorded, in our words."""
+    if recorded.get("path") not in PATHS:  # but that of a data set
+        recorded = {name: value for name, value in recorded.items() if name != "path"}
     names = {"path_type": "path", "use_rope": "rope"} | {name: name for name in UNSEEN}
     fields = {ours: recorded[name] for name, ours in names.items() if name in recorded}
     texts = {key: value.lower() for key, value in fields.items() if isinstance(value, str)}

@@ -250,6 +250,11 @@ def test_what_training_scripts_record_is_used(tmp_path: Path) -> None:
     assert (config.path, config.prediction) == ("gvp", "epsilon")
     with pytest.raises(UserError, match=r"no named model has depth 2 and width 8; .*--context-start"):
         load_model(JIT)
+    content = content_of(REPA)
+    content["args"].path_type, content["args"].path = "cosine", "/data/imagenet"
+    assert load_model(saved(content, tmp_path / "x.pt"), num_heads=2).config.path == "gvp"
+    del content["args"].path_type
+    assert load_model(saved(content, tmp_path / "x.pt"), num_heads=2).config.path == "linear"
 
 
 def test_a_run_of_svdit_records_its_family(tmp_path: Path) -> None:
