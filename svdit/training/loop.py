@@ -95,7 +95,7 @@ def train(
     autoencoder = autoencoder.for_model(model.config)
     require("matplotlib")  # for loss.png: fail now, not at the first checkpoint
     state = fresh(model, options.lr)
-    binding = {**asdict(config), **options.binding(), "images": len(images)}
+    binding = {"family": config.family, **asdict(config), **options.binding(), "images": len(images)}
     if images.fingerprint:
         binding["data"] = f"{images.summary()} ({images.fingerprint[:16]})"
     if autoencoder.fingerprint:

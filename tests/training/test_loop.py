@@ -17,6 +17,7 @@ from svdit import distributed
 from svdit.diffusion.noise import image_noise
 from svdit.errors import UserError
 from svdit.model.autoencoder import Autoencoder
+from svdit.model.config import FAMILIES
 from svdit.model.dit import DiT, DiTConfig
 from svdit.shims import allow_cpu_torchvision
 from svdit.training import loop
@@ -100,6 +101,9 @@ def test_a_resumed_run_keeps_its_options(tmp_path: Path) -> None:
         run(tmp_path, lr=0.1)
     with pytest.raises(UserError, match="trained with images 10, not 9"):
         run(tmp_path, images=LabelledImages(PIXELS.__getitem__, IMAGES.labels[:9], 3, 1))
+    other = DiT(replace(SMALL, family="sit", **FAMILIES["sit"]))
+    with pytest.raises(UserError, match="trained with family dit, not sit"):  # named before what follows from it
+        train(other, IMAGES, TrainOptions(**OPTIONS), tmp_path, autoencoder=Noisy())  # type: ignore[arg-type]
     assert run(tmp_path, steps=2, log_every=1).step == 2
     known = replace(IMAGES, classes=("cat", "cow", "dog"), fingerprint="0123")
     run(tmp_path, steps=3, images=known)  # which earlier versions did not record
