@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,7 +160,7 @@ def quantize(
             max_memory=settings.max_memory * 1e9,
             work_dir=work,
             statistics=plan.statistics if plan else None,
-            run_id=json.dumps([__version__, digest, record]),
+            run_id=json.dumps([__version__, digest, record, asdict(model.config)]),  # which options complete
             progress=tick,
         )
     if plan:

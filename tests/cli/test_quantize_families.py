@@ -68,6 +68,22 @@ def test_an_interrupted_run_resumes_with_the_same_bits(
     assert output.read_bytes() == whole.read_bytes()
 
 
+def test_layers_of_another_configuration_are_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here of the same weights: options name what the file does not record."""
+    source, runs = tmp_path / "bare.pt", set[str]()
+    torch.save(small("jit", depth=2).state_dict(), source)
+
+    def stops(*args: object, run_id: str, **options: object) -> None:
+        runs.add(run_id)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "quantize_", stops)
+    for block in ("0", "1", "1"):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            quantize(source, tmp_path / "q.safetensors", "--context-start", block, "--preset", "rtn", "--no-figures")
+    assert len(runs) == 2
+
+
 @pytest.mark.parametrize("family", VARIANTS)
 def test_the_report_has_the_times_of_the_familys_own_trajectories(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
