@@ -78,6 +78,19 @@ def test_every_thread_configures_and_releases_its_registers(kernels: ffi.Kernels
     assert ctypes.c_int.in_dll(kernels.lib, "configured_threads").value == 0
 
 
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
+@pytest.mark.parametrize("part", [0, 2], ids=["codes", "low"])
+def test_nothing_behind_the_last_row_is_read(kernels: ffi.Kernels, rows: int, part: int) -> None:
+    packed, many = cpu.IntegerLinear(random_layer(70, 200, 40, Format(8), 1), kernels), torch.randn(1, 64, 200)
+    expected, whole = packed(many[:, :rows]), packed.quantize(many)
+    first, last = (whole[part][row:].data_ptr() for row in (rows, 63))
+    forbidden = (ctypes.c_int64 * 3).in_dll(kernels.lib, "forbidden")
+    forbidden[:] = [first, last, 0]
+    y = packed.multiply(tuple(tensor[:rows] for tensor in whole), 1)
+    loads, forbidden[:] = forbidden[2], [0, 0, 0]
+    assert torch.equal(y, expected) and loads == 0
+
+
 @pytest.mark.parametrize("permitted", [True, False])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_amx_is_measured_where_linux_permits_it_and_the_compiler_knew_it(

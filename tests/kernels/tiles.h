@@ -20,6 +20,12 @@ static __thread struct {
 static __thread Contents registers[8];
 __attribute__((weak, visibility("default"))) int configured_threads;
 
+/* Bytes that nothing may be loaded from, and how often something was. */
+__attribute__((weak, visibility("default"))) struct {
+    const char *first, *last;
+    int64_t loads;
+} forbidden;
+
 static inline void fault(const char *what)
 {
     fprintf(stderr, "AMX: %s\n", what);
@@ -61,8 +67,11 @@ static inline void emulated_zero(int i) { memset(get(i), 0, sizeof(Contents)); }
 static inline void emulated_load(int i, const void *from, int64_t stride)
 {
     emulated_zero(i);
-    for (int row = 0; row < shapes.rows[i]; row++)
-        memcpy(registers[i].bytes[row], (const char *)from + row * stride, shapes.bytes[i]);
+    for (int row = 0; row < shapes.rows[i]; row++) {
+        const char *bytes = (const char *)from + row * stride;
+        forbidden.loads += bytes < forbidden.last && bytes + shapes.bytes[i] > forbidden.first;
+        memcpy(registers[i].bytes[row], bytes, shapes.bytes[i]);
+    }
 }
 
 static inline void emulated_store(int i, void *to, int64_t stride)
