@@ -178,7 +178,7 @@ from layers import random_layer, with_spec
 from svdit.kernels.cpu import ffi, linear as cpu
 from svdit.kernels.formats import Format
 
-K = cpu.LONGEST = 2**20
+K = cpu.LONGEST = 2**21
 kernels = ffi.kernels(sys.argv[1])
 layer = random_layer(1, K, 0, Format(8), 0)
 packed = cpu.IntegerLinear(layer, kernels)

@@ -83,7 +83,7 @@ class Kernels:
     def __init__(self, isa: str) -> None:
         self.isa, self.lib = isa, library()
         if not built(isa):
-            raise UserError(f"the CPU kernels were compiled without {isa}; install a newer compiler, then svdit again")
+            raise UserError(f"the CPU kernels were compiled without {isa}, which needs GCC 11 or newer")
         numbers = (c_int64 * 9)()
         self.call("geometry", numbers)
         self.panel, self.low_panel, self.wide, pairs, *sizes = numbers

@@ -1,6 +1,6 @@
-/* Products by AMX: BLOCK_ROWS rows times one panel, two registers of rows times two of columns at a time. A register
-   holds 16 rows of 64 bytes; those of a block of fewer rows are shorter. Columns behind the last 64, or ranks behind the
-   last 32, are left to product_tile. Registers belong to a thread; Linux permits them on request (features.py). */
+/* Sums of products by AMX: BLOCK_ROWS rows, two registers of rows times two of columns at a time. A register holds 16
+   rows of 64 bytes; those of a block of fewer rows are shorter. What does not fill 64 bytes of a row is left to the
+   caller. Registers belong to a thread; Linux permits them on request (features.py). */
 
 enum { BLOCK_ROWS = 32, HALF = 16, DOTS = 4 * HALF * HALF * HALF }; /* DOTS: of multiply_registers */
 
@@ -40,49 +40,31 @@ FN void multiply_registers(int halves)
     }
 }
 
-/* to (rows, PANEL) = a b, for `chunks` of 64 bytes of each row of a, rows `stride` bytes apart: codes, or with `halves`
-   bf16. b lies as `dot`, or multiply_add, reads it. */
-FN void block_sums(void *to, const void *a, int64_t stride, const void *b, int64_t chunks, int64_t rows, int halves)
+/* to (rows, columns) = a b, for `chunks` of 64 bytes of each row of a, rows `stride` bytes apart: codes, or with
+   `halves` bf16. b lies as `dot`, or multiply_add, reads it. */
+FN void block_sums(void *to, const void *a, int64_t stride, const void *b, int64_t columns, int64_t chunks, int64_t rows,
+                   int halves)
 {
-    enum { ROW = 4 * PANEL }; /* bytes of a row of b and of `to` */
+    const int64_t row = 4 * columns; /* bytes of b and of `to` */
     int64_t second = rows > HALF ? HALF * stride : 0;
     __asm__ volatile("" : : : "memory"); /* GCC's _tile_loadd names nothing of what it reads */
-    for (int half = 0; half < 2; half++) {
-        const char *left = a, *right = (const char *)b + half * ROW / 2;
-        char *sums = (char *)to + half * ROW / 2;
+    for (int64_t at = 0; at < row; at += 128) {
+        const char *left = a, *right = (const char *)b + at;
+        char *sums = (char *)to + at;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t k = 0; k < chunks; k++, left += 64, right += HALF * ROW) {
+        for (int64_t k = 0; k < chunks; k++, left += 64, right += HALF * row) {
             _tile_loadd(4, left, stride);
             _tile_loadd(5, left + second, stride);
-            _tile_loadd(6, right, ROW);
-            _tile_loadd(7, right + 64, ROW);
+            _tile_loadd(6, right, row);
+            _tile_loadd(7, right + 64, row);
             multiply_registers(halves);
         }
-        _tile_stored(0, sums, ROW);
-        _tile_stored(1, sums + 64, ROW);
-        _tile_stored(2, sums + HALF * ROW, ROW);
-        _tile_stored(3, sums + HALF * ROW + 64, ROW);
-    }
-}
-
-/* Rows `first` … `last` of one panel. Sums of groups in fp32 are left to product_tile. */
-FN void multiply_rows(const Product *p, Expanded b, int64_t panel, int64_t first, int64_t last)
-{
-    int64_t Kp = padded(p->depth, DEPTH_STEP), Rp = padded(p->rank, LOW_PANEL), pairs = (p->rank + 1) / 2;
-    int64_t chunks = p->floats ? 0 : Kp / 64, low_chunks = pairs / 16;
-    VI sums[BLOCK_ROWS][TILE_VECTORS] = {0}; /* also of rows that are not there */
-    VF branch[BLOCK_ROWS][TILE_VECTORS] = {0};
-    for (int64_t m = first, rows; m < last; m += rows) {
-        rows = least(last - m, BLOCK_ROWS);
-        if (rows < BLOCK_ROWS) configure(rows);
-        if (chunks) block_sums(sums, (const uint8_t *)p->codes + m * Kp, Kp, b.codes, chunks, rows, 0);
-        if (low_chunks)
-            block_sums(branch, (const Low *)p->low + m * Rp, 2 * Rp, p->l1 + panel * pairs * PANEL * 2, low_chunks, rows, 1);
-        if (rows < BLOCK_ROWS) configure(BLOCK_ROWS);
-        for (int64_t i = 0; i < rows; i += TILE_ROWS)
-            product_tile(p, b, panel, m + i, (Started){sums[i], branch[i], 16 * chunks, 16 * low_chunks});
+        _tile_stored(0, sums, row);
+        _tile_stored(1, sums + 64, row);
+        _tile_stored(2, sums + HALF * row, row);
+        _tile_stored(3, sums + HALF * row + 64, row);
     }
 }

@@ -241,6 +241,14 @@ FN void low_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS],
     }
 }
 
+#ifdef USE_AMX
+#include "blocks.h"
+#else
+enum { BLOCK_ROWS = TILE_ROWS, DOTS = 0 };
+FN void begin(void) {}
+FN void end(void) {}
+#endif
+
 /* The body of an exported function: run work(arguments, next) on torch's OpenMP threads, return 0, or 1 where a thread
    could not allocate its buffers. Pieces are claimed from the counter `next`, because cores differ in speed (SMT
    siblings, E-cores). */

@@ -148,12 +148,26 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, St
 }
 
 #ifdef USE_AMX
-#include "blocks.h"
+/* Rows `first` … `last` of one panel. Sums of groups in fp32 are left to product_tile. */
+FN void multiply_rows(const Product *p, Expanded b, int64_t panel, int64_t first, int64_t last)
+{
+    int64_t Kp = padded(p->depth, DEPTH_STEP), Rp = padded(p->rank, LOW_PANEL), pairs = (p->rank + 1) / 2;
+    int64_t chunks = p->floats ? 0 : Kp / 64, low_chunks = pairs / 16;
+    VI sums[BLOCK_ROWS][TILE_VECTORS] = {0}; /* also of rows that are not there */
+    VF branch[BLOCK_ROWS][TILE_VECTORS] = {0};
+    for (int64_t m = first, rows; m < last; m += rows) {
+        rows = least(last - m, BLOCK_ROWS);
+        if (rows < BLOCK_ROWS) configure(rows);
+        if (chunks) block_sums(sums, (const uint8_t *)p->codes + m * Kp, Kp, b.codes, PANEL, chunks, rows, 0);
+        if (low_chunks)
+            block_sums(branch, (const Low *)p->low + m * Rp, 2 * Rp, p->l1 + panel * pairs * PANEL * 2, PANEL, low_chunks,
+                       rows, 1);
+        if (rows < BLOCK_ROWS) configure(BLOCK_ROWS);
+        for (int64_t i = 0; i < rows; i += TILE_ROWS)
+            product_tile(p, b, panel, m + i, (Started){sums[i], branch[i], 16 * chunks, 16 * low_chunks});
+    }
+}
 #else
-enum { DOTS = 0 };
-FN void begin(void) {}
-FN void end(void) {}
-
 /* Rows `first` … `last` of one panel. */
 FN void multiply_rows(const Product *p, Expanded b, int64_t panel, int64_t first, int64_t last)
 {

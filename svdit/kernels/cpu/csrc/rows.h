@@ -1,5 +1,5 @@
 /* Activations to codes: gated activation or norm and modulation, in_shift, in_scale, Hadamard, steps, low-rank
-   projection. TILE_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the
+   projection. BLOCK_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the
    order of reference.rotate, so that behind it all codes are the reference's bit for bit. */
 
 /* acc[i][j] += Σ_k a[i][k] b[k][j]: a of `pairs` · 2 numbers a row, b packed (pairs, vectors · LANES, 2) bf16 */
@@ -175,18 +175,43 @@ FN void quantize_groups(const Rows *r, const float *hat, int64_t m)
     for (int64_t g = 0; g < groups; g++) steps[g] += sum(poison);
 }
 
+/* x̂ L2ᵀ of rows m0 …, of `rows` rows x̂ */
+FN void project(const Rows *r, const Low *hat, int64_t m0, int64_t rows)
+{
+    int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), chunks = 0;
+    for (int64_t c = 0; c < Rp; c += LOW_PANEL) {
+        VF sums[BLOCK_ROWS][LOW_PANEL / LANES] = {0};
+#ifdef USE_AMX
+        chunks = Kp / 32;
+        block_sums(sums, hat, 2 * Kp, r->l2 + c * Kp, LOW_PANEL, chunks, BLOCK_ROWS, 1);
+#endif
+        for (int64_t m = 0; m < rows; m += TILE_ROWS) {
+            VF acc[TILE_ROWS][TILE_VECTORS] = {0};
+            const Low *a[TILE_ROWS];
+            UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+                a[i] = hat + least(m + i, rows - 1) * Kp + 32 * chunks;
+                UNROLL for (int j = 0; j < 2; j++) acc[i][j] = sums[m + i][j];
+            }
+            low_rank_tile(acc, a, r->l2 + c * Kp + 32 * chunks * LOW_PANEL, Kp / 2 - 16 * chunks, 2);
+            UNROLL for (int i = 0; i < TILE_ROWS; i++)
+                if (m + i < rows) UNROLL for (int j = 0; j < 2; j++)
+                    to_low((Low *)r->low + (m0 + m + i) * Rp + c + j * LANES, acc[i][j]);
+        }
+    }
+}
+
 WORK int quantize_some(const Rows *shared, int64_t *next)
 {
     const Rows kept = *shared, *r = &kept; /* which no store can change, so that it stays in registers */
-    int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), blocks = padded(r->rows, TILE_ROWS) / TILE_ROWS;
-    float *hat = malloc(TILE_ROWS * (size_t)Kp * sizeof(float));
-    Low *half = PAIRS && r->rank ? malloc(TILE_ROWS * (size_t)Kp * sizeof(Low)) : 0;
+    int64_t Kp = padded(r->depth, DEPTH_STEP), blocks = padded(r->rows, BLOCK_ROWS) / BLOCK_ROWS;
+    float *hat = malloc((PAIRS ? 1 : BLOCK_ROWS) * (size_t)Kp * sizeof(float));
+    Low *half = PAIRS && r->rank ? malloc(BLOCK_ROWS * (size_t)Kp * sizeof(Low)) : 0;
     int failed = !hat || (PAIRS && r->rank && !half);
+    begin();
     for (int64_t block; !failed && (block = take(next, blocks)) < blocks;) {
-        int64_t m0 = block * TILE_ROWS, rows = least(TILE_ROWS, r->rows - m0);
-        const Low *a[TILE_ROWS];
+        int64_t m0 = block * BLOCK_ROWS, rows = least(BLOCK_ROWS, r->rows - m0);
         for (int64_t i = 0; i < rows; i++) {
-            float *row = hat + i * Kp;
+            float *row = hat + (PAIRS ? 0 : i) * Kp;
             Low *low = half ? half + i * Kp : 0;
             int32_t most = transform_row(r, m0 + i, row);
             if (!r->group) r->steps[m0 + i] = quantize_row(r, row, low, m0 + i, most);
@@ -195,15 +220,9 @@ WORK int quantize_some(const Rows *shared, int64_t *next)
                 if (low) for (int64_t k = 0; k < Kp; k += LANES) to_low(low + k, load(row + k));
             }
         }
-        for (int64_t i = 0; i < TILE_ROWS; i++) a[i] = (PAIRS ? half : (Low *)hat) + least(i, rows - 1) * Kp;
-        for (int64_t c = 0; c < Rp; c += LOW_PANEL) {
-            VF acc[TILE_ROWS][TILE_VECTORS] = {0};
-            low_rank_tile(acc, a, r->l2 + c * Kp, Kp / 2, 2);
-            UNROLL for (int i = 0; i < TILE_ROWS; i++)
-                if (i < rows) UNROLL for (int j = 0; j < 2; j++)
-                    to_low((Low *)r->low + (m0 + i) * Rp + c + j * LANES, acc[i][j]);
-        }
+        project(r, PAIRS ? half : (Low *)hat, m0, rows);
     }
+    end();
     free(hat);
     free(half);
     return failed;
