@@ -60,9 +60,9 @@ def random_model(config: DiTConfig, scheme: str, adaln: str = "int8", rank: int 
     spec = LinearSpec(rank, None, "bfloat16", WEIGHT_FORMATS[weight], ACT_FORMATS[act], True, True, 64)
     for name, linear in list(linears(model)):
         if "adaLN" in name:
-            swap(model, name, random_layer(linear, LinearSpec(weight=ADALN[adaln]), generator))
+            swap(model, {name: random_layer(linear, LinearSpec(weight=ADALN[adaln]), generator)})
         elif name.startswith("blocks"):
-            swap(model, name, random_layer(linear, spec, generator))
+            swap(model, {name: random_layer(linear, spec, generator)})
     for module in model.modules():
         for name, x in module.named_parameters(recurse=False):
             if x.is_meta:
@@ -80,7 +80,7 @@ def in_floats(model: DiT) -> DiT:
         bias = torch.zeros(layer.out_features) if layer.bias is None else layer.bias
         shifted = bias if layer.in_shift is None else bias - linear.weight @ layer.in_shift
         linear.bias = nn.Parameter(shifted, requires_grad=False)
-        swap(model, name, linear)
+        swap(model, {name: linear})
     return model
 
 

@@ -15,5 +15,5 @@ def apply_svd_to_dit(model: nn.Module, rank_ratio: float) -> nn.Module:
     two factors have more elements than the weight; `quantize_parameters(num_bits)` of each layer makes them smaller.
     """
     for name, linear in list(linears(model)):
-        swap(model, name, SVDLinear.from_linear(linear, rank_ratio))
+        swap(model, {name: SVDLinear.from_linear(linear, rank_ratio)})
     return model

@@ -87,9 +87,9 @@ def restore_(model: nn.Module, tensors: dict[str, Tensor], header: Header, path:
             rest[name] = rest[first]
     device = next((tensor.device for tensor in model.state_dict().values() if not tensor.is_meta), None)
     dtype = next((tensor.dtype for tensor in rest.values() if tensor.dtype in FLOATS), torch.float32)
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.dtype = dtype  # of `weight`
-        swap(model, name, layer)
+    swap(model, layers)
     model.load_state_dict(rest, strict=False, assign=True)  # the layers have their tensors
     if device is not None:
         model.to(device)
@@ -105,9 +105,10 @@ def quantized(
     modules = dict(model.named_modules(remove_duplicate=False))
     first_names = {key.rpartition(".")[0]: first.rpartition(".")[0] for key, first in shared.items()}
     aliases = {alias: first for alias, first in first_names.items() if first in specs}
-    layers = {name: layer(name, plain_linear(modules, name), spec, tensors) for name, spec in specs.items()}
+    parts = by_layer(tensors)
+    layers = {name: layer(name, plain_linear(modules, name), spec, parts.get(name, {})) for name, spec in specs.items()}
     for alias, first in aliases.items():
-        if part(tensors, alias) != part(tensors, first):
+        if {key: id(x) for key, x in parts[alias].items()} != {key: id(x) for key, x in parts[first].items()}:
             raise UserError(f"{alias} and {first} share only some of their tensors")
         plain_linear(modules, alias)
         layers[alias] = layers[first]
@@ -118,14 +119,17 @@ def quantized(
     return layers
 
 
-def part(tensors: Mapping[str, Tensor], name: str) -> dict[str, int]:
-    """The identities of the tensors (…) of the layer called `name`."""
-    return {key.removeprefix(f"{name}."): id(tensor) for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors (…) by the name of their layer and the rest of theirs."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, rest = key.rpartition(".")
+        parts.setdefault(name, {})[rest] = tensor
+    return parts
 
 
-def layer(name: str, linear: nn.Linear, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> SVDLinear:
-    """The quantized layer in place of `linear`, from a file's tensors (…). Raises UserError where they do not fit."""
-    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+def layer(name: str, linear: nn.Linear, spec: LinearSpec, own: Mapping[str, Tensor]) -> SVDLinear:
+    """The quantized layer in place of `linear`, from its tensors (…) in a file. Raises UserError where they do not fit."""
     bias: Tensor | None = linear.bias
     if ("bias" in own) != (bias is not None or spec.shifted):
         raise UserError(f"{name} has {'a' if 'bias' in own else 'no'} bias, unlike the model")

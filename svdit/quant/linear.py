@@ -193,17 +193,19 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
 
 
-def swap(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Replace the sub-module called `name` by `layer`, under all its names and in its mode."""
-    old = model.get_submodule(name)
-    layer.train(old.training)
-    for alias, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            parent, _, leaf = alias.rpartition(".")
-            owner = model.get_submodule(parent)
-            setattr(owner, leaf, layer)
-            if isinstance(owner, nn.TransformerEncoderLayer):
-                owner.activation_relu_or_gelu = 0  # disables its fast path, which reads linear1.weight
+def swap(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Replace the sub-modules of these names, under all their names and in their mode."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new = {modules[name]: layer for name, layer in layers.items()}
+    for alias, old in modules.items():
+        if old not in new:
+            continue
+        layer = new[old].train(old.training)
+        parent, _, leaf = alias.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, leaf, layer)
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0  # disables its fast path, which reads linear1.weight
 
 
 def layer_specs(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -216,11 +218,12 @@ def rebuild_(model: nn.Module, specs: dict[str, dict[str, Any]]) -> None:
 
     Raises UserError where a spec's name belongs to something else than a Linear.
     """
+    layers: dict[str, nn.Module] = {}
     for name, fields in specs.items():
         old = model.get_submodule(name)
         if not isinstance(old, nn.Linear):
             raise UserError(f"{name} is a {type(old).__name__}, not a Linear; the file does not fit this model")
-        layer = SVDLinear(
+        layers[name] = SVDLinear(
             old.in_features,
             old.out_features,
             old.bias is not None,
@@ -228,4 +231,4 @@ def rebuild_(model: nn.Module, specs: dict[str, dict[str, Any]]) -> None:
             device=old.weight.device,
             dtype=old.weight.dtype,
         )
-        swap(model, name, layer)
+    swap(model, layers)

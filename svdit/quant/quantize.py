@@ -75,11 +75,13 @@ def quantize_(
                 results[name] = quantize_linear(name, linear, recipe, inputs.pop(name, None))
             progress(len(results), len(mine))
         report.add_seconds(calibrate=observed - start, quantize=time.perf_counter() - observed)
+    layers: dict[str, nn.Module] = {}
     for name, (layer, line) in results.collect(names).items():
         like = selection.linears[name].weight
         layer.dtype = like.dtype
-        swap(model, name, layer.to(like.device))
+        layers[name] = layer.to(like.device)
         report.layers.append(line)
+    swap(model, layers)
     report.bytes_after = model_bytes(model)
     return report
 

@@ -31,8 +31,7 @@ def accelerate(model: Model, backend: str | None = None, *, debug: bool = False)
     backend = ops.choose(next(iter(layers.values())).layer().device, backend)
     if isinstance(model, DiT):
         return FastDiT(model, backend, debug)
-    for name, layer in layers.items():
-        swap(model, name, packed(layer, name, backend, debug))
+    swap(model, {name: packed(layer, name, backend, debug) for name, layer in layers.items()})
     move = model._apply
 
     def checked(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -190,7 +190,7 @@ def test_float_models_stay_and_other_models_are_swapped(tiny: DiT) -> None:
 def test_layers_of_float_factors_alone_stay_as_they_are(tiny: DiT) -> None:
     for name, linear in list(linears(tiny)):
         if name.startswith("blocks"):
-            swap(tiny, name, SVDLinear.from_linear(linear, 0.5))
+            swap(tiny, {name: SVDLinear.from_linear(linear, 0.5)})
     with torch.no_grad():
         expected = tiny(X, T, Y)
     assert relative(accelerate(tiny)(X, T, Y), expected) < 1e-5
