@@ -8,7 +8,9 @@ dtype, shape and bytes, because neither format verifies them. Files of other too
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,18 +64,36 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Header) -> No
             save_file(tensors, temporary, metadata={KEY: json.dumps(header)})
 
 
-def read(path: Path) -> Contents:
-    """A file whose tensors are copied into CPU memory and whose checksums match.
+@contextmanager
+def verified(path: Path, mapped: bool = False) -> Iterator[Contents]:
+    """A file whose tensors are copied into CPU memory and whose checksums match at the end of the context.
 
+    The header's checksum is computed meanwhile, and a wrong one is reported in place of any other error. `mapped`:
+    tensors of layers with quantized activations stay in the file, for a model that is packed at once.
     Raises UserError for files that are damaged, incomplete, foreign or newer than this version.
     """
     tensors, header, recorded = contents(path)
     if header is None:
         pickles.check_sums(parts(path))
-    tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    if header is not None and header.get("sha256") != digest(header, tensors):
-        raise UserError(f"{path} is damaged: its content does not match its checksum; copy or download it again")
-    return Contents(tensors, header, recorded)
+    inside = layers_to_pack(header or {}) if mapped else ()
+    copied = {name: x.detach() if name.startswith(inside) else x.detach().clone() for name, x in tensors.items()}
+    if header is None:
+        yield Contents(copied, header, recorded)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        checksum = pool.submit(digest, header, dict(copied))
+        try:
+            yield Contents(copied, header, recorded)
+        finally:
+            if header.get("sha256") != checksum.result():
+                message = f"{path} is damaged: its content does not match its checksum; copy or download it again"
+                raise UserError(message) from None
+
+
+def layers_to_pack(header: Header) -> tuple[str, ...]:
+    """How the names of tensors of layers with quantized activations start: whose packed form shares no memory."""
+    layers = header.get("layers", {}).items()
+    return tuple(f"{name}." for name, spec in layers if isinstance(spec, dict) and spec.get("act"))
 
 
 def read_header(path: Path) -> Header | None:

@@ -68,6 +68,7 @@ def load_model(
     name: str | None = None,
     device: str | torch.device = "cpu",
     latent_stats: str | Path | None = None,
+    mapped: bool = False,
     **overrides: Any,
 ) -> DiT:
     """A model in eval mode from a file, or an embedded model by its name ("digits").
@@ -76,18 +77,18 @@ def load_model(
     and diffusers' DiT folders. `name` (of `svdit.model.zoo`) and `overrides` (fields of DiTConfig) are checked against
     the file and change nothing, except what no tensor shows, such as `family` or `num_heads`, and whether the last of
     the labels is the null class: with `num_classes` equal to their number it is not. `latent_stats` is a statistics
-    file of LightningDiT or REPA-E; by default one beside the checkpoint.
+    file of LightningDiT or REPA-E; by default one beside the checkpoint. `mapped` as in `io.verified`.
     Raises UserError where they differ from the file, and for files that are damaged or do not fit their model.
     """
     path = locate(path)
-    contents = io.read(path)
-    tensors, config = configured(contents, name, overrides, path, latent_stats)
-    header = contents.header
-    tensors = converted(tensors, config, path) if header is None else padded(tensors, config)
-    model = empty(config, tensors, path)
-    check_finite(tensors, path)
-    restore_(model, tensors, header or {}, path)
-    model.class_names = class_names(header or {}, config, path)
+    with io.verified(path, mapped) as contents:
+        tensors, config = configured(contents, name, overrides, path, latent_stats)
+        header = contents.header
+        tensors = converted(tensors, config, path) if header is None else padded(tensors, config)
+        model = empty(config, tensors, path)
+        check_finite(tensors, path)
+        restore_(model, tensors, header or {}, path)
+        model.class_names = class_names(header or {}, config, path)
     return model.to(device).eval()
 
 
@@ -100,7 +101,8 @@ def load_quantized(model: Model, path: str | Path) -> Model:
     if not isinstance(model, nn.Module):
         raise UserError(f"load_quantized got a {type(model).__name__}; pass the model first, then the path")
     path = locate(path)
-    tensors, header, _ = io.read(path)
+    with io.verified(path) as contents:
+        tensors, header, _ = contents
     if header is None:
         raise UserError(f"{path} was not written by svdit; pass a file of save_quantized or save_model")
     names: tuple[str, ...] = ()

@@ -54,7 +54,7 @@ def draw(args: argparse.Namespace) -> Result:
     from svdit.sampling.batch import generate_images
 
     device = setup.device(args.device)
-    checkpoint = setup.load_checkpoint(args, device)
+    checkpoint = setup.load_checkpoint(args, device, to_pack=True)
     outputs.check_distinct("--output", args.output, checkpoint.path)
     config, vae, _, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
     model = setup.accelerated(checkpoint.model, args)

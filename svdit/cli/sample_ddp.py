@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> Result:
         tf32 = args.tf32 is not False and device.type == "cuda"
         set_tf32(tf32)
         check_rank_ratio(args)
-        checkpoint = setup.load_checkpoint(args, device)
+        checkpoint = setup.load_checkpoint(args, device, to_pack=True)
         config, vae, label_policy, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
         model = setup.accelerated(checkpoint.model, args)
         autoencoder = sampling.load_vae(vae, model, device, VAE, checkpoint.path)

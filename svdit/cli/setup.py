@@ -133,18 +133,32 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     return published_checkpoint(args.image_size or 256)
 
 
-def load_checkpoint(args: argparse.Namespace, device: torch.device) -> Checkpoint:
-    """The model of `add_model`'s options, in eval mode. Raises UserError if an option contradicts the file."""
+def load_checkpoint(args: argparse.Namespace, device: torch.device, to_pack: bool = False) -> Checkpoint:
+    """The model of `add_model`'s options, in eval mode. `to_pack`: `accelerated` is called next, and copies its layers.
+
+    Raises UserError if an option contradicts the file.
+    """
     from svdit.checkpoints.store import load_model, read_header
 
     path = checkpoint_path(args)
-    model = load_model(path, name=args.model, device=device, latent_stats=args.latent_stats, **claims(args))
+    options = {"name": args.model, "latent_stats": args.latent_stats, **claims(args)}
+    model = load_model(path, device=device, mapped=to_pack and copies(args, device), **options)
     size = image_size(model)
     if size and args.image_size not in (None, size):
         raise UserError(f"--image-size is {args.image_size}, but {path} generates {size}×{size} images; omit it")
     header = read_header(path)
     name = (header or {}).get("name") or args.model or (PUBLISHED if args.ckpt is None else "")
     return Checkpoint(name, path, header, model)
+
+
+def copies(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the backend of --backend keeps nothing of a layer with quantized activations, as the C kernels do."""
+    from svdit.kernels import ops
+
+    try:
+        return ops.choose(device, args.backend) == "cpu"
+    except UserError:  # `accelerated` raises it where the model is quantized
+        return False
 
 
 def accelerated(model: DiT, args: argparse.Namespace) -> DiT:

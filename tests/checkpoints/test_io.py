@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.errors import UserError
 from svdit.model.dit import DiT, DiTConfig
+from svdit.quant.config import RECIPES, dit_config
+from svdit.quant.quantize import quantize_
 from svdit.storage.checksum import digest
 
 SUFFIXES = (".safetensors", ".pt")
@@ -111,6 +113,35 @@ def test_one_changed_byte_is_an_error(tiny: DiT, tmp_path: Path, suffix: str, wh
     path.write_bytes(content)
     with pytest.raises(UserError, match="is damaged: its content does not match its checksum"):
         load_model(path)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_mapped_are_the_layers_with_quantized_activations_only(tiny: DiT, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"tiny{suffix}"
+    quantize_(tiny, dit_config(RECIPES["rtn"]))
+    save_model(tiny, path)
+    copied, mapped = load_model(path), load_model(path, mapped=True)
+    content = path.read_bytes()
+    with path.open("r+b") as file:  # in place, as no program of svdit writes
+        for tensor in (tiny.blocks[0].mlp.fc1.residual_codes, tiny.blocks[0].adaLN_modulation[1].residual_codes):
+            file.seek(content.index(tensor.numpy().tobytes()))
+            file.write(b"\0" * tensor.nbytes)
+    for model, zeros in ((copied, False), (mapped, True)):
+        assert bool((model.blocks[0].mlp.fc1.residual_codes == 0).all()) is zeros
+        assert model.blocks[0].adaLN_modulation[1].residual_codes.any()
+    assert torch.equal(mapped.pos_embed, tiny.pos_embed)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_damage_is_reported_before_what_it_causes(tiny: DiT, tmp_path: Path, mapped: bool) -> None:
+    path = tmp_path / "tiny.safetensors"
+    quantize_(tiny, dit_config(RECIPES["rtn"]))
+    save_model(tiny, path)
+    content, scales = path.read_bytes(), tiny.blocks[0].mlp.fc1.residual_scales
+    start = content.index(scales.numpy().tobytes())
+    path.write_bytes(content[:start] + b"\xff" * scales.nbytes + content[start + scales.nbytes :])  # NaN
+    with pytest.raises(UserError, match="is damaged: its content does not match its checksum"):
+        load_model(path, mapped=mapped)
 
 
 def test_header_is_read_without_the_tensors(tiny: DiT, tmp_path: Path) -> None:

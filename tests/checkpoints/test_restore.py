@@ -245,7 +245,8 @@ def test_files_that_are_none_of_ours_or_damaged(saved: Path, tmp_path: Path) -> 
 
 
 def test_shared_names_of_the_header_are_checked(saved: Path, tmp_path: Path) -> None:
-    tensors, header, _ = io.read(saved)
+    with io.verified(saved) as contents:
+        tensors, header, _ = contents
     assert header is not None
     for shared in ({}, {"head.weight": "nothing"}, {**header["shared"], "second.bias": "first.residual_scales"}):
         kept: dict[str, Any] = {key: value for key, value in header.items() if key not in ("sha256", "shared")}

@@ -102,7 +102,9 @@ class Kernels:
         """The weight in panels, bytes (n,), and the sums of its integers (O,) int32."""
         (O, I), form, scales = layer.shape, layer.form("residual"), ref.layer_scales(layer)
         count = padded(O, self.panel) * padded(I, DEPTH_STEP) * form.bits // 8
-        packed = torch.full((count,), 0x88 if form.bits == 4 else 0, dtype=torch.uint8, device="cpu")
+        packed = torch.empty(count, dtype=torch.uint8, device="cpu")
+        if count * 8 != O * I * form.bits:  # not all of it is written
+            packed.fill_(0x88 if form.bits == 4 else 0)
         sums = torch.empty(O, dtype=torch.int32, device="cpu")
         call = Packing(outputs=O, depth=I, bits=form.bits, group=form.group)
         codes = layer.tensors["residual_codes"].contiguous()
