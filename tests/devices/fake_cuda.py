@@ -6,7 +6,7 @@
         value(model.head.weight)        # as computed on the CPU, bit for bit
 
 FakeTensorMode alone stops at `.item()`, `bool(x)`, `.tolist()` and `nonzero`, whose results depend on values. Here each
-operation runs twice: on the fake tensors for the devices, and on the values beside them for the results.
+operation runs on the values, and its results become fake tensors on the device of its arguments.
 torch's C++ believes that all is on the CPU, so that the backward pass, which needs a CUDA stream otherwise, runs too.
 """
 
@@ -17,17 +17,13 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_", "aten::lift_fresh")
+MOVES = ("aten::to", "aten::type_as")  # arrive whole in inference mode, and return x itself where it need not move
 INDEXING = ("aten::index", "aten::index_put_")  # a CPU tensor may index a CUDA one, but not the reverse
 
 
@@ -98,16 +94,27 @@ class Values(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")  # for torch's C++, which would look for a GPU; Python sees cuda
+        if func._schema.name in MOVES:
+            with self:
+                return func.decompose(*args, **(kwargs or {}))
         args, kwargs = mapped(self.lifted, args), mapped(self.lifted, dict(kwargs or {}))
-        check_devices(func, args, kwargs)
+        device = common_device(func, args, kwargs)
         real = on_values(func, args, kwargs)
-        if not tensors(real):
-            return real  # a number, of .item() or torch.equal
-        try:
-            fake = like(args[0], real) if func is aten.index.Tensor else func(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):  # the shape depends on the values
-            fake = like(tensors((args, kwargs))[0], real)
-        return with_values(fake, real)
+        written = {id(x.values_): x for x in tensors((args, kwargs))}  # in place, or `out`
+        if any(id(y) in written and not same_layout(written[id(y)], y) for y in tensors(real)):
+            return with_values(func(*args, **kwargs), real)
+        with _disable_current_modes():
+            return mapped(lambda y: written[id(y)] if id(y) in written else self.fake(y, device), real)
+
+    def fake(self, real: Any, device: torch.device) -> Any:
+        """A fake tensor of these values, laid out in memory as they are; a number, of .item(), unchanged."""
+        if not isinstance(real, Tensor):
+            return real
+        shape = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device="meta")
+        if offset := real.storage_offset():
+            whole = torch.empty(len(real.untyped_storage()) // real.element_size(), dtype=real.dtype, device="meta")
+            shape = whole.as_strided(real.shape, real.stride(), offset)
+        return with_values(FakeTensor(self.fakes, shape, device), real)
 
     def lifted(self, x: Any) -> Any:
         """A real tensor as a fake one on the CPU that shares its values."""
@@ -123,16 +130,22 @@ def like(x: Tensor, real: Any) -> Any:
     return mapped(lambda y: torch.empty(y.shape, dtype=y.dtype, device=x.device), real)
 
 
-def check_devices(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise where an operation gets tensors of two devices."""
+def same_layout(x: Tensor, y: Tensor) -> bool:
+    return (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+def common_device(func: Any, args: Any, kwargs: dict[str, Any]) -> torch.device:
+    """Where an operation's results are. Raises RuntimeError where it gets tensors of two devices."""
     given, name = tensors((args, kwargs)), func._schema.name
-    devices = {x.device.type for x in given if x.ndim}  # CUDA kernels accept numbers from the CPU
-    mixed = len(devices) > 1 and name not in COPIES
+    devices = {x.device for x in given if x.ndim or x.device.type == "cuda"}  # CUDA kernels accept numbers from the CPU
+    types = {device.type for device in devices}
+    mixed = len(types) > 1 and name not in COPIES
     if name in INDEXING:
         written = [x.device.type for x in args[2:] if isinstance(x, Tensor) and x.ndim]
-        mixed = (given[0].device.type == "cpu" and "cuda" in devices) or not {*written} <= {given[0].device.type}
+        mixed = (given[0].device.type == "cpu" and "cuda" in types) or not {*written} <= {given[0].device.type}
     if mixed:
-        raise RuntimeError(f"{name} got tensors on {' and '.join(sorted(devices))}")
+        raise RuntimeError(f"{name} got tensors on {' and '.join(sorted(types))}")
+    return kwargs.get("device") or next((x for x in devices if x.type == "cuda"), torch.device("cpu"))
 
 
 class Frontend(TorchFunctionMode):
@@ -186,7 +199,7 @@ def to(x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
 
 def quantile(x: Tensor, q: Tensor) -> Tensor:
     """`torch.quantile(x, q)`"""
-    check_devices(aten.gather.default, (x, q), {})
+    common_device(aten.gather.default, (x, q), {})
     real = on_values(torch.quantile, (x, q))
     return with_values(like(x, real), real)
 
