@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scripts import run_script
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,12 +38,19 @@ def small(line: str, folder: Path) -> str:
 
 
 def run(line: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run a command line with this Python and one thread."""
+    """Run a command line in a process of its own, with this Python and one thread."""
     words = shlex.split(line)
     start = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     command = [*start, *words[1:], *more]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def again(line: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the line, in a fork of this process: another test shows that it starts alone."""
+    words = shlex.split(line)
+    script = words.index("sample_ddp.py") if "torchrun" in words else 1
+    return run_script(*words[script:], *more)
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +78,9 @@ def test_the_readme_contains_the_documented_commands_verbatim() -> None:
 
 @pytest.mark.parametrize("line", DOCUMENTED[:2])
 def test_sample(line: str, tmp_path: Path) -> None:
-    more = [] if "--ckpt" in line else ["--ckpt", "digits"]
+    more, start = ([], again) if "--ckpt" in line else (["--ckpt", "digits"], run)
     output = tmp_path / "sample.png"
-    done = run(small(line, tmp_path), *more, "--num-sampling-steps", "4", "--output", str(output))
+    done = start(small(line, tmp_path), *more, "--num-sampling-steps", "4", "--output", str(output))
     assert done.returncode == 0, done.stderr
     assert np.asarray(Image.open(output)).std() > 10
 
@@ -82,17 +90,16 @@ def test_quantize(folder: Path) -> None:
     assert 1e6 < size < 4e6
 
 
-def test_generate_then_evaluate(folder: Path) -> None:
+def test_generate_then_evaluate(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(small(DOCUMENTED[3], folder), "--num-sampling-steps", "4")
     assert done.returncode == 0, done.stderr
     assert np.load(folder / "generated.npz")["arr_0"].shape == (6, 8, 8, 3)
     (folder / "generated").rename(folder / "real")
-    done = run(small(DOCUMENTED[3], folder), "--num-sampling-steps", "4", "--global-seed", "1")
+    done = again(small(DOCUMENTED[3], folder), "--num-sampling-steps", "4", "--global-seed", "1")
     assert done.returncode == 0, done.stderr
     evaluate = small(DOCUMENTED[4], folder)
-    without = {key: os.environ.pop(key) for key in ("SVDIT_INCEPTION_WEIGHTS",) if key in os.environ}
-    done = run(evaluate)
-    os.environ.update(without)
+    monkeypatch.delenv("SVDIT_INCEPTION_WEIGHTS", raising=False)
+    done = again(evaluate)
     if done.returncode:  # no Inception weights on this machine
         assert done.returncode == 2
         assert "--feature-extractor random" in done.stderr
@@ -104,7 +111,7 @@ def test_generate_then_evaluate(folder: Path) -> None:
 
 def test_a_rank_ratio_other_than_the_checkpoints_is_an_error(folder: Path) -> None:
     line = small(DOCUMENTED[3], folder).replace("--rank-ratio 0.95", "--rank-ratio 0.5")
-    done = run("python " + line[line.index("sample_ddp.py") :])
+    done = again(line)
     assert done.returncode == 2
     assert "0.95" in done.stderr
     assert "0.5" in done.stderr

@@ -4,9 +4,6 @@ Latents are decoded by a tiny VAE with random weights; JiT generates pixels.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import randomize
 from PIL import Image
-from pixels import ROOT, TORCHRUN
+from scripts import run_script
 from training_files import OPTIONS, WRITERS, write
 
 from svdit.checkpoints.store import load_model
@@ -92,21 +89,20 @@ def test_every_command_on_a_checkpoint_of_the_training_script(
 
 
 SCRIPTS = {
-    "sample": [sys.executable, "sample.py"],
-    "quantize": [sys.executable, "quantize_ptq.py"],
-    "generate": [*TORCHRUN, "sample_ddp.py"],
-    "evaluate": [sys.executable, "evaluate_metrics.py"],
+    "sample": "sample.py",
+    "quantize": "quantize_ptq.py",
+    "generate": "sample_ddp.py",
+    "evaluate": "evaluate_metrics.py",
 }
 
 
 @pytest.mark.parametrize("family", some("jit"))
 def test_every_script_on_a_checkpoint_of_the_training_script(family: str, tmp_path: Path, vae: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """Under torchrun: `test_sample_ddp.py`, `test_commands.py`."""
     arguments = steps(family, tmp_path, vae)
     command("generate", arguments["generate full"])
     for name, script in SCRIPTS.items():
-        line = [*script, *arguments[name]]
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        done = run_script(script, *arguments[name])
         assert done.returncode == 0, done.stderr
     check(family, tmp_path)
 
