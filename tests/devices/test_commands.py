@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import randomize
 from devices.fake_cuda import FakeCuda
+from devices.test_evaluation import Network
 
 from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command
@@ -64,7 +65,9 @@ def test_sample(sampler: str, source: Path, tmp_path: Path) -> None:
     assert cuda.read_bytes() == cpu.read_bytes()
 
 
-def test_generate_and_evaluate(source: Path, tmp_path: Path) -> None:
+def test_generate_and_evaluate(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tiny network; `test_evaluation.py` shows that Inception runs on the GPU."""
+    monkeypatch.setattr("svdit.evaluation.inception.random_extractor", Network)
     flags = f"--ckpt {source} {STEPS} --num-fid-samples 2 --per-proc-batch-size 1"
     cpu, cuda = on_both("generate", flags, "--sample-dir /set", tmp_path)
     with np.load(f"{cpu}.npz") as expected, np.load(f"{cuda}.npz") as found:
