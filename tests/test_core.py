@@ -1,5 +1,6 @@
 """Without any extra installed the core commands work; others end in one sentence with the pip command."""
 
+import json
 import os
 import re
 import subprocess
@@ -41,23 +42,40 @@ def run(folder: Path, code: str, *argv: str) -> subprocess.CompletedProcess[str]
     )
 
 
-COMMAND = "from svdit.cli import main; main()"
+COMMANDS = """
+import json, sys
+from svdit.cli import main
+
+for argv in json.loads(sys.argv[1]):
+    try:
+        main(argv)
+    except SystemExit as end:
+        sys.stderr.flush()
+        print("code", end.code or 0, flush=True)
+    else:
+        print("code 0", flush=True)
+"""
 DDIM2 = "--vae=none", "--sampler=ddim", "--num-sampling-steps=2"
-WORK = {
-    "help": ["--help"],
-    "inspect": ["inspect", "digits"],
-    "quantize": ["quantize", "--ckpt=digits", "--preset=rtn", "--no-figures", "--output=plain.pt"],
-    "quantize with figures": ["quantize", "--ckpt=digits", "--preset=rtn", "--output=noted.pt"],
-    "generate": ["generate", "--ckpt=digits", *DDIM2, "--num-fid-samples=4", "--sample-dir=set"],
-}
+WORK = [
+    ["--help"],
+    ["inspect", "digits"],
+    ["quantize", "--ckpt=digits", "--preset=rtn", "--no-figures", "--output=plain.pt"],
+    ["generate", "--ckpt=digits", *DDIM2, "--num-fid-samples=4", "--sample-dir=set"],
+    ["quantize", "--ckpt=digits", "--preset=rtn", "--output=noted.pt"],
+]
+NOTE = r"no figures: cannot import matplotlib .*pip install 'svdit\[report\]'"
 
 
-@pytest.mark.parametrize("name", WORK)
-def test_the_core_needs_no_extra(folder: Path, name: str) -> None:
-    done = run(folder, COMMAND, *WORK[name])
-    assert done.returncode == 0, done.stderr
-    notes = re.findall("no figures: cannot import matplotlib .*pip install 'svdit\\[report\\]'", done.stderr)
-    assert len(notes) == (name == "quantize with figures")
+def codes(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The exit codes of the commands."""
+    return re.findall(r"^code (\d+)$", done.stdout, re.MULTILINE)
+
+
+def test_the_core_needs_no_extra(folder: Path) -> None:
+    """One after the other in one process, which imports torch once."""
+    done = run(folder, COMMANDS, json.dumps(WORK))
+    assert codes(done) == ["0"] * len(WORK), done.stderr
+    assert len(re.findall(NOTE, done.stderr)) == 1  # of the last
 
 
 FAIL = {
@@ -66,11 +84,11 @@ FAIL = {
 }
 
 
-@pytest.mark.parametrize("extra", FAIL)
-def test_a_command_names_the_extra_it_needs(folder: Path, extra: str) -> None:
-    done = run(folder, COMMAND, *FAIL[extra])
-    assert done.returncode == 2, done.stderr
-    assert re.fullmatch(rf"svdit \w+: cannot import .*; run: pip install 'svdit\[{extra}\]'\n", done.stderr)
+def test_a_command_names_the_extra_it_needs(folder: Path) -> None:
+    done = run(folder, COMMANDS, json.dumps(list(FAIL.values())))
+    assert codes(done) == ["2"] * len(FAIL), done.stderr
+    for line, extra in zip(done.stderr.splitlines(), FAIL, strict=True):
+        assert re.fullmatch(rf"svdit \w+: cannot import .*; run: pip install 'svdit\[{extra}\]'", line)
 
 
 def test_an_autoencoder_names_its_extra(folder: Path) -> None:
