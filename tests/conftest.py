@@ -2,6 +2,7 @@
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,16 @@ def linear() -> nn.Linear:
     return layer
 
 
-@pytest.fixture
-def statistics() -> Statistics:
+@pytest.fixture(scope="session")
+def gathered() -> Statistics:
     """Of inputs with outlier channels, a mean and correlated features."""
     gathered = Statistics.empty(128, torch.device("cpu"))
     for part in hard_inputs(4096).split(500):
         gathered.add(part, torch.Generator().manual_seed(len(part)))
     return gathered
+
+
+@pytest.fixture
+def statistics(gathered: Statistics) -> Statistics:
+    """A copy of them, which a test may change."""
+    return deepcopy(gathered)
