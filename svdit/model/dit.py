@@ -6,9 +6,12 @@ clean image. Parameter names are those of the published checkpoints. Guidance, s
 `svdit.diffusion` and `svdit.training`.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
+from svdit.model.caching import Blocks, CachePlan
 from svdit.model.config import DiTConfig as DiTConfig
 from svdit.model.embeddings import (
     BottleneckPatchEmbed,
@@ -31,6 +34,7 @@ class DiT(nn.Module):
         super().__init__()
         self.config = config
         self.class_names: tuple[str, ...] = ()  # of all classes, or none
+        self.cache_plan: CachePlan | None = None  # of `svdit cache`, followed where the sampling settings are its own
         D, side = config.hidden_size, config.input_size // config.patch_size
         self.x_embedder = BottleneckPatchEmbed(config) if config.bottleneck else PatchEmbed(config)
         self.t_embedder = TimestepEmbedder(D)
@@ -66,14 +70,15 @@ class DiT(nn.Module):
         return self.config.in_channels, self.config.input_size, self.config.input_size
 
     # fmt: off
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, cache: Blocks | None = None) -> Tensor:
         x = self.x_embedder(x) + self.pos_embed                               # (N, T, D)
         label = self.y_embedder(y)                                            # (N, D)
         c = self.t_embedder(sinusoids(t).to(x.dtype)) + label                 # (N, D)
         for i, block in enumerate(self.blocks):
             if i == self.config.context_start:
                 x = self.with_context(x, label)                               # (N, L + T, D)
-            x = block(x, c, self.rotation_of(x))                              # (N, L + T, D)
+            run = partial(block, c=c, rotation=self.rotation_of(x))
+            x = cache.block(i, x, run) if cache else run(x)                   # (N, L + T, D)
         x = self.final_layer(x[:, self.config.context_tokens:], c)            # (N, T, P·P·C or 2C)
         return self.unpatchify(x)[:, :self.used_channels]                     # (N, C or 2C, H, W)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from svdit.kernels import ops
 from svdit.kernels.fused import silu
 from svdit.kernels.layer import HeadNorms, Modulation, Residual, Rotation
+from svdit.model.caching import Blocks
 from svdit.model.dit import DiT
 from svdit.model.embeddings import sinusoids
 from svdit.model.layers import Attention, Block, FinalLayer, SwiGLU
@@ -90,7 +91,8 @@ class FastDiT(DiT):
 
     def __init__(self, model: DiT, backend: str, debug: bool = False) -> None:
         nn.Module.__init__(self)
-        self.config, self.class_names, self.backend = model.config, model.class_names, backend
+        self.config, self.backend = model.config, backend
+        self.class_names, self.cache_plan = model.class_names, model.cache_plan
         pack = partial(packed, backend=backend, debug=debug)
         self.patch_embedding = nn.ModuleList(
             packed_floats(layer.weight.flatten(1), layer.bias, f"x_embedder.{name}", backend, debug)
@@ -115,17 +117,17 @@ class FastDiT(DiT):
         self.eval()
 
     @torch.no_grad()
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        recorded = x.is_cuda and self.graphs and not torch.compiler.is_compiling()
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, cache: Blocks | None = None) -> Tensor:
+        recorded = cache is None and x.is_cuda and self.graphs and not torch.compiler.is_compiling()
         with torch.autocast(x.device.type, enabled=False):
-            return self.step(x, t, y) if recorded else self.compute(x, t, y)
+            return self.step(x, t, y) if recorded else self.compute(x, t, y, cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FastDiT":
         check_move(self, fn)  # of all layers, before any tensor is moved
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     # fmt: off
-    def compute(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def compute(self, x: Tensor, t: Tensor, y: Tensor, cache: Blocks | None = None) -> Tensor:
         """One denoising step (N, C, H, W) to (N, C or 2C, H, W), without a CUDA graph."""
         x = patches(x, self.config.patch_size)                                    # (N, T, C·P·P)
         for layer in self.patch_embedding:
@@ -138,8 +140,10 @@ class FastDiT(DiT):
         for i, block in enumerate(self.blocks):
             if i == self.config.context_start:
                 x = self.with_context(x, label[place])                            # (N, L + T, D)
-            rotation = self.rotation_of(x)
-            x = block(x, c, place, None if rotation is None else Rotation(*rotation))   # (N, L + T, D)
+            table = self.rotation_of(x)
+            rotation = None if table is None else Rotation(*table)
+            run = partial(block, c=c, place=place, rotation=rotation)
+            x = cache.block(i, x, run) if cache else run(x)                       # (N, L + T, D)
         shift, scale = folded(self.last_modulations.fused(c)[:, 0], self.last_weight)[place].chunk(2, dim=1)
         modulation = Modulation(shift, scale, self.config.norm == "rms")          # (N, D) each
         x = self.last.fused(x[:, self.config.context_tokens:], modulation=modulation)   # (N, T, P·P·C or 2C)

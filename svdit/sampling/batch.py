@@ -16,9 +16,11 @@ from svdit.diffusion.samplers import SAMPLERS, Callback, Noise, silent
 from svdit.errors import UserError
 from svdit.images import Pixels, to_uint8
 from svdit.model.autoencoder import PIXELS, Autoencoder
+from svdit.model.caching import CachePlan, Evaluate, cached
 from svdit.model.dit import DiT
 from svdit.sampling.config import SamplingConfig as SamplingConfig
 from svdit.sampling.config import default_sampling as default_sampling
+from svdit.sampling.config import recorded
 
 
 @torch.no_grad()
@@ -30,12 +32,14 @@ def generate(
     seed: int = 0,
     noise: Noise | None = None,
     callback: Callback = silent,
+    evaluate: Evaluate | None = None,
 ) -> Tensor:
     """Latents (N, C, H, W), or images in [-1, 1] of a pixel-space model, float32, for N class labels.
 
     The noise of image i depends on (seed, i) alone; `noise` replaces it by another source: its first call returns the
     starting noise, later calls the sampler's. `callback(done, x)` is called after each sampling step.
-    `config` None: `default_sampling`. Raises UserError for a label the model does not have, for guidance without a
+    `config` None: `default_sampling`. `evaluate` is called in place of the model; by default its cache plan is followed
+    if it has one for these settings. Raises UserError for a label the model does not have, for guidance without a
     null class, for a sampler of other models, and for NaN and Inf.
     """
     config = config or default_sampling(model.config)
@@ -46,7 +50,8 @@ def generate(
     y = torch.tensor(labels, dtype=torch.int64, device=device)
     noise = noise or image_noise(seed, range(len(labels)), model.input_shape, device)
     check_guidance(model, scale)
-    denoise = guided(model, y, model.null_class, scale, config.cfg_channels, config.interval(model.config))
+    evaluate = evaluate or planned(model, config)
+    denoise = guided(evaluate, y, model.null_class, scale, config.cfg_channels, config.interval(model.config))
     z, sampler = model.config.noise_scale * noise(), (SAMPLERS | FLOW_SAMPLERS)[config.sampler]
     x = sampler(denoise, z, schedule, noise=noise, prediction=model.config.prediction, callback=callback).float()
     _check_finite(x, labels, f"; choose a smaller guidance scale than {config.cfg_scale:g}, or another checkpoint")
@@ -69,6 +74,18 @@ def generate_images(
     decoded = autoencoder.for_model(model.config).decode(z)
     _check_finite(decoded, labels, f" after the autoencoder {autoencoder.name}; choose another one")
     return to_uint8(decoded, model.config.uint8)
+
+
+def plan_for(model: DiT, config: SamplingConfig) -> CachePlan | None:
+    """The model's cache plan if it is for these settings."""
+    plan = model.cache_plan
+    return plan if plan and plan.sampling == recorded(config) else None
+
+
+def planned(model: DiT, config: SamplingConfig) -> Evaluate:
+    """The model, which follows its cache plan for one generation if that is for these settings."""
+    plan = plan_for(model, config)
+    return cached(model, plan, model.config.depth) if plan else model
 
 
 def check_guidance(model: DiT, scale: float) -> None:

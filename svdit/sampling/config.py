@@ -3,9 +3,10 @@
 `SCRIPTS` has what the families' published scripts do otherwise (SiT, REPA, LightningDiT, JiT).
 """
 
+import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -154,6 +155,12 @@ class SamplingConfig:
     def scale(self, model: DiTConfig) -> float:
         """The guidance scale that a model is guided with; 1: not at all."""
         return max(self.cfg_scale, SCRIPTS[model.family].least_scale)
+
+
+def recorded(config: SamplingConfig) -> dict[str, Any]:
+    """The fields as JSON has them."""
+    fields: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    return fields
 
 
 def _check_sampler(sampler: str, model: DiTConfig) -> None:
