@@ -32,7 +32,7 @@ KEY = "svdit"
 Header = dict[str, Any]
 FIELDS: dict[str, type] = {  # of a header; all but the first may be absent
     "format_version": int, "tool_version": str, "name": str, "config": dict, "layers": dict, "provenance": dict,
-    "shared": dict, "classes": list, "sha256": str,
+    "shared": dict, "classes": list, "caching": dict, "sha256": str,
 }  # fmt: skip
 DEPTH = 20  # of nested values in a header
 

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from svdit.checkpoints.io import Header
 from svdit.errors import UserError
+from svdit.fields import from_json
+from svdit.model.caching import CachePlan
+from svdit.model.config import DiTConfig
 from svdit.quant.linear import LinearSpec, SVDLinear, swap
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,6 +30,16 @@ def specs_from_header(header: Header, path: Path) -> dict[str, LinearSpec]:
         with naming(path, what, "quantize the model again, or upgrade svdit"):
             specs[name] = LinearSpec.from_dict(unfolded(spec, "out_scaled") if isinstance(spec, dict) else spec)
     return specs
+
+
+def cache_plan(header: Header, config: DiTConfig, path: Path) -> CachePlan | None:
+    """The plan of `svdit cache` in a header; None without. Raises UserError, naming the file, for unusable values."""
+    if "caching" not in header:
+        return None
+    with naming(path, "an unusable cache plan", "run `svdit cache` on it again"):
+        plan = from_json(CachePlan, header["caching"])
+        plan.check(config)
+        return plan
 
 
 def unfolded(values: Any, flag: str) -> dict[str, Any]:

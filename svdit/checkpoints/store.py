@@ -19,7 +19,7 @@ from svdit.checkpoints.families import converted
 from svdit.checkpoints.folders import DIT, class_of, in_folder
 from svdit.checkpoints.infer import config_from_shapes
 from svdit.checkpoints.padding import STEP, padded, padded_width
-from svdit.checkpoints.restore import distinct, naming, restore_, unfolded
+from svdit.checkpoints.restore import cache_plan, distinct, naming, restore_, unfolded
 from svdit.checkpoints.statistics import MULTIPLIER, beside, latent_statistics, of_batch_norm
 from svdit.errors import UserError
 from svdit.fields import from_json
@@ -58,6 +58,8 @@ def save(model: nn.Module, path: str | Path, header: io.Header, provenance: dict
     header = {**header, "layers": layer_specs(model), "provenance": provenance or {}}
     if isinstance(model, DiT) and model.class_names:
         header["classes"] = list(model.class_names)
+    if isinstance(model, DiT) and model.cache_plan:
+        header["caching"] = asdict(model.cache_plan)
     io.write(path, tensors, {**header, "shared": shared} if shared else header)
 
 
@@ -87,8 +89,9 @@ def load_model(
         tensors = converted(tensors, config, path) if header is None else padded(tensors, config)
         model = empty(config, tensors, path)
         check_finite(tensors, path)
-        restore_(model, tensors, header or {}, path)
-        model.class_names = class_names(header or {}, config, path)
+        header = header or {}
+        restore_(model, tensors, header, path)
+        model.class_names, model.cache_plan = class_names(header, config, path), cache_plan(header, config, path)
     return model.to(device).eval()
 
 
@@ -105,13 +108,13 @@ def load_quantized(model: Model, path: str | Path) -> Model:
         tensors, header, _ = contents
     if header is None:
         raise UserError(f"{path} was not written by svdit; pass a file of save_quantized or save_model")
-    names: tuple[str, ...] = ()
-    if isinstance(model, DiT):
-        check_claims(config_from_header(header, path), asdict(model.config), path)
-        names = class_names(header, model.config, path)
+    if not isinstance(model, DiT):
+        restore_(model, tensors, header, path)
+        return model
+    check_claims(config_from_header(header, path), asdict(model.config), path)
+    names, plan = class_names(header, model.config, path), cache_plan(header, model.config, path)
     restore_(model, tensors, header, path)
-    if isinstance(model, DiT):
-        model.class_names = names
+    model.class_names, model.cache_plan = names, plan
     return model
 
 
