@@ -20,6 +20,7 @@ COMMANDS = {
     "sample": "sample a grid of images",
     "generate": "sample many images into a folder and an .npz, on one or more processes",
     "quantize": "quantize a checkpoint",
+    "cache": "plan which blocks to skip at which sampling steps",
     "inspect": "show what a checkpoint contains, layer by layer",
     "verify": "check a quantized checkpoint against its source",
     "evaluate": "compare two sets of images: FID and related metrics, paired differences",
@@ -32,6 +33,7 @@ LESS_MEMORY = {  # what to change where the memory is not enough; others have no
     "sample": ("pass fewer --classes",),
     "generate": ("choose a smaller --per-proc-batch-size",),
     "quantize": ("choose a smaller --max-memory or fewer --calib-images",),
+    "cache": ("choose fewer --images",),
     "evaluate": ("choose a smaller --batch-size or --num_images",),
     "train": ("choose a smaller --global-batch-size or model",),
 }

@@ -33,7 +33,7 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> Result:
     """The table of quantized layers, the configuration and the provenance."""
     from svdit.checkpoints import io, restore, store
-    from svdit.report.tables import spec_table
+    from svdit.report.tables import plan_lines, spec_table
 
     path = store.locate(args.file)
     contents = io.contents(path)
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> Result:
     header = contents.header or {}
     specs = restore.specs_from_header(header, path)
     names = store.class_names(header, config, path)
+    plan = restore.cache_plan(header, config, path)
     layers = {name: (spec, *size(name, spec, tensors)) for name, spec in specs.items()}
     backend, fallbacks = execution(layers) if layers else (None, "")
     data = {
@@ -58,9 +59,10 @@ def run(args: argparse.Namespace) -> Result:
         ],
         "backend": backend,
         "fallbacks": fallbacks or None,
+        "caching": plan and asdict(plan),
         "provenance": header.get("provenance", {}),
     }
-    lines = list(text(data, config, guessed=not header))
+    lines = [*text(data, config, guessed=not header), *(plan_lines(plan, config.depth) if plan else ())]
     return Result(data, [spec_table(layers), *lines] if layers else lines)
 
 

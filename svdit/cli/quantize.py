@@ -111,6 +111,9 @@ def run(args: argparse.Namespace) -> Result | None:
             note(sentence)
         source = setup.load_checkpoint(args, device)
         outputs.check_distinct("--output", args.output, source.path)
+        if source.model.cache_plan:
+            note("the cache plan is omitted: it is for full precision; run `svdit cache` on the output")
+            source.model.cache_plan = None
         config = source.model.config
         scale = calibration_sampling(config, 1, settings.cfg_scale).cfg_scale
         last_block = config.depth - 1 if config.prediction == "x0" else None

@@ -57,6 +57,7 @@ def draw(args: argparse.Namespace) -> Result:
     checkpoint = setup.load_checkpoint(args, device, to_pack=True)
     outputs.check_distinct("--output", args.output, checkpoint.path)
     config, vae, _, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
+    record |= {"caching": sampling.caching(args, checkpoint.model, config)}
     model = setup.accelerated(checkpoint.model, args)
     labels = class_labels(args.classes, checkpoint.model)
     autoencoder = sampling.load_vae(vae, model, device, VAE, checkpoint.path)

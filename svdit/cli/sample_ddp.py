@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> Result:
         check_rank_ratio(args)
         checkpoint = setup.load_checkpoint(args, device, to_pack=True)
         config, vae, label_policy, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
+        sampling.caching(args, checkpoint.model, config)
         model = setup.accelerated(checkpoint.model, args)
         autoencoder = sampling.load_vae(vae, model, device, VAE, checkpoint.path)
         sink = Stream(args.evaluate, measures.network(args, options), options) if options else args.sink

@@ -47,7 +47,20 @@ class Settings(NamedTuple):
 
 
 def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) -> None:
-    """--protocol, --sampler, --num-sampling-steps, the options of flows and of guidance, --vae"""
+    """Those of `add_steps`, --vae, --no-cache"""
+    add = add_steps(parser, cfg_scale).add_argument
+    add(
+        "--vae",
+        type=path,
+        metavar="NAME",
+        help="ema, mse, a local folder, a repository of Hugging Face, or none for pixel-space models; default for the "
+        f"latents of Stable Diffusion: {vae}",
+    )
+    add("--no-cache", action="store_true", help="do not follow the checkpoint's plan of `svdit cache`")
+
+
+def add_steps(parser: argparse.ArgumentParser, cfg_scale: float) -> argparse._ArgumentGroup:
+    """--protocol, --sampler, --num-sampling-steps, the options of flows and of guidance"""
     group = parser.add_argument_group("sampling", "defaults are those of --protocol, else of the family's script")
     add = group.add_argument
     add(
@@ -74,13 +87,7 @@ def add_sampling(parser: argparse.ArgumentParser, cfg_scale: float, vae: str) ->
         help="apply guidance only from FIRST to LAST, which is faster: timesteps of a DiT (0 to 999), else times from "
         "0 to 1; default for DiT: at all timesteps",
     )
-    add(
-        "--vae",
-        type=path,
-        metavar="NAME",
-        help="ema, mse, a local folder, a repository of Hugging Face, or none for pixel-space models; default for the "
-        f"latents of Stable Diffusion: {vae}",
-    )
+    return group
 
 
 def add_flow(group: argparse._ArgumentGroup) -> None:
@@ -120,6 +127,22 @@ def settings(args: argparse.Namespace, model: DiT, cfg_scale: float) -> Settings
     overrides = {name: value for name, value in chosen.fields().items() if value != expected[name]}
     reference = protocol.references.get(size or 0)
     return chosen._replace(record={"protocol": args.protocol, "overrides": overrides, "reference": reference})
+
+
+def caching(args: argparse.Namespace, model: DiT, config: SamplingConfig) -> dict[str, Any] | None:
+    """The cache plan to follow, as in the manifest; one that is not for these settings is removed from the model."""
+    from svdit.sampling.config import recorded
+    from svdit.sampling.dataset import caching as record
+
+    if args.no_cache:
+        model.cache_plan = None
+    if plan := model.cache_plan:
+        for name, value in recorded(config).items():
+            if plan.sampling.get(name) != value:
+                note(f"the cache plan is not followed: it is for {name} {plan.sampling.get(name)}, not {value}")
+                model.cache_plan = None
+                break
+    return record(model, config)
 
 
 def unused(config: SamplingConfig, options: Iterable[str], model: DiTConfig) -> Iterator[str]:

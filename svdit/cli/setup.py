@@ -82,7 +82,7 @@ def claims(args: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def add_device(group: argparse._ArgumentGroup) -> None:
+def add_device(group: argparse._ActionsContainer) -> None:
     """--device"""
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...; default: cuda if available")
 

@@ -159,4 +159,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += [
         f"* {literal(row.name)} differs in {', '.join(row.differs)}: not comparable." for row in rows if row.differs
     ]
+    notes += [
+        f"{literal(row.name)} was sampled with feature caching: {literal(value)}."
+        for row in rows
+        if (value := row.protocol.get("sample_caching"))
+    ]
     return notes + ([f"{NOT_COMPARABLE}."] if any(not row.protocol.get("comparable") for row in rows) else [])

@@ -21,7 +21,8 @@ from svdit.evaluation.weights import SHA256
 from svdit.storage.manifest import EARLIER
 
 # Another seed is another sample of the same protocol; errors are then not paired. A name says no more than its fields.
-NOT_COMPARED = ("sample_seed", "sample_protocol")
+# Feature caching is compared with its absence, as a quantized model with the original.
+NOT_COMPARED = ("sample_seed", "sample_protocol", "sample_caching")
 OF_PAIRS = ("counterparts_sha256",)  # concerns the metrics of pairs only
 PACKAGES = ("torch", "torch-fidelity", "numpy", "scipy", "pillow")
 
@@ -47,6 +48,7 @@ def protocol(inputs: Inputs, network: FeatureNetwork | None, options: Options) -
         **{"sample_" + name: manifest.get(name) for name in SAMPLE_FIELDS},
         "sample_seed": manifest.get("seed"),
         "sample_protocol": manifest.get("protocol"),
+        "sample_caching": manifest.get("caching"),
     }
 
 

@@ -1,7 +1,7 @@
 """Tables of layers for the terminal."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +12,7 @@ from rich.text import Text
 from svdit.printing import printable
 
 if TYPE_CHECKING:
+    from svdit.model.caching import CachePlan
     from svdit.quant.linear import LinearSpec
     from svdit.quant.report import LayerReport
 
@@ -32,6 +33,15 @@ def console() -> Console:
     """A console on stdout, at least WIDE where that is not a terminal."""
     terminal = PlainConsole()
     return terminal if terminal.is_terminal else PlainConsole(width=max(terminal.width, WIDE))
+
+
+def plan_lines(plan: "CachePlan", depth: int) -> Iterator[str]:
+    """What a cache plan is for, what was measured, and one line per group: # where an evaluation runs it."""
+    steps, measured = (plan.sampling.get(key) for key in ("sampler", "steps")), plan.record
+    yield f"caching: for {' '.join(map(str, steps))}, guidance {plan.sampling.get('cfg_scale')}"
+    yield ", ".join(f"{key}: {value:.4g}" for key, value in measured.items() if isinstance(value, float))
+    for first, end, runs in zip(plan.groups, (*plan.groups[1:], depth), plan.runs, strict=True):
+        yield f"blocks {first} to {end - 1}: {runs.replace('1', '#').replace('0', '.')}"
 
 
 def place(name: str) -> tuple[str, int | None]:

@@ -25,7 +25,14 @@ from svdit.files import exclusive, writable_folder
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
 from svdit.printing import warn
-from svdit.sampling.batch import SamplingConfig, check_autoencoder, check_guidance, default_sampling, generate_images
+from svdit.sampling.batch import (
+    SamplingConfig,
+    check_autoencoder,
+    check_guidance,
+    default_sampling,
+    generate_images,
+    plan_for,
+)
 from svdit.sampling.sinks import SINKS, Sink, npz_path
 from svdit.sampling.writers import Writers
 from svdit.storage.checksum import digest
@@ -179,10 +186,17 @@ def describe(
         "label_policy": label_policy,
         "seed": seed,
         **asdict(config),
+        "caching": caching(model, config),
         "vae": autoencoder.name,
         "labels": LABEL_POLICIES[label_policy](seed, range(count), classes),
         "files": [f"{i:06d}.png" for i in range(count)],
     }
+
+
+def caching(model: DiT, config: SamplingConfig) -> dict[str, Any] | None:
+    """What identifies the cache plan that sampling follows; None without."""
+    plan = plan_for(model, config)
+    return {"speedup": plan.record.get("speedup"), "sha256": digest(asdict(plan), {})[:16]} if plan else None
 
 
 def _check(count: int, seed: int, batch_size: int, label_policy: str) -> None:

@@ -33,6 +33,7 @@ EARLIER: dict[str, Any] = {  # fields that earlier versions did not record, with
     "sde_norm": 1.0,
     "last_step": "mean",
     "last_step_size": 0.04,
+    "caching": None,
     "protocol": None,
     "overrides": None,
     "reference": None,

@@ -23,6 +23,7 @@ LINES = {
     "sample": "--ckpt {tiny} --num-sampling-steps 2 --output {out}/a.png --device cpu",
     "generate": "--ckpt {tiny} --num-sampling-steps 2 --num-fid-samples 3 --sample-dir {out}/set --device cpu",
     "quantize": "--ckpt {tiny} --calib-images 2 --calib-steps 2 --target-size 1 --output {out}/q.pt --device cpu",
+    "cache": "{tiny} --speedup 1.5 --num-sampling-steps 3 --images 1 --output {out}/c.pt --device cpu",
     "inspect": "{quantized}",
     "verify": "{quantized} --against {tiny}",
     "evaluate": "--real_dir {real} --fake_dir {fake} --paired_dir {real} --feature-extractor random --device cpu "
@@ -36,6 +37,7 @@ PARTS = {  # of the work of each command, which can take minutes
     "sample": {"sampling": "2 steps"},
     "generate": {"checking set": "0 images", "generating": "3 images", "writing set.npz": "3 images"},
     "quantize": {"calibrating": "4 steps", "choosing formats": "6 layers", "quantizing": "6 layers"},
+    "cache": {"measuring": "7 trajectories"},
     "evaluate": {
         **dict.fromkeys(("checking fake", "checking real", "reading fake", "reading real"), "4 images"),
         **{"features of fake": "4 images", "features of real": "4 images"},
@@ -49,10 +51,11 @@ NOTED = {  # options without effect, which are reported
 }
 KEYS = {  # of the objects, as in docs/scripting.md
     "sample": "output classes checkpoint seed sampler steps cfg_scale cfg_channels cfg_interval "
-    "time_shift sde_form sde_norm last_step last_step_size",
+    "time_shift sde_form sde_norm last_step last_step_size caching",
     "generate": "folder npz manifest images storage",
     "quantize": "output report figures layers bytes_before bytes_after seconds skipped warnings",
-    "inspect": "file bytes name config class_names layers backend fallbacks provenance",
+    "cache": "output groups runs speedup snr held_out_snr images seed",
+    "inspect": "file bytes name config class_names layers backend fallbacks caching provenance",
     "verify": "file source layers matches",
     "evaluate": "schema metrics second difference protocol inputs versions warnings seconds",
     "compare": "rows",
@@ -132,6 +135,7 @@ def test_quiet_prints_the_result_only(
         "sample": ["a.png"],
         "generate": ["set", "set.npz"],
         "quantize": ["q.pt", "q.report.json", "q.report"],
+        "cache": ["c.pt"],
         "train": ["run/ema.safetensors"],
     }.get(name)
     with monkeypatch.context() as patch:
@@ -190,6 +194,9 @@ AGREES: dict[str, Callable[[dict[str, Any], Path, dict[str, Path]], bool]] = {  
     "verify": lambda data, out, files: (
         data["matches"] is True
         and {layer["name"]: layer["weight_error"] for layer in data["layers"]} == layer_errors(files["quantized"])
+    ),
+    "cache": lambda data, out, files: (
+        data["runs"] == (read_header(out / "c.pt") or {})["caching"]["runs"] and data["speedup"] >= 1.5
     ),
     "evaluate": lambda data, out, files: data == without_checksum(out / "report" / "metrics.json"),
     "compare": lambda data, out, files: (

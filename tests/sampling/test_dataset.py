@@ -30,7 +30,7 @@ OLD_KEYS = {
 }
 KEYS = OLD_KEYS | {
     *("family", "prediction", "time", "path", "noise_scale", "uint8", "latents", "protocol", "overrides", "reference"),
-    *("time_shift", "sde_form", "sde_norm", "last_step", "last_step_size", "storage", "manifest_sha256"),
+    *("time_shift", "sde_form", "sde_norm", "last_step", "last_step_size", "caching", "storage", "manifest_sha256"),
 }
 
 
