@@ -13,7 +13,6 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
     SCHEMES,
     check,
     make,
-    test_bfloat16_between_layers,
     test_everything_around_a_layer,
     test_extreme_rows,
     test_sums_of_the_largest_codes_are_exact,
