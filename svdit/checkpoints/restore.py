@@ -142,7 +142,7 @@ def by_layer(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def layer(name: str, linear: nn.Linear, spec: LinearSpec, own: Mapping[str, Tensor]) -> SVDLinear:
-    """The quantized layer in place of `linear`, of its tensors (…) in a file. Raises UserError where they do not fit."""
+    """The quantized layer in place of `linear`, of these tensors (…). Raises UserError where they do not fit."""
     bias: Tensor | None = linear.bias
     if ("bias" in own) != (bias is not None or spec.shifted):
         raise UserError(f"{name} has {'a' if 'bias' in own else 'no'} bias, unlike the model")
