@@ -98,8 +98,8 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv2d(channels, outputs, 1) if channels != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))  # new buffers are mapped and cleared by the system
+        return self.conv2(F.silu(self.norm2(h), inplace=True)).add_(self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
