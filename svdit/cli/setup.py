@@ -128,8 +128,10 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
         return locate(args.ckpt)
     from svdit.checkpoints.hub import published_checkpoint
 
-    if args.model not in (None, PUBLISHED):
-        raise UserError(f"{args.model} has no published weights, only {PUBLISHED} has; pass --ckpt PATH")
+    others = (args.model, PUBLISHED), (args.family, "dit"), (getattr(args, "protocol", None), "dit-250")
+    for given, published in others:
+        if given not in (None, published):
+            raise UserError(f"only the published {PUBLISHED} is downloaded, not {given}; pass --ckpt PATH")
     return published_checkpoint(args.image_size or 256)
 
 

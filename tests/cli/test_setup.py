@@ -74,8 +74,13 @@ def test_without_a_checkpoint_the_published_one_is_downloaded(tmp_path: Path, mo
     for argv in ([], ["--image-size", "512", "--model", "DiT-XL/2"]):
         assert setup.checkpoint_path(arguments(*argv)).name == "published.pt"
     assert asked == [256, 512]
-    with pytest.raises(UserError, match="DiT-B/4 has no published weights, only DiT-XL/2 has; pass --ckpt"):
+    with pytest.raises(UserError, match="only the published DiT-XL/2 is downloaded, not DiT-B/4; pass --ckpt"):
         setup.checkpoint_path(arguments("--model", "DiT-B/4"))
+    with pytest.raises(UserError, match="is downloaded, not sit; pass --ckpt"):
+        setup.checkpoint_path(arguments("--family", "sit"))
+    with pytest.raises(UserError, match="is downloaded, not repa-sde-250; pass --ckpt"):
+        setup.checkpoint_path(sample.parser().parse_args(["--protocol", "repa-sde-250"]))
+    assert asked == [256, 512]
 
 
 def test_devices() -> None:
