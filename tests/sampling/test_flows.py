@@ -4,6 +4,7 @@ The names of the recorded arrays have the settings they were run with: families.
 """
 
 import re
+from copy import deepcopy
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any
@@ -230,6 +231,17 @@ def test_images_do_not_depend_on_their_batch(family: str, sampler: str) -> None:
     )
     # dopri5 measures errors that are close to float32's rounding: its first steps differ by percents
     assert relative(alone[0], pair[1]) < (2e-3 if sampler == "dopri5" else 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_other_float_types_are_sampled(family: str) -> None:
+    model = small(family, depth=2)
+    config = default_sampling(model.config, steps="5", cfg_scale=1.5)
+    expected = generate(model, [1, 2], config)
+    for dtype, least, most in ((torch.bfloat16, 1e-4, 0.02), (torch.float64, 0, 1e-5)):
+        images = generate(deepcopy(model).to(dtype), [1, 2], config)
+        assert images.dtype == torch.float32
+        assert least < relative(images, expected) < most
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "dit"])
