@@ -175,7 +175,7 @@ def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, 
         "quantization": ((checkpoint.header or {}).get("provenance") or {}).get("quantization"),
         "backend": ops.describe(model.backend) if isinstance(model, FastDiT) else None,
         "fallbacks": ops.summary(fallbacks(model)) or None,
-        "precision": "tf32" if tf32 else "float32",
+        **({"precision": "tf32"} if tf32 and model.pos_embed.dtype.itemsize == 4 else {}),
     }
 
 

@@ -176,7 +176,7 @@ def describe(
         "checkpoint": "",
         "checkpoint_sha256": "",
         "quantization": None,
-        "precision": "float32",
+        "precision": str(model.pos_embed.dtype).removeprefix("torch."),
         **{field: getattr(model.config, field) for field in OF_MODEL},
         "latents": digest({"statistics": statistics}, {})[:16] if model.config.latent_std else None,
         **dict.fromkeys(("protocol", "overrides", "reference")),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pixels
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pixels import SEED, draw, interrupt_at
@@ -18,6 +19,7 @@ from worlds import in_world
 from svdit import distributed, images
 from svdit.distributed import rank
 from svdit.errors import UserError
+from svdit.model.autoencoder import PIXELS
 from svdit.model.dit import DiT
 from svdit.sampling import dataset
 from svdit.sampling.dataset import LABEL_POLICIES, split
@@ -66,6 +68,13 @@ def test_the_manifest_records_the_settings(reference: Path) -> None:
     assert set(manifest) == KEYS
     assert manifest["labels"] == LABEL_POLICIES["random"](SEED, range(COUNT), 5)
     assert (manifest["image_size"], manifest["num_classes"], manifest["cfg_scale"]) == (8, 5, 1.5)
+
+
+def test_the_precision_is_that_of_the_weights() -> None:
+    settings = {"config": pixels.CONFIG, "count": 1, "seed": 0, "label_policy": "random"}
+    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        manifest = dataset.describe(pixels.pixel_model().to(dtype), PIXELS, **settings)  # type: ignore[arg-type]
+        assert manifest["precision"] == name
 
 
 def test_three_processes_draw_what_one_does(reference: Path, tmp_path: Path) -> None:
