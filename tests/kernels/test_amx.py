@@ -15,9 +15,12 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
     make,
     test_everything_around_a_layer,
     test_extreme_rows,
+    test_float_weights,
     test_sums_of_the_largest_codes_are_exact,
     test_threads_do_not_change_a_bit,
+    test_weight_only,
 )
+from kernels.test_cpu_attention import test_attention  # noqa: F401 — this too
 from layers import random_layer
 
 from svdit.errors import UserError
