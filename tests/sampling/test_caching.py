@@ -17,7 +17,7 @@ from svdit.errors import UserError
 from svdit.model.caching import CachePlan, cached
 from svdit.model.dit import DiT
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate
-from svdit.sampling.caching import FIRST, Planner, Recorder, Trajectories, groups_of, probes, sizes_of
+from svdit.sampling.caching import FIRST, Planner, Trajectories, groups_of, probes, sizes_of
 from svdit.sampling.config import recorded
 from svdit.sampling.dataset import generate_dataset
 from svdit.storage.manifest import read_manifest
@@ -67,11 +67,18 @@ def test_effects_and_products_are_those_of_the_trajectory() -> None:
     config = config_of(model)
     own = Trajectories(model, config, 0, range(3), lambda: None)
     measurement = own.measure((0, 1))
-    recorder = Recorder(model, (0, 1), 2.0, 3)
-    images = generate(model, image_labels(0, range(3), 5), config, seed=0, evaluate=recorder)
+    inputs, outputs = list[Tensor](), list[Tensor]()
+    with (
+        model.blocks[1].register_forward_pre_hook(lambda block, args: inputs.append(args[0])),
+        model.blocks[2].register_forward_hook(lambda block, args, output: outputs.append(output)),
+    ):
+        images = generate(model, image_labels(0, range(3), 5), config, seed=0)
     assert torch.equal(images, own.images)
-    conditional, guided = (torch.stack(kind[1]).flatten(1).double() for kind in recorder.deltas)
-    assert measurement.products[0, 1] == pytest.approx((conditional @ conditional.T).numpy())
+    deltas = torch.stack([after - before for before, after in zip(inputs, outputs, strict=True)]).double()
+    conditional, other = (half.flatten(1) for half in deltas.chunk(2, dim=1))
+    guided = other + 2 * (conditional - other)
+    for kind, each in enumerate((conditional, guided)):
+        assert measurement.products[kind, 1] == pytest.approx((each @ each.T).numpy(), rel=1e-5)
     plan = CachePlan((0, 1), ("111111", "111011"), ((), ((1.0, 0.0),)))
     change = float((images_of(model, config, range(3), plan) - images).double().square().sum())
     squared = float((guided[3] - guided[2]).square().sum())
@@ -79,7 +86,7 @@ def test_effects_and_products_are_those_of_the_trajectory() -> None:
 
 
 def test_groups_start_where_tokens_are_added() -> None:
-    jit = replace(small("jit", depth=5, context_start=2).config)
+    jit = small("jit", depth=5, context_start=2).config
     assert groups_of(jit, 1) == (0, 2) and groups_of(jit, 3) == (0, 2, 4)
     assert sizes_of(jit, (0, 2, 4)) == (2 * 4, 2 * 7, 7)
     assert groups_of(small("dit").config, 2) == (0, 2)
