@@ -8,13 +8,14 @@ DEMO := demo
 .PHONY: demo test test-all lint sanitize types bench clean
 
 # Python 3.10 has no release of some pinned versions, so it gets the newest that support it.
-PIP = $(BIN)/pip install --quiet $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
+PIP = $(BIN)/pip install --quiet --no-compile $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
 
-# torch first: a local CPU build is found by its exact version only.
+# torch first: a local CPU build is found by its exact version only. pip would compile on one core, and tests of packages too.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --editable '.[all,dev]'
+	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/' $(VENV)/lib svdit || true
 	touch $@
 
 demo: $(READY)
