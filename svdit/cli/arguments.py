@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -132,9 +133,14 @@ ratio = number("above 0 and at most 1", lambda x: 0 < x <= 1)
 
 def keys(file: str, name: str) -> list[str]:
     """The keys of the dict literal `name` in svdit/`file`, read from the source, since importing it imports torch."""
-    for node in ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body:
+    for node in _statements(file):
         if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict):
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             if ast.unparse(target) == name:
                 return [ast.literal_eval(key) for key in node.value.keys if key]
     raise LookupError(f"{file} has no dict literal {name}")
+
+
+@cache
+def _statements(file: str) -> list[ast.stmt]:
+    return ast.parse((PACKAGE / file).read_text(encoding="utf-8")).body
