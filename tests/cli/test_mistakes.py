@@ -107,7 +107,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--output {set}/deeper/a.png", "set/deeper/a.png", "choose a folder outside"),
         ("--ckpt {tiny_png} --output {tiny_png}", "also the input", "choose another name"),
     ],
-    "generate --ckpt {tiny} --sample-dir new": [
+    "generate --ckpt {tiny} --sample-dir new --num-fid-samples 2": [
         *MODEL,
         *SAMPLING,
         ("--num-fid-samples 0", "'0' is not an integer from 1"),
