@@ -44,8 +44,9 @@ def test_all_families_are_tried() -> None:
 @pytest.mark.parametrize("family", VARIANTS)
 @torch.no_grad()
 def test_every_preset_quantizes_the_linears_of_the_blocks_and_nothing_else(family: str) -> None:
-    for preset, recipe in RECIPES.items():
-        model = tiny_of(family)
+    """Half of the presets, in turns: a preset knows nothing of families, and the CLI's tests try all."""
+    for preset in list(RECIPES)[list(VARIANTS).index(family) % 2 :: 2]:
+        model, recipe = tiny_of(family), RECIPES[preset]
         before, state = model(*inputs(model)), {key: value.clone() for key, value in model.state_dict().items()}
         cheap = replace(recipe, rank=4, smoothing=min(recipe.smoothing, 7), iterations=1)
         report = quantize_(model, dit_config(cheap), show)
