@@ -77,8 +77,8 @@ class Conv3(nn.Conv2d):
 
 
 def winograd(x: Tensor) -> bool:
-    """Whether NNPACK can convolve x (N, C, h, w): floats on a CPU for which it has kernels, without gradients."""
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
+    """Whether NNPACK can convolve x (N, C, h, w): N > 0 floats on a CPU it has kernels for, without gradients."""
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) > 0 and not torch.is_grad_enabled()
     return plain and bool(torch._nnpack_available())  # which initializes it
 
 

@@ -147,6 +147,19 @@ def test_a_cached_repository_is_read_without_diffusers(
     assert load_autoencoder("ema").channels == 4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 4, 1, 3), (2, 4, 5, 7), (0, 4, 2, 2)])
+def test_winograd_products_equal_direct_ones(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, z = randomize(VAE(VAEConfig((64, 64)))), torch.randn(shape)
+    fast = vae.decode(z).sample
+    monkeypatch.setattr("svdit.model.vae.winograd", lambda x: False)
+    direct = vae.decode(z).sample
+    assert fast.shape == direct.shape == (len(z), 3, 2 * shape[2], 2 * shape[3])
+    if len(z):
+        error = relative(fast, direct)
+        assert error < 1e-4 and (error > 0) is torch._nnpack_available()
+
+
 def test_pixels_pass_through() -> None:
     none = load_autoencoder("none")
     assert none == Autoencoder("none")
