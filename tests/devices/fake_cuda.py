@@ -11,6 +11,7 @@ torch's C++ believes that all is on the CPU, so that the backward pass, which ne
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from svdit.checkpoints import io
 
 aten = torch.ops.aten
 COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_", "aten::lift_fresh")
@@ -239,11 +242,21 @@ def file_function(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args, **kwargs: on_values(function, args, kwargs)
 
 
+class ThisThread(ThreadPoolExecutor):
+    """Calls at once: modes apply to the thread that enters them."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **options))
+        return future
+
+
 REPLACED: list[tuple[Any, str, Any]] = [  # which tensors' own methods do not call
     (torch, "Generator", generator),
     (torch, "save", file_function(torch.save)),
     (torch, "load", file_function(torch.load)),
     (nn.Module, "_apply", apply),
+    (io, "ThreadPoolExecutor", ThisThread),
 ]
 
 
