@@ -48,8 +48,13 @@ FN void store(float *p, VF v) { memcpy(p, &v, sizeof v); }
 FN VF splat(float x) { return x - (VF){0}; }
 FN VI splat_int(int32_t x) { return x - (VI){0}; }
 FN VI broadcast(const void *p) { int32_t x; memcpy(&x, p, 4); return splat_int(x); }
+#if defined(USE_VNNI) && LANES == 16
+FN VF load_some(const float *p, int64_t n) { return (VF)_mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p); }
+FN void store_some(float *p, VF v, int64_t n) { _mm512_mask_storeu_ps(p, (__mmask16)((1 << n) - 1), (__m512)v); }
+#else
 FN VF load_some(const float *p, int64_t n) { VF v = {0}; memcpy(&v, p, 4 * (size_t)n); return v; }
 FN void store_some(float *p, VF v, int64_t n) { memcpy(p, &v, 4 * (size_t)n); }
+#endif
 FN VF load_upto(const float *p, int64_t n) { return n >= LANES ? load(p) : n > 0 ? load_some(p, n) : (VF){0}; }
 FN void store_upto(float *p, VF v, int64_t n) { if (n >= LANES) store(p, v); else if (n > 0) store_some(p, v, n); }
 /* at_least and at_most let an x that is no number through, as the processor's own do when the limit comes first. */
@@ -151,7 +156,11 @@ FN VF load_halves(const uint16_t *p, int64_t n)
 {
     VH x = {0};
     if (n >= LANES) memcpy(&x, p, sizeof x);
+#if defined(USE_VNNI) && LANES == 16
+    else if (n > 0) x = (VH)_mm256_maskz_loadu_epi16((__mmask16)((1 << n) - 1), p);
+#else
     else if (n > 0) memcpy(&x, p, 2 * (size_t)n);
+#endif
     return from_halves(x);
 }
 
@@ -179,17 +188,28 @@ FN void store_halves(uint16_t *p, VF x, int64_t n)
     else if (n > 0) memcpy(p, &h, 2 * (size_t)n);
 }
 
-/* 2ᵗ, infinite from 127.5 on, t clamped from below to −126: t = n + r, a polynomial of degree 5 in r of least relative error on ±1/2 (7.5e-8). */
+/* For 2ᵗ: t where it must not leave −126 … 128, the integer n nearest to t, and p · 2ⁿ. */
+#if defined(USE_VNNI) && LANES == 16
+FN VF limited(VF t) { return t; }
+FN VF rounded(VF t) { return (VF)_mm512_roundscale_ps((__m512)t, _MM_FROUND_NO_EXC); }
+FN VF scaled(VF p, VF n) { return (VF)_mm512_scalef_ps((__m512)p, (__m512)n); }
+#else
+FN VF limited(VF t) { return at_least(at_most(t, splat(128.f)), splat(-126.f)); }
+FN VF rounded(VF t) { return t + ROUND - ROUND; }
+FN VF scaled(VF p, VF n) { return p * (VF)((VU)(n + (ROUND + 127.f)) << 23); }
+#endif
+
+/* 2ᵗ: t = n + r, a polynomial of degree 5 in r of least relative error on ±1/2 (7.5e-8). */
 FN VF power_of_two(VF t)
 {
-    t = at_least(at_most(t, splat(128.f)), splat(-126.f));
-    VF shifted = t + (ROUND + 127.f), r = t - (shifted - (ROUND + 127.f)); /* n + 127 in the low bits */
+    t = limited(t);
+    VF n = rounded(t), r = t - n;
     VF p = r * 1.3276472455e-3f + 9.6755409613e-3f;
     p = p * r + 5.5507130921e-2f;
     p = p * r + 2.4022120237e-1f;
     p = p * r + 6.9314694405e-1f;
     p = p * r + 1.0000001192f;
-    return p * (VF)((VU)shifted << 23);
+    return scaled(p, n);
 }
 
 /* x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) = x / (1 + e^−2…), the exponent times log₂ e */
