@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from heads import NORMS, attention_in_float64, attention_inputs, queries_and_keys
+from conftest import relative
+from heads import NORMS, attention_in_float64, attention_inputs, normal, queries_and_keys
 from layers import U_BF16, U
 
 from svdit.kernels.cpu import ffi
@@ -50,3 +51,22 @@ def test_attention_lets_no_bad_number_vanish(kernels: ffi.Kernels) -> None:
             y = cpu.attention(qkv, 1, kernels)
             assert not y[0, 4].isfinite().all()
             assert not y.isfinite().all()
+
+
+def test_weights_of_attention_sum_to_one(kernels: ffi.Kernels) -> None:
+    """Also after rounding: equal values of all tokens are the output."""
+    qkv = normal(1, 67, 3 * 48)
+    qkv[..., 96:] = 3
+    y = cpu.attention(qkv.to(kernels.low_dtype), 2, kernels)
+    assert (y / 3 - 1).abs().max() <= U * (67 + 4)
+
+
+def test_scores_far_below_zero(kernels: ffi.Kernels) -> None:
+    """Nothing that pads keys to whole tiles may count as the largest score."""
+    qkv = normal(1, 9, 3, 1, 32)
+    qkv[:, :, 0] = 8
+    qkv[:, :, 1] -= 12
+    low = qkv.flatten(2).to(kernels.low_dtype)
+    expected = attention_in_float64(*queries_and_keys(low, 1, None, None))
+    y = cpu.attention(low, 1, kernels)
+    assert relative(y.double(), expected) < (0.01 if kernels.low_dtype == torch.bfloat16 else 1e-4)

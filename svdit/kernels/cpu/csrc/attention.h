@@ -1,118 +1,195 @@
-/* Attention of one head at a time: keys, normed and turned, transposed into panels, TILE_ROWS queries against all
-   tokens, softmax in the buffer of scores, then the product with the values. Numbers are bf16 where PAIRS, else float;
-   norms, sums and the softmax are float. Memory: a head's keys and values, and TILE_ROWS rows of scores. */
+/* Attention of one head at a time. Queries lie in the lanes, so that the softmax needs no sums across lanes: KEYS keys
+   at a time meet QUERIES queries, then KEYS columns of the values meet the weights of the softmax. Numbers are bf16
+   where PAIRS, else float; norms, sums and the softmax are float. Memory: a head's keys and values, and QUERIES rows
+   of scores. */
+#include "heads.h"
+
+/* Two vectors: with more, most lanes of the last queries would be empty. */
+enum { QUERY_VECTORS = 2, QUERIES = QUERY_VECTORS * LANES, KEYS = TILE_VECTORS == 4 ? 8 : TILE_ROWS };
 
 typedef struct {
-    Low *keys;     /* (panels of tokens, head / W, PANEL, W), padded with zeros */
-    Low *values;   /* (tokens / W, padded head, W), padded with zeros */
-    Low *queries;  /* (TILE_ROWS, padded head); before that, one key */
-    float *scores; /* (TILE_ROWS, padded tokens); in their place the weights, which are Low */
+    int64_t tokens, columns, width, value_width; /* width: columns padded for keys and queries */
+    Low *keys;     /* (padded tokens, width) */
+    Low *values;   /* (padded tokens / W, value_width, W) */
+    Low *row;      /* (LANES, width), of queries */
+    Low *queries;  /* (width / W, QUERIES, W) */
+    float *scores; /* (padded tokens, QUERIES); in their place the weights, Low (padded tokens / W, QUERIES, W) */
+    float *out;    /* (padded columns, QUERIES) */
 } Head;
 
-/* Scores become weights 2^((score − largest) · scale), in place; returns one over their sum. What stands behind the
-   last token adds less than rounding. */
-FN float softmax(float *scores, int64_t tokens, int64_t columns, float scale)
+/* 2ᵗ, where PAIRS by a polynomial of degree 3 (7.5e-5), because bf16 rounds it. */
+FN VF softmax_weight(VF t)
 {
-    VF most = splat(-INFINITY), total = {0};
-    for (int64_t t = tokens; t < columns; t++) scores[t] = -INFINITY;
-    for (int64_t t = 0; t < columns; t += LANES) most = at_least(load(scores + t), most);
-    VF top = splat(largest(most));
-    for (int64_t t = 0; t < columns; t += LANES) {
-        VF e = power_of_two((load(scores + t) - top) * scale);
-        to_low((Low *)scores + t, e);
-        total += e;
-    }
-    return 1.f / sum(total);
+#if PAIRS
+    t = limited(t);
+    VF n = rounded(t), r = t - n;
+    VF p = r * 5.5171667509e-2f + 2.4261112216e-1f;
+    p = p * r + 6.9326098589e-1f;
+    return scaled(p * r + 9.9992807361e-1f, n);
+#else
+    return power_of_two(t);
+#endif
 }
 
-/* Query or key (`part` 0 or 1) of token t of one head, normed and turned, to (padded head), padded with zeros. */
-FN Low *prepare(const Attention *a, Low *to, const Low *x, int64_t t, int64_t part)
+/* acc[i][j] = Σ_k a[i · row + k · step] b[k][j], b of QUERIES columns; W neighbors k lie side by side in both */
+FN void head_tile(VF acc[KEYS][QUERY_VECTORS], const Low *a, int64_t row, int64_t step, const Low *b, int64_t steps)
 {
-    int64_t H = a->head;
-    if (!a->weight && !a->cos) return memcpy(to, x, (size_t)H * sizeof(Low));
-    const VF sign = (VF)((VI)splat(1.f) | (((NUMBERS & 1) - 1) & (int32_t)0x80000000)); /* −1 in even lanes */
-    Row row = row_at(x, PAIRS, 0, H);
-    if (a->weight) moments(&row, !a->bias, a->bias ? 1e-5f : 1e-6f);
-    for (int64_t k = 0, left; (left = H - k) > 0; k += LANES) {
-        VF v = element(&row, k, left);
-        if (a->weight) v = (v - row.mean) * row.inverse * load_upto(a->weight + part * H + k, left);
-        if (a->bias) v += load_upto(a->bias + part * H + k, left);
-        if (a->cos) {
-            VF sin = load_upto(a->sin + t * H + k, left) * sign;
-            v = v * load_upto(a->cos + t * H + k, left) + ordered(v, across(1)) * sin;
-        }
-        to_low(to + k, v);
+    const Low *rows[KEYS];
+    UNROLL for (int i = 0; i < KEYS; i++) {
+        rows[i] = a + i * row;
+        UNROLL for (int j = 0; j < QUERY_VECTORS; j++) acc[i][j] = (VF){0};
     }
-    return to;
-}
-
-FN void pack_head(const Attention *a, const Head *to, const Low *k, const Low *v, int64_t stride)
-{
-    int64_t T = a->tokens, H = a->head, steps = padded(H, W) / W, Hp = padded(H, LANES);
-    for (int64_t t = 0; t < T; t++) {
-        const Low *key = prepare(a, to->queries, k + t * stride, t, 1);
-        Low *cell = to->keys + (t / PANEL * steps * PANEL + t % PANEL) * W;
-        for (int64_t d = 0; d < H / W; d++) memcpy(cell + d * PANEL * W, key + d * W, W * sizeof(Low));
-        if (H % W) cell[H / W * PANEL * W] = key[H - 1];
-    }
-    for (int64_t t = 0; t < T; t += W)
-        for (int64_t i = 0; i < least(W, T - t); i++)
-            for (int64_t d = 0; d < H; d++) to->values[t * Hp + d * W + i] = v[(t + i) * stride + d];
-}
-
-FN void attend(const Attention *a, int64_t pair, const Head *own)
-{
-    int64_t T = a->tokens, H = a->head, Tp = padded(T, PANEL), Hp = padded(H, LANES), stride = 3 * a->heads * H;
-    int64_t Tw = padded(T, W) / W, Hw = padded(H, W) / W;
-    const Low *q = (const Low *)a->qkv + pair / a->heads * T * stride + pair % a->heads * H;
-    float *out = a->out + pair / a->heads * T * a->heads * H + pair % a->heads * H;
-    pack_head(a, own, q + a->heads * H, q + 2 * a->heads * H, stride);
-    for (int64_t m = 0; m < T; m += TILE_ROWS) {
-        const Low *queries[TILE_ROWS], *weights[TILE_ROWS];
-        float inverse[TILE_ROWS];
-        for (int64_t i = 0; i < TILE_ROWS; i++) {
-            int64_t t = least(m + i, T - 1);
-            queries[i] = prepare(a, own->queries + i * Hp, q + t * stride, t, 0);
-            weights[i] = (const Low *)(own->scores + i * Tp);
-        }
-        for (int64_t n = 0; n < Tp; n += PANEL) {
-            VF acc[TILE_ROWS][TILE_VECTORS] = {0};
-            low_tile(acc, queries, own->keys + n * Hw * W, Hw, PANEL, TILE_VECTORS);
-            UNROLL for (int i = 0; i < TILE_ROWS; i++)
-                UNROLL for (int j = 0; j < TILE_VECTORS; j++) store(own->scores + i * Tp + n + j * LANES, acc[i][j]);
-        }
-        for (int64_t i = 0; i < TILE_ROWS; i++)
-            inverse[i] = softmax(own->scores + i * Tp, T, Tp, 1.44269504f / sqrtf((float)H));
-        for (int64_t d = 0, width; d < Hp; d += width) {
-            VF acc[TILE_ROWS][TILE_VECTORS] = {0};
-            int64_t tiles = padded(Hp - d, PANEL) / PANEL, vectors = padded(Hp - d, LANES * tiles) / (LANES * tiles);
-            width = vectors * LANES; /* 3 and 2 instead of 4 and 1, which is too few to hide how long a product takes */
-            UNROLL for (int n = 1; n <= TILE_VECTORS; n++)
-                if (n == vectors) low_tile(acc, weights, own->values + d * W, Tw, Hp, n);
-            UNROLL for (int i = 0; i < TILE_ROWS; i++)
-                UNROLL for (int j = 0; j < TILE_VECTORS; j++) {
-                    int64_t left = H - d - j * LANES;
-                    if (m + i < T && left > 0 && j * LANES < width)
-                        store_upto(out + (m + i) * a->heads * H + d + j * LANES, acc[i][j] * inverse[i], left);
-                }
+    for (int64_t k = 0; k < steps; k++) {
+        VI columns[QUERY_VECTORS];
+        UNROLL for (int j = 0; j < QUERY_VECTORS; j++) columns[j] = load_int(b + (k * QUERIES + j * LANES) * W);
+        UNROLL for (int i = 0; i < KEYS; i++) {
+            VI x = broadcast(rows[i] + k * step);
+            UNROLL for (int j = 0; j < QUERY_VECTORS; j++) acc[i][j] = multiply_add(acc[i][j], x, columns[j]);
         }
     }
 }
 
-WORK int attend_some(const Attention *a, int64_t *next)
+/* Behind the last key the tile has copies of it: they leave the largest score as it is. */
+FN void pack_keys(const Head *own, const Part *k)
 {
-    int64_t pairs = a->images * a->heads;
-    size_t tokens = (size_t)padded(a->tokens, PANEL), head = (size_t)padded(a->head, LANES);
-    Head own = {
-        calloc(tokens * head, sizeof(Low)), calloc(tokens * head, sizeof(Low)),
-        calloc(TILE_ROWS * head, sizeof(Low)), malloc(TILE_ROWS * tokens * sizeof(float)),
-    };
-    int failed = !own.keys || !own.values || !own.queries || !own.scores;
-    for (int64_t pair; !failed && (pair = take(next, pairs)) < pairs;) attend(a, pair, &own);
-    free(own.keys);
-    free(own.values);
-    free(own.queries);
-    free(own.scores);
+    int64_t T = own->tokens, t;
+    for (t = 0; t < T; t += LANES) prepare(k, own->keys + t * own->width, own->width, t, least(T - t, LANES));
+    for (t = T; t < padded(T, KEYS); t++) prepare(k, own->keys + t * own->width, own->width, T - 1, 1);
+}
+
+FN void pack_values(const Head *own, const Part *v)
+{
+    for (int64_t t = 0; t < own->tokens; t += W) {
+        const Low *x = v->x + t * v->stride;
+        Low *to = own->values + t * own->value_width;
+        for (int64_t d = 0; d < own->columns; d++) {
+            to[d * W] = x[d];
+            if (W == 2) to[d * W + 1] = t + 1 < own->tokens ? x[v->stride + d] : 0;
+        }
+    }
+}
+
+/* QUERIES queries from t on; behind the last token the lanes keep what was there. */
+FN void pack_queries(const Head *own, const Part *q, int64_t t)
+{
+    for (int64_t j = 0; j < QUERY_VECTORS && t + j * LANES < own->tokens; j++) {
+        prepare(q, own->row, own->width, t + j * LANES, least(own->tokens - t - j * LANES, LANES));
+        for (int64_t k = 0; k < own->width; k += LANES * W) {
+            VF block[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) memcpy(block + i, own->row + i * own->width + k, sizeof *block);
+            transpose(block);
+            UNROLL for (int i = 0; i < LANES; i++)
+                memcpy(own->queries + (k / W + i) * QUERIES * W + j * LANES * W, block + i, sizeof *block);
+        }
+    }
+}
+
+/* Scores, and the largest one of each query. */
+FN void multiply_keys(const Head *own, VF most[QUERY_VECTORS])
+{
+    UNROLL for (int j = 0; j < QUERY_VECTORS; j++) most[j] = splat(-INFINITY);
+    for (int64_t t = 0; t < own->tokens; t += KEYS) {
+        VF acc[KEYS][QUERY_VECTORS];
+        head_tile(acc, own->keys + t * own->width, own->width, W, own->queries, padded(own->columns, W) / W);
+        UNROLL for (int i = 0; i < KEYS; i++)
+            UNROLL for (int j = 0; j < QUERY_VECTORS; j++) {
+                store(own->scores + (t + i) * QUERIES + j * LANES, acc[i][j]);
+                most[j] = at_least(acc[i][j], most[j]);
+            }
+    }
+}
+
+/* Weights 2^((score − most) · scale) in place of the scores, and their sums, of what they were rounded to. */
+FN void softmax(const Head *own, const VF most[QUERY_VECTORS], VF total[QUERY_VECTORS])
+{
+    const VI ones = splat_int(PAIRS ? 0x3f803f80 : 0x3f800000);
+    float scale = 1.44269504f / sqrtf((float)own->columns), *from = own->scores, *to = own->scores;
+    VF offset[QUERY_VECTORS];
+    UNROLL for (int j = 0; j < QUERY_VECTORS; j++) offset[j] = most[j] * -scale, total[j] = (VF){0};
+    for (int64_t t = 0; t < own->tokens; t += W, from += W * QUERIES, to += QUERIES)
+        UNROLL for (int j = 0; j < QUERY_VECTORS; j++) {
+            VF weight = softmax_weight(load(from + j * LANES) * scale + offset[j]);
+#if PAIRS
+            VF second = {0};
+            if (t + 1 < own->tokens) second = softmax_weight(load(from + QUERIES + j * LANES) * scale + offset[j]);
+            weight = (VF)(((VU)weight + 0x8000) >> 16 | (((VU)second + 0x8000) & 0xffff0000));
+#endif
+            total[j] = multiply_add(total[j], (VI)weight, ones);
+            store(to + j * LANES, weight);
+        }
+}
+
+/* Weights times values, over the sums of the weights, to rows of `stride` of the tokens from t on. */
+FN void multiply_values(const Head *own, const VF total[QUERY_VECTORS], float *out, int64_t stride, int64_t t)
+{
+    VF inverse[QUERY_VECTORS];
+    UNROLL for (int j = 0; j < QUERY_VECTORS; j++) inverse[j] = 1.f / total[j];
+    for (int64_t d = 0; d < own->columns; d += KEYS) {
+        VF acc[KEYS][QUERY_VECTORS];
+        int64_t step = own->value_width * W;
+        head_tile(acc, own->values + d * W, W, step, (const Low *)own->scores, padded(own->tokens, W) / W);
+        UNROLL for (int i = 0; i < KEYS; i++)
+            UNROLL for (int j = 0; j < QUERY_VECTORS; j++)
+                store(own->out + (d + i) * QUERIES + j * LANES, acc[i][j] * inverse[j]);
+    }
+    for (int64_t d = 0; d < own->columns; d += LANES)
+        for (int64_t j = 0; j < QUERY_VECTORS; j++) {
+            VF block[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) block[i] = load(own->out + (d + i) * QUERIES + j * LANES);
+            transpose(block);
+            UNROLL for (int64_t i = 0; i < LANES; i++)
+                if (t + j * LANES + i < own->tokens)
+                    store_upto(out + (t + j * LANES + i) * stride + d, block[i], own->columns - d);
+        }
+}
+
+/* Tokens t … end of a pair of image and head, if there is such a pair. */
+FN void prefetch_tokens(const Attention *a, int64_t pair, int64_t t, int64_t end)
+{
+    for (int64_t number = 0; pair < a->images * a->heads && number < 3; number++) {
+        Part part = part_of(a, pair, number);
+        prefetch(&part, t, least(end, a->tokens));
+    }
+}
+
+/* One pair of image and head; what pair `next` reads is fetched meanwhile. */
+FN void attend(const Attention *a, int64_t pair, int64_t next, const Head *own)
+{
+    int64_t T = a->tokens, stride = a->heads * a->head;
+    Part q = part_of(a, pair, 0), k = part_of(a, pair, 1), v = part_of(a, pair, 2);
+    float *out = a->out + pair / a->heads * T * stride + pair % a->heads * a->head;
+    pack_keys(own, &k);
+    pack_values(own, &v);
+    for (int64_t t = 0; t < T; t += QUERIES) {
+        VF most[QUERY_VECTORS], total[QUERY_VECTORS];
+        prefetch_tokens(a, next, t, t + QUERIES);
+        pack_queries(own, &q, t);
+        multiply_keys(own, most);
+        softmax(own, most, total);
+        multiply_values(own, total, out, stride, t);
+    }
+}
+
+FN void *zeros(int64_t bytes)
+{
+    size_t size = (size_t)padded(bytes, 64);
+    void *start = aligned_alloc(64, size);
+    return start ? memset(start, 0, size) : 0;
+}
+
+WORK int attend_some(const Attention *shared, int64_t *next)
+{
+    const Attention kept = *shared, *a = &kept; /* which no store can change */
+    int64_t T = padded(a->tokens, W * KEYS), H = a->head, pairs = a->images * a->heads, low = sizeof(Low);
+    Head own = {.tokens = a->tokens, .columns = H, .width = padded(H, W * LANES), .value_width = padded(H, KEYS)};
+    own.keys = zeros(T * own.width * low), own.values = zeros(T * own.value_width * low);
+    own.row = zeros(LANES * own.width * low), own.queries = zeros(QUERIES * own.width * low);
+    own.scores = zeros(T * QUERIES * 4), own.out = zeros((padded(H, LANES) + KEYS) * QUERIES * 4);
+    int failed = !own.keys || !own.values || !own.row || !own.queries || !own.scores || !own.out;
+    int64_t pair = take(next, pairs);
+    prefetch_tokens(a, pair, 0, a->tokens);
+    for (int64_t then; !failed && pair < pairs; pair = then) attend(a, pair, then = take(next, pairs), &own);
+    free(own.keys), free(own.values), free(own.row), free(own.queries), free(own.scores), free(own.out);
     return failed;
 }
 
