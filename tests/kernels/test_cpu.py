@@ -241,6 +241,7 @@ def test_norms_and_gelu_are_precise(kernels: ffi.Kernels) -> None:
 
 
 def test_weight_only(kernels: ffi.Kernels) -> None:
+    """Each row as it is alone, too."""
     for seed, (M, O, I, _) in enumerate(shapes(30, seed=5)):
         named = (WEIGHT_FORMATS[name] for name in ("int4-channel", "int4-bf16", "int4"))
         form = (INT8, *named, Format(4, 32, "bf16"))[seed % 5]
@@ -251,7 +252,9 @@ def test_weight_only(kernels: ffi.Kernels) -> None:
         x = torch.randn(M, columns, generator=torch.Generator().manual_seed(seed))
         weight = ref.matrix(layer).double()
         bias = torch.zeros(O) if layer.bias is None else layer.bias
-        got = cpu.weight_only(layer, kernels)(x[None])[0].double()
+        call = cpu.weight_only(layer, kernels)
+        got = call(x[None])[0]
+        assert torch.equal(got, torch.cat([call(row[None])[0] for row in x.split(1)]))
         bound = (columns + 2) * U * (x.abs().double() @ weight.abs().T) + U * bias.abs()
         assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
 

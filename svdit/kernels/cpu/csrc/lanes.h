@@ -90,7 +90,31 @@ FN VF ordered(VF x, VI order)
     return __builtin_shuffle(x, order);
 #endif
 }
+/* Those of a and b, whose numbers follow a's. */
+FN VF picked(VF a, VF b, VI order)
+{
+#ifdef __clang__
+    VF y;
+    for (int i = 0; i < LANES; i++) y[i] = order[i] < LANES ? a[order[i]] : b[order[i] - LANES];
+    return y;
+#else
+    return __builtin_shuffle(a, b, order);
+#endif
+}
 FN float sum(VF v) { UNROLL for (int s = 0; s < STAGES; s++) v += ordered(v, across(1 << s)); return v[0]; }
+/* Sums of neighbors, in every four lanes two of a and two of b. */
+FN VF neighbor_sums(VF a, VF b)
+{
+    const VI even = (NUMBERS & ~3) + ((NUMBERS & 1) << 1) + (NUMBERS >> 1 & 1) * LANES;
+    return picked(a, b, even) + picked(a, b, even + 1);
+}
+/* What `sum` returns for each of four vectors. */
+FN void four_sums(float to[4], VF a, VF b, VF c, VF d)
+{
+    VF v = neighbor_sums(neighbor_sums(a, b), neighbor_sums(c, d));
+    UNROLL for (int s = 2; s < STAGES; s++) v += ordered(v, across(1 << s));
+    memcpy(to, &v, 4 * sizeof *to);
+}
 FN float largest(VF v)
 {
     UNROLL for (int s = 0; s < STAGES; s++) v = at_least(v, ordered(v, across(1 << s)));
