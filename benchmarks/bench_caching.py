@@ -31,7 +31,7 @@ from svdit.model.caching import CachePlan, Evaluate, cached
 from svdit.model.dit import DiT
 from svdit.runtime.accelerate import accelerate
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate
-from svdit.sampling.caching import Planner
+from svdit.sampling.caching import Planner, groups_of
 
 STEPS = {"dit": ("ddim", "50"), "sit": ("heun", "26"), "jit": ("heun", "25")}  # as benchmarks/digits_quality.py
 SPEEDUPS, EVERY = (1.5, 2.0, 3.0, 4.0, 6.0), (2, 3, 4, 6)
@@ -70,7 +70,7 @@ def times_of(model: DiT, config: SamplingConfig) -> list[float]:
     return times
 
 
-def every(n: int, method: str, times: list[float], stages: int) -> CachePlan:
+def every(n: int, method: str, times: list[float], stages: int, groups: tuple[int, ...]) -> CachePlan:
     """All evaluations of every n-th step run, with all blocks; the others reuse or extrapolate features."""
     runs, pairs, latest = "", list[tuple[float, float]](), list[int]()
     for i in range(len(times)):
@@ -81,7 +81,8 @@ def every(n: int, method: str, times: list[float], stages: int) -> CachePlan:
         if method == "taylor" and len(latest) == 2:
             slope = (times[i] - times[latest[0]]) / (times[latest[0]] - times[latest[1]])
         pairs.append((1.0 + slope, -slope))
-    return CachePlan((0,), (runs,), (tuple(pairs),), record={"speedup": len(runs) / runs.count("1")})
+    record, count = {"speedup": len(runs) / runs.count("1")}, len(groups)
+    return CachePlan(groups, (runs,) * count, (tuple(pairs),) * count, record=record)
 
 
 def points(model: DiT, reference: np.ndarray, config: SamplingConfig, args: Any) -> Iterator[Point]:
@@ -90,7 +91,8 @@ def points(model: DiT, reference: np.ndarray, config: SamplingConfig, args: Any)
     yield Point("none", 1.0, 100.0, mean_psnr(own, reference), seconds)
     times = times_of(model, config)
     stages = -(-len(times) // len(config.schedule(model.config)))
-    plans = [(method, every(n, method, times, stages)) for n in EVERY for method in ("reuse", "taylor")]
+    groups = groups_of(model.config, 1)  # two, where the second begins with more tokens
+    plans = [(method, every(n, method, times, stages, groups)) for n in EVERY for method in ("reuse", "taylor")]
     planner = Planner(model, config, images=args.measured)
     plans += [("plan", planner.plan(speedup)) for speedup in args.speedups]
     for method, plan in plans:
