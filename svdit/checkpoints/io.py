@@ -24,7 +24,7 @@ from svdit.checkpoints import foreign
 from svdit.errors import UserError
 from svdit.files import atomic_path, reading, sha256
 from svdit.storage import pickles
-from svdit.storage.checksum import digest
+from svdit.storage.checksum import content, digest, digest_of
 from svdit.storage.filetype import check_regular
 
 FORMAT_VERSION = 1
@@ -81,7 +81,7 @@ def verified(path: Path, mapped: bool = False) -> Iterator[Contents]:
         yield Contents(copied, header, recorded)
         return
     with ThreadPoolExecutor(1) as pool:
-        checksum = pool.submit(digest, header, dict(copied))
+        checksum = pool.submit(digest_of, content(header, copied))
         try:
             yield Contents(copied, header, recorded)
         finally:
