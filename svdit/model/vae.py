@@ -79,13 +79,15 @@ class Conv3(nn.Conv2d):
 def winograd(x: Tensor) -> bool:
     """Whether NNPACK can convolve x (N, C, h, w): N > 0 floats on a CPU it has kernels for, without gradients."""
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and len(x) > 0 and not torch.is_grad_enabled()
-    return plain and bool(torch._nnpack_available())  # which initializes it
+    has = hasattr(torch, "_nnpack_available") and hasattr(torch, "_nnpack_spatial_convolution")  # neither is documented
+    return plain and has and bool(torch._nnpack_available())  # which initializes it
 
 
 def start_threads() -> None:
     """Create NNPACK's threads, as many as torch has now: images share them, on whose number no result depends."""
-    if winograd(x := torch.zeros(1, 1, 8, 8)):
-        torch._nnpack_spatial_convolution(x, torch.zeros(1, 1, 3, 3), None, (1, 1))
+    x = torch.zeros(1, 1, 8, 8, device="cpu")
+    if winograd(x):
+        torch._nnpack_spatial_convolution(x, x[:, :, :3, :3].contiguous(), None, (1, 1))
 
 
 class Resnet(nn.Module):

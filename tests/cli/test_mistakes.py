@@ -188,6 +188,17 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("{tiny} --quiet yes", "unrecognized arguments: yes"),
         ("nowhere.pt --json --quiet", "nowhere.pt", "pass a file"),
     ],
+    "cache": [
+        ("nowhere.pt --speedup 2", "nowhere.pt", "pass a file"),
+        ("{tiny}", "required: --speedup"),
+        ("{tiny} --speedup 0.5", "'0.5' is not a number of at least 1"),
+        ("{tiny} --speedup nan", "'nan' is not a number of at least 1"),
+        ("{tiny} --speedup 2 --images 0", "'0' is not an integer from 1 to 1024"),
+        ("{tiny} --speedup 2 --output new.png", "new.png", ".safetensors"),
+        ("{tiny} --speedup 2 --output {tiny}", "tiny"),
+        ("{tiny} --speedup 2 --sampler eulr", "'eulr'"),
+        ("{text} --speedup 2", "text", "not a checkpoint"),
+    ],
     "verify": [
         ("{quantized}", "required: --against"),
         ("{quantized} --against {tiny}", "not the source"),

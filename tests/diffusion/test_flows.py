@@ -102,7 +102,9 @@ def test_a_batch_that_decides_together_equals_published(name: str, key: str, sca
     x = adaptive.dopri5(counted, published["z"], schedule, noise=no_noise, together=True)
     assert relative(x, published[key]) < 5e-4
     if f"t_calls_{key}" in published:
-        np.testing.assert_allclose(times, published[f"t_calls_{key}"], rtol=0.03)
+        # As many calls. Steps are as long as the error to the power of −1/5; that of the first ones, a thousandth long,
+        # is mostly rounding, and a factor of 1.6 in it makes 10 %.
+        np.testing.assert_allclose(times, published[f"t_calls_{key}"], rtol=0.1)
 
 
 @pytest.mark.parametrize("time", DIRECTIONS)

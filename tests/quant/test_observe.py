@@ -72,7 +72,8 @@ def test_held_out_examples_are_whole_bounded_and_the_same_for_every_batch_size(t
     for size in (1, 3, 64):
         parts = collect(x.split(size))
         assert torch.equal(parts.holdout_rows, whole.holdout_rows) and torch.equal(parts.sample, whole.sample)
-        assert relative(parts.second_moment(None), whole.second_moment(None)) < 1e-6
+        rounding = 2**-24 * (400 * tokens) ** 0.5  # of a sum of so many products, in each of the two
+        assert relative(parts.second_moment(None), whole.second_moment(None)) < 2 * rounding
     assert len(whole.holdout_rows) == min(50 * min(tokens, TOKENS), SAMPLE)
     number = {tuple(row.tolist()): i for i, rows in enumerate(x) for row in rows}
     out = {number[tuple(row.tolist())] for row in whole.holdout_rows}
