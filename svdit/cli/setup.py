@@ -144,11 +144,12 @@ def load_checkpoint(args: argparse.Namespace, device: torch.device, to_pack: boo
 
     path = checkpoint_path(args)
     options = {"name": args.model, "latent_stats": args.latent_stats, **claims(args)}
-    model = load_model(path, device=device, mapped=to_pack and copies(args, device), **options)
+    header = read_header(path)
+    mapped = to_pack and bool((header or {}).get("layers")) and copies(args, device)
+    model = load_model(path, device=device, mapped=mapped, **options)
     size = image_size(model)
     if size and args.image_size not in (None, size):
         raise UserError(f"--image-size is {args.image_size}, but {path} generates {size}×{size} images; omit it")
-    header = read_header(path)
     name = (header or {}).get("name") or args.model or (PUBLISHED if args.ckpt is None else "")
     return Checkpoint(name, path, header, model)
 

@@ -71,7 +71,7 @@ class DiT(nn.Module):
 
     # fmt: off
     def forward(self, x: Tensor, t: Tensor, y: Tensor, cache: Blocks | None = None) -> Tensor:
-        x = self.x_embedder(x.to(self.pos_embed.dtype)) + self.pos_embed      # (N, T, D)
+        x = self.x_embedder(x) + self.pos_embed                               # (N, T, D)
         label = self.y_embedder(y)                                            # (N, D)
         c = self.t_embedder(sinusoids(t).to(x.dtype)) + label                 # (N, D)
         for i, block in enumerate(self.blocks):

@@ -9,14 +9,14 @@ from svdit.model.config import DiTConfig
 
 
 class PatchEmbed(nn.Module):
-    """(N, C, H, W) images to (N, T, D) tokens, one for each P × P patch, row by row."""
+    """(N, C, H, W) images to (N, T, D) tokens in the weights' type, one for each P × P patch, row by row."""
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class BottleneckPatchEmbed(nn.Module):
@@ -29,7 +29,7 @@ class BottleneckPatchEmbed(nn.Module):
         self.proj2 = nn.Conv2d(config.bottleneck, config.hidden_size, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj2(self.proj1(x)).flatten(2).transpose(1, 2)
+        return self.proj2(self.proj1(x.to(self.proj1.weight.dtype))).flatten(2).transpose(1, 2)
 
 
 def sinusoids(t: Tensor, frequencies: int = 128) -> Tensor:

@@ -72,7 +72,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(family: str, tmp_path: Path) -> 
 @pytest.mark.usefixtures("no_grids")
 def test_a_run_keeps_its_family(tmp_path: Path) -> None:
     run("sit", tmp_path, steps=1)
-    with pytest.raises(UserError, match="trained with learn_sigma True, not False"):
+    with pytest.raises(UserError, match="trained with family sit, not repa"):
         run("repa", tmp_path, steps=2)
 
 

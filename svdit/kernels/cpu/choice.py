@@ -99,14 +99,14 @@ def kept() -> Choice:
             return found
         found = fastest(ffi.isas())
         with suppress(UserError, OSError), atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(asdict(found)))
+            temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
         return found
 
 
 def read(path: Path) -> Choice | None:
     """The choice in a file; None where there is none that this processor can follow."""
     try:
-        found = Choice(**json.loads(path.read_text()))
+        found = Choice(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return found if found.linears in ffi.isas() and found.attention in (*ffi.isas(), TORCH) else None
