@@ -32,8 +32,9 @@ def ours(model: DiT, preset: str, x: Tensor, c: Tensor) -> Run:
     """svdit with every linear quantized, adaLN included. x (N, T, D), c (N, D)."""
     adaln = "int4" if preset == "w4a8" else "int8"
     quantize_(model, dit_config(recipe_for(preset, rank=32), adaln), lambda model: model(*model_inputs(16)))
-    block, c = accelerate(model).blocks[0], F.silu(c)[None]
-    return lambda: block(x.clone(), c, slice(None))  # the block updates x in place
+    fast, c = accelerate(model), F.silu(c)[:, None]
+    block = fast.blocks[0]
+    return lambda: block(x.clone(), fast.modulations(c, slice(None))[0], None)  # the block updates x in place
 
 
 def sdnq(block: nn.Module, x: Tensor, c: Tensor) -> Run:

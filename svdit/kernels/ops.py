@@ -10,7 +10,8 @@ Layers the backend does not support fall back to `dequant`; `unsupported` says w
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -110,6 +111,13 @@ def pack(layer: Layer, backend: str, inner: bool = False) -> Linear:
     check(layer)
     layer = generic.with_whole_codes(layer)
     return BACKENDS[backend].pack(layer, inner) or generic.dequantized(layer)
+
+
+def together(backend: str, linears: Iterable[Linear]) -> Callable[[], AbstractContextManager[None]]:
+    """In what a chain of these layers and of attention may run: their kernels as one call at its end, where nothing but
+    kernels reads an output before."""
+    chain = backend == "cpu" and all(isinstance(linear, cpu.IntegerLinear) for linear in linears)
+    return ffi.together if chain and choice.attention_kernels() else nullcontext
 
 
 def float_linear(weight: Tensor, bias: Tensor | None, backend: str) -> Linear:

@@ -5,6 +5,7 @@ not once per image. Blocks compute what `svdit.model.layers.Block` computes.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import cast
 
@@ -27,7 +28,7 @@ HIDDEN_BYTES = 2**25  # of fc1's output at once on a CPU: the allocator maps and
 
 
 class FastBlock(nn.Module):
-    """`model.layers.Block`; c holds each distinct conditioning once, `place` the index of each image in it."""
+    """`model.layers.Block` of given modulations, each twice shift, scale and gate."""
 
     def __init__(self, block: Block, name: str, backend: str, debug: bool) -> None:
         super().__init__()
@@ -41,8 +42,9 @@ class FastBlock(nn.Module):
         self.second = packed(getattr(mlp, second), f"{name}.mlp.{second}", backend, debug)
         self.tokens = HIDDEN_BYTES // (self.first.dtype.itemsize * self.first.outputs)  # at once, in whole images
         self.modulations = packed(block.adaLN_modulation[1], f"{name}.adaLN_modulation.1", backend, debug)
-        self.rms, self.shift = isinstance(block.norm1, nn.RMSNorm), block.shift
-        self.norm_weight = weights_around_scales(block.norm1, block.norm2)  # (6D)
+        self.rms = isinstance(block.norm1, nn.RMSNorm)
+        chain = [layer.linear for layer in (self.qkv, self.proj, self.first, self.second)]
+        self.together = ops.together("" if debug else backend, chain)  # debug mode reads what the layers read
 
     def attention(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
         """(N, T, 3D) to (N, T, D)"""
@@ -57,25 +59,22 @@ class FastBlock(nn.Module):
         count = 1 if x.is_cuda else -(-N // max(1, self.tokens // T))
         return [slice(N * i // count, N * (i + 1) // count) for i in range(count)]
 
-    def six(self, modulations: Tensor) -> Tensor:
-        """Twice shift, scale and gate, (N, 6D), of modulations (N, 6D), or (N, 4D) without shifts."""
-        if not self.shift:
-            pairs = modulations.view(len(modulations), 2, -1)  # (N, 2, 2D)
-            modulations = F.pad(pairs, (pairs.shape[2] // 2, 0)).flatten(1)
-        return folded(modulations, self.norm_weight)
-
     # fmt: off
-    def forward(self, x: Tensor, c: Tensor, place: Tensor | slice, rotation: Rotation | None) -> Tensor:
-        modulations = self.six(self.modulations.fused(c)[:, 0])[place]                      # (N, 6D)
+    def forward(self, x: Tensor, modulations: Tensor, rotation: Rotation | None) -> Tensor:  # modulations (6, N, D)
         for part in self.parts(x):
-            shift1, scale1, gate1, shift2, scale2, gate2 = modulations[part].chunk(6, dim=1)    # (n, D) each
-            first, second = Modulation(shift1, scale1, self.rms), Modulation(shift2, scale2, self.rms)
-            qkv = self.qkv.fused(x[part], modulation=first)                                 # (n, T, 3D)
-            self.proj.fused(self.attention(qkv, rotation), residual=Residual(x[part], gate1))   # (n, T, D)
-            del qkv
-            hidden = self.first.fused(x[part], modulation=second, gelu=not self.glu)        # (n, T, 4D or 2 hidden)
-            self.second.fused(hidden, residual=Residual(x[part], gate2), glu=self.glu)      # (n, T, D)
+            with nullcontext() if torch.compiler.is_compiling() else self.together():
+                self.update(x[part], modulations[:, part], rotation)
         return x
+
+    def update(self, x: Tensor, modulations: Tensor, rotation: Rotation | None) -> None:
+        """x (N, T, D) in place, by modulations (6, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations.unbind()             # (N, D) each
+        first, second = Modulation(shift1, scale1, self.rms), Modulation(shift2, scale2, self.rms)
+        qkv = self.qkv.fused(x, modulation=first)                                       # (N, T, 3D)
+        self.proj.fused(self.attention(qkv, rotation), residual=Residual(x, gate1))     # (N, T, D)
+        del qkv
+        hidden = self.first.fused(x, modulation=second, gelu=not self.glu)              # (N, T, 4D or 2 hidden)
+        self.second.fused(hidden, residual=Residual(x, gate2), glu=self.glu)            # (N, T, D)
     # fmt: on
 
 
@@ -108,6 +107,8 @@ class FastDiT(DiT):
             self.register_buffer("rotation", model.rotation.float(), persistent=False)
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.blocks = nn.ModuleList(FastBlock(block, f"blocks.{i}", backend, debug) for i, block in enumerate(blocks))
+        weights = [w for b in blocks if (w := weights_around_scales(b.norm1, b.norm2)) is not None]
+        self.norm_weights = torch.stack(weights)[:, None] if weights else None  # (blocks, 1, 6D)
         final: FinalLayer = model.final_layer
         self.last_modulations = pack(final.adaLN_modulation[1], "final_layer.adaLN_modulation.1")
         self.last_weight = weights_around_scales(final.norm_final, gates=0)  # (2D)
@@ -137,18 +138,36 @@ class FastDiT(DiT):
         label = self.y_embedder(y)                                                # (different (t, y), D)
         hidden = silu(self.t_first.fused(sinusoids(t)[:, None]))                  # (different (t, y), 1, D)
         c = silu(self.t_second.fused(hidden) + label[:, None])                    # (different (t, y), 1, D)
-        for i, block in enumerate(self.blocks):
+        modulations = self.modulations(c, place)                                  # (blocks, 6, N, D)
+        rotation = self.rotations(x)
+        for i, (block, six) in enumerate(zip(self.blocks, modulations, strict=True)):
             if i == self.config.context_start:
                 x = self.with_context(x, label[place])                            # (N, L + T, D)
-            table = self.rotation_of(x)
-            rotation = None if table is None else Rotation(*table)
-            run = partial(block, c=c, place=place, rotation=rotation)
+                rotation = self.rotations(x)
+            run = partial(block, modulations=six, rotation=rotation)
             x = cache.block(i, x, run) if cache else run(x)                       # (N, L + T, D)
         shift, scale = folded(self.last_modulations.fused(c)[:, 0], self.last_weight)[place].chunk(2, dim=1)
         modulation = Modulation(shift, scale, self.config.norm == "rms")          # (N, D) each
         x = self.last.fused(x[:, self.config.context_tokens:], modulation=modulation)   # (N, T, P·P·C or 2C)
         return self.unpatchify(x)[:, :self.used_channels]                         # (N, C or 2C, H, W)
+
+    def modulations(self, c: Tensor, place: Tensor | slice) -> Tensor:
+        """Those of all blocks, (blocks, 6, N, D), of each distinct conditioning c (n, 1, D) in the place of its images.
+
+        Together, because each of torch's operations is slow right after kernels that swept its code out of cache."""
+        rows = [cast(FastBlock, block).modulations.fused(c) for block in self.blocks]   # (n, 1, 4D or 6D) each
+        B, D = len(rows), c.shape[-1]
+        pairs = torch.stack(rows).view(B, len(c), 2, -1, D)                       # (blocks, n, 2, 2 or 3, D)
+        if not self.config.shift:
+            pairs = F.pad(pairs, (0, 0, 1, 0))                                    # (blocks, n, 2, 3, D)
+        six = folded(pairs.flatten(2), self.norm_weights)[:, place]               # (blocks, N, 6D)
+        return six.reshape(B, -1, 6, D).transpose(1, 2)
     # fmt: on
+
+    def rotations(self, x: Tensor) -> Rotation | None:
+        """The cosines and sines of the tokens x (N, T, D); None without RoPE."""
+        rotation = self.rotation_of(x)
+        return None if rotation is None else Rotation(*rotation)
 
 
 def patches(x: Tensor, P: int) -> Tensor:

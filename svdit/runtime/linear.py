@@ -78,16 +78,20 @@ class FastLinear(nn.Module):
         glu: bool = False,
     ) -> Tensor:
         """(N, T, I or 2I) to (N, T, O), as `kernels.layer.Linear`. With `debug` raises UserError for NaN or Inf."""
-        shift, scale, rms = modulation or (None, None, False)
-        read = [part for part in (x, shift, scale, *(residual or ())) if part is not None]
-        if self.debug and not all(bool(part.isfinite().all()) for part in read):
-            raise UserError(f"the input of layer {self.name} contains NaN or Inf; check the layers before it")
+        if self.debug:
+            self.check(x, *(modulation or ())[:2], *(residual or ()))
         if not torch.compiler.is_compiling():
             return self.linear(x, modulation=modulation, gelu=gelu, residual=residual, glu=glu)
+        shift, scale, rms = modulation or (None, None, False)
         if residual is None:
             return linear(self.number, x, shift, scale, rms, gelu, glu)
         linear_(self.number, x, shift, scale, rms, gelu, glu, residual.gate, residual.x)
         return residual.x
+
+    def check(self, *read: Tensor) -> None:
+        """Raises UserError for a tensor (…) that contains NaN or Inf."""
+        if not all(bool(part.isfinite().all()) for part in read):
+            raise UserError(f"the input of layer {self.name} contains NaN or Inf; check the layers before it")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FastLinear":
         check_move(self, fn)

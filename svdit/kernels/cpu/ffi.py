@@ -4,9 +4,14 @@ Every pointer passed down comes from a tensor whose device, type, shape and layo
 or that was allocated here. The checks raise ValueError, also under `python -O`.
 """
 
+import threading
 import time
-from ctypes import POINTER, Structure, c_int, c_int64, c_void_p, sizeof
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import POINTER, Structure, addressof, c_int, c_int64, c_void_p, sizeof
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -49,18 +54,22 @@ Product = _structure(
 Attention = _structure("Attention", "images tokens heads head", "qkv weight bias cos sin out")
 WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
 Packing = _structure("Packing", "outputs depth bits group", "stored multiples weight sums")
+Step = _structure("Step", "kind", "first second")
+STEPS = ("linear", "attend")  # the kinds of Step
 Peak = _structure("Peak", "repeats kind", "")
 PEAKS = ("fp32", "int8", "low")  # kinds of `peak`; low is bf16, or fp32 where attention is
-STRUCTURES = (Rows, Product, Attention, WeightOnly, Packing)
+STRUCTURES = (Rows, Product, Attention, WeightOnly, Packing, Step)
 SIGNATURES = {
     "quantize_rows": [POINTER(Rows)],
     "multiply": [POINTER(Product)],
+    "linear": [POINTER(Rows), POINTER(Product)],
     "attend": [POINTER(Attention)],
     "weigh": [POINTER(WeightOnly)],
     "pack_weight": [POINTER(Packing)],
     "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
     "peak": [POINTER(Peak), POINTER(c_int64)],
-    "geometry": [POINTER(c_int64 * 9)],
+    "run": [POINTER(Step), c_int64],
+    "geometry": [POINTER(c_int64 * 10)],
 }
 
 
@@ -77,6 +86,9 @@ def built(isa: str) -> bool:
     return hasattr(library(), f"geometry_{isa}")
 
 
+LOCAL = threading.local()
+
+
 class Kernels:
     """The functions of one instruction set and the shapes of its tiles."""
 
@@ -84,7 +96,10 @@ class Kernels:
         self.isa, self.lib = isa, library()
         if not built(isa):
             raise UserError(f"the CPU kernels were compiled without {isa}, which needs GCC 11 or newer")
-        numbers = (c_int64 * 9)()
+        self.functions = {name: getattr(self.lib, f"{name}_{isa}") for name in SIGNATURES}
+        for name, function in self.functions.items():
+            function.argtypes, function.restype = SIGNATURES[name], c_int
+        numbers = (c_int64 * 10)()
         self.call("geometry", numbers)
         self.panel, self.low_panel, self.wide, pairs, *sizes = numbers
         if sizes != [sizeof(kind) for kind in STRUCTURES]:
@@ -93,10 +108,15 @@ class Kernels:
 
     def call(self, name: str, *arguments: Any) -> None:
         """The function `name` of this instruction set. Raises MemoryError where it cannot allocate its buffers."""
-        function = getattr(self.lib, f"{name}_{self.isa}")
-        function.argtypes, function.restype = SIGNATURES[name], c_int
-        if function(*arguments):
+        if (waiting := getattr(LOCAL, "waiting", None)) is not None:
+            waiting.append((self, STEPS.index(name), arguments))
+        elif self.functions[name](*arguments):
             raise MemoryError(f"the CPU kernel {name} cannot allocate its buffers")
+
+    def run(self, steps: Sequence[Structure]) -> None:
+        """All steps in order. Raises MemoryError as `call`."""
+        if failed := self.functions["run"]((Step * len(steps))(*steps), len(steps)):
+            raise MemoryError(f"the CPU kernel {STEPS[steps[failed - 1].kind]} cannot allocate its buffers")
 
     def pack_weight(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """The weight in panels, bytes (n,), and the sums of its integers (O,) int32."""
@@ -123,6 +143,21 @@ class Kernels:
         packed = torch.zeros(padded(O, width) * depth, dtype=torch.bfloat16, device="cpu")
         self.call("pack_factor", pointer(factor, torch.bfloat16, (O, R)), O, R, depth, width, packed.data_ptr())
         return packed
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Calls of this thread wait for the end of the block and then run as one, because after each of them hardly any of
+    Python's code is left in cache. Only other waiting calls may read their outputs before; structures keep the tensors
+    that they point to. Raises MemoryError as `Kernels.call`."""
+    waiting: list[tuple[Kernels, int, tuple[Structure, ...]]] = []
+    LOCAL.waiting = waiting
+    try:
+        yield
+    finally:
+        LOCAL.waiting = None
+    for kernels, calls in groupby(waiting, key=itemgetter(0)):
+        kernels.run([Step(kind, *map(addressof, structures)) for _, kind, structures in calls])
 
 
 @cache
@@ -158,7 +193,7 @@ def pointer(x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int
     """The address of x, checked to be contiguous and of that shape (M, …); None for None."""
     if x is None:
         return None
-    if x.device.type != "cpu" or x.dtype != dtype:
+    if not x.is_cpu or x.dtype != dtype:
         raise ValueError(f"got {x.dtype} on {x.device}, expected {dtype} on the CPU")
     if x.shape != shape or not x.is_contiguous():
         raise ValueError(f"got {tuple(x.shape)} with strides {x.stride()}, expected a contiguous {shape}")
@@ -167,7 +202,7 @@ def pointer(x: Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int
 
 def row_pointer(x: Tensor, images: int, columns: int, stride: int) -> int:
     """The address of x (images, columns), fp32, checked to have rows `stride` apart."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.shape != (images, columns):
+    if not x.is_cpu or x.dtype != torch.float32 or x.shape != (images, columns):
         raise ValueError(
             f"got {x.dtype} {tuple(x.shape)} on {x.device}, expected float32 {(images, columns)} on the CPU"
         )

@@ -5,6 +5,8 @@ reads bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it; elsewhere ev
 unless they are stored so: 2^−9 relative per element.
 """
 
+from ctypes import Structure
+
 import torch
 from torch import Tensor
 
@@ -29,6 +31,7 @@ from svdit.kernels.layer import HeadNorms, Layer, Linear, LinearSpec, Modulation
 
 GROUPS = (16, 32, 64, 128, 256)  # group sizes that are summed in fp32
 LONGEST = 2**16  # columns, of which the products of codes, 255 · 128 at most, sum to less than 2³¹
+ALIGNMENT = 64  # of buffers, in bytes
 CHUNK = 32  # columns that the weight-only kernel reads at once
 
 
@@ -96,6 +99,8 @@ class IntegerLinear:
         wide = kernels.wide and form.bits == 8
         self.codes = torch.int16 if wide else torch.uint8  # of activations, with an offset that makes bytes unsigned
         self.offset = 0 if wide else 128 if self.act.bits == 8 else -self.act.lo
+        numbers = (self.codes.itemsize * self.depth, 4 * self.act.groups(I), kernels.low_dtype.itemsize * self.low_rank)
+        self.row_bytes = numbers  # of codes, steps and x̂ L2ᵀ
         self._keep(generic.with_float_factors(layer, torch.bfloat16))
         static = {"depth": I, "rank": self.rank, "offset": self.offset}
         span = {"group": self.act.group, "lo": self.act.lo, "hi": self.act.hi}
@@ -146,18 +151,12 @@ class IntegerLinear:
         self, x: Tensor, modulation: Modulation | None = None, glu: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, T, I or 2I) to codes (M, padded I) with the offset, steps (M, groups) and x̂ L2ᵀ (M, padded R)."""
-        (N, T, _), I = x.shape, self.shape[1]
-        codes = torch.empty(N * T, self.depth, dtype=self.codes, device="cpu")
-        steps = torch.empty(N * T, self.act.groups(I), dtype=torch.float32, device="cpu")
-        low = torch.empty(N * T, self.low_rank, dtype=self.kernels.low_dtype, device="cpu")
-        call = Rows.from_buffer_copy(self.rows)
-        call.rows, call.tokens, call.glu, call.bf16 = N * T, T, glu, x.dtype == torch.bfloat16
-        call.x = pointer(x, torch.bfloat16 if call.bf16 else torch.float32, (N, T, 2 * I if glu else I))
+        M, groups = x.shape[0] * x.shape[1], self.act.groups(self.shape[1])
+        codes = torch.empty(M, self.depth, dtype=self.codes, device="cpu")
+        steps = torch.empty(M, groups, dtype=torch.float32, device="cpu")
+        low = torch.empty(M, self.low_rank, dtype=self.kernels.low_dtype, device="cpu")
+        call = self._rows(x, modulation, glu)
         call.codes, call.steps, call.low = codes.data_ptr(), steps.data_ptr(), low.data_ptr()
-        if modulation is not None:
-            call.stride, call.rms = modulation.shift.stride(0), modulation.rms
-            call.shift = row_pointer(modulation.shift, N, I, call.stride)
-            call.scale = row_pointer(modulation.scale, N, I, call.stride)
         self.kernels.call("quantize_rows", call)
         return codes, steps, low
 
@@ -166,21 +165,40 @@ class IntegerLinear:
     ) -> Tensor:
         """The results of `quantize` for N images to (N, T, O)."""
         codes, steps, low = quantized
-        (O, I), T = self.shape, len(codes) // max(N, 1)
-        M = N * T
+        M = len(codes)
+        out, call = self._product(N, M // max(N, 1), gelu, residual)
+        call.codes = pointer(codes, self.codes, (call.rows, self.depth))
+        call.steps = pointer(steps, torch.float32, (call.rows, self.act.groups(self.shape[1])))
+        call.low = pointer(low, self.kernels.low_dtype, (call.rows, self.low_rank))
+        self.kernels.call("multiply", call)
+        return out
+
+    def _rows(self, x: Tensor, modulation: Modulation | None, glu: bool) -> Structure:
+        """The call that quantizes x (N, T, I or 2I), except where to."""
+        (N, T, _), I = x.shape, self.shape[1]
+        call = Rows.from_buffer_copy(self.rows)
+        call.rows, call.tokens, call.glu, call.bf16 = N * T, T, glu, x.dtype == torch.bfloat16
+        call.x = pointer(x, torch.bfloat16 if call.bf16 else torch.float32, (N, T, 2 * I if glu else I))
+        if modulation is not None:
+            call.stride, call.rms = modulation.shift.stride(0), modulation.rms
+            call.shift = row_pointer(modulation.shift, N, I, call.stride)
+            call.scale = row_pointer(modulation.scale, N, I, call.stride)
+        call.kept = self, x, modulation
+        return call
+
+    def _product(self, N: int, T: int, gelu: bool, residual: Residual | None) -> tuple[Tensor, Structure]:
+        """The output (N, T, O) and the call that computes it, except from what."""
+        O = self.shape[0]
         out = torch.empty(N, T, O, dtype=self.dtype, device="cpu") if residual is None else residual.x
         call = Product.from_buffer_copy(self.product)
-        call.rows, call.tokens, call.gelu, call.bf16 = M, T, gelu, out.dtype == torch.bfloat16
-        call.codes = pointer(codes, self.codes, (M, self.depth))
-        call.steps = pointer(steps, torch.float32, (M, self.act.groups(I)))
-        call.low = pointer(low, self.kernels.low_dtype, (M, self.low_rank))
+        call.rows, call.tokens, call.gelu, call.bf16 = N * T, T, gelu, out.dtype == torch.bfloat16
         call.out = out.data_ptr()
         if residual is not None:
             call.stride = residual.gate.stride(0)
             call.gate = row_pointer(residual.gate, N, O, call.stride)
             call.residual = pointer(out, torch.float32, (N, T, O))
-        self.kernels.call("multiply", call)
-        return out
+        call.kept = out, residual
+        return out, call
 
     def __call__(
         self,
@@ -191,7 +209,18 @@ class IntegerLinear:
         residual: Residual | None = None,
         glu: bool = False,
     ) -> Tensor:
-        return self.multiply(self.quantize(x.contiguous(), modulation, glu), len(x), gelu, residual)
+        x = x.contiguous()
+        rows = self._rows(x, modulation, glu)
+        out, product = self._product(x.shape[0], x.shape[1], gelu, residual)
+        codes, steps, low = (padded(rows.rows * size, ALIGNMENT) for size in self.row_bytes)
+        buffer = torch.empty(codes + steps + low, dtype=torch.uint8, device="cpu")
+        start = buffer.data_ptr()
+        rows.codes = product.codes = start
+        rows.steps = product.steps = start + codes
+        rows.low = product.low = start + codes + steps
+        rows.buffer = buffer
+        self.kernels.call("linear", rows, product)
+        return out
 
 
 def weigh(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels, scales: Tensor | None = None) -> Tensor:
@@ -205,6 +234,7 @@ def weigh(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels, scal
     call.x, call.bias = pointer(rows, torch.float32, (len(rows), I)), pointer(bias, torch.float32, (O,))
     call.weight = pointer(weight, torch.uint8 if bits == 4 else weight.dtype, (O, I // 2 if bits == 4 else I))
     call.scales = pointer(scales, torch.float32, (O, scales.shape[1]))
+    call.kept = rows, weight, bias, scales, out
     kernels.call("weigh", call)
     return out.view(*x.shape[:-1], O)
 
@@ -250,5 +280,6 @@ def attention(
             raise ValueError(f"got heads of {head} columns, expected pairs to rotate")
         call.cos, call.sin = (pointer(table, torch.float32, (T, head)) for table in rotation)
     call.qkv = pointer(qkv, kernels.low_dtype, (N, T, width))
+    call.kept = qkv, norms, rotation, out
     kernels.call("attend", call)
     return out

@@ -17,6 +17,7 @@
 #include "product.h"
 #include "attention.h"
 #include "weights.h"
+#include "steps.h"
 #include "packing.h"
 #include "peak.h"
 #endif

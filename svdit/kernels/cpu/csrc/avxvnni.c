@@ -15,6 +15,7 @@
 #include "product.h"
 #include "attention.h"
 #include "weights.h"
+#include "steps.h"
 #include "packing.h"
 #include "peak.h"
 #endif

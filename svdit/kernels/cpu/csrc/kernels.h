@@ -87,4 +87,11 @@ typedef struct {
     int32_t *sums;           /* (outputs) */
 } Packing;
 
+/* One of several calls that `run` makes in order. */
+enum { LINEAR, ATTEND };
+typedef struct {
+    int64_t kind;
+    const void *first, *second; /* Rows and Product, or Attention */
+} Step;
+
 #endif

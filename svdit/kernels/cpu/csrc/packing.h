@@ -78,7 +78,8 @@ TARGET int EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t 
 int EXPORT(geometry)(int64_t *to)
 {
     int64_t numbers[] = {PANEL, LOW_PANEL, WIDE, PAIRS,
-                         sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly), sizeof(Packing)};
+                         sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly), sizeof(Packing),
+                         sizeof(Step)};
     memcpy(to, numbers, sizeof numbers);
     return 0;
 }

@@ -13,5 +13,6 @@
 #include "product.h"
 #include "attention.h"
 #include "weights.h"
+#include "steps.h"
 #include "packing.h"
 #include "peak.h"
