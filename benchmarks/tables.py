@@ -211,6 +211,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "evaluation speed": lambda rows: listing(rows, "evaluation", "evaluation.py"),
     "cpu": lambda rows: listing(rows, "cpu", "bench_cpu.py", CPU),
     "cpu families": lambda rows: listing(rows, "cpu families", "bench_cpu.py --only families"),
+    "cpu choice": lambda rows: listing(rows, "cpu choice", "bench_cpu.py --only choice"),
     "anchors": lambda rows: listing(rows, "anchors", "bench_anchors.py"),
     "guidance interval": lambda rows: listing(rows, "guidance interval", "bench_sampling.py --digits"),
     "backends": lambda rows: listing(rows, "digits backends", "bench_end_to_end.py backends"),
