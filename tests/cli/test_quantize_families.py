@@ -45,6 +45,17 @@ def test_every_preset_and_family_is_quantized_reloaded_and_verified(preset: str,
     command("verify", [str(output), "--against", str(source)])
 
 
+def test_the_last_block_before_pixels_has_8_bits(tmp_path: Path) -> None:
+    output = quantize(
+        checkpoint("jit", tmp_path), tmp_path / "q.safetensors", "--preset", "w4a8", *QUICK, "--no-figures"
+    )
+    header = read_header(output)
+    bits = {name: spec["weight"]["bits"] for name, spec in header["layers"].items() if "adaLN" not in name}
+    assert set(bits.values()) == {4, 8}
+    assert {name for name in bits if bits[name] == 8} == {name for name in bits if name.startswith("blocks.1.")}
+    assert header["provenance"]["quantization"]["last_block"]["weight"]["bits"] == 8
+
+
 @pytest.mark.parametrize("family", ["repa", "jit"])
 def test_an_interrupted_run_resumes_with_the_same_bits(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

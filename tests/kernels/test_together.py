@@ -7,7 +7,7 @@ from layers import random_layer
 from svdit.kernels.cpu import ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import Format
-from svdit.kernels.layer import Modulation, Residual
+from svdit.kernels.layer import HeadNorms, Modulation, Residual, Rotation
 
 N, T, D, HEADS = 2, 7, 64, 2
 
@@ -52,6 +52,22 @@ def test_consecutive_calls_of_the_same_kernels_are_one() -> None:
     with ffi.together():
         y = chain(*layers, kernels)
     assert torch.equal(y, expected) and ran == ["run"]
+
+
+def test_attention_keeps_what_it_reads() -> None:
+    kernels, g = ffi.kernels(ffi.isas()[0]), torch.Generator().manual_seed(0)
+    qkv = torch.randn(N, T, 3 * D, generator=g).to(kernels.low_dtype)
+    norms, angles = torch.randn(2, D // HEADS, generator=g), torch.randn(T, D // HEADS, generator=g)
+
+    def attend() -> torch.Tensor:
+        tables = HeadNorms(norms.clone(), None), Rotation(angles.cos(), angles.sin())
+        return cpu.attention(qkv.clone(), HEADS, kernels, *tables)
+
+    expected = attend()
+    with ffi.together():
+        y = attend()
+        reused = [torch.full_like(x, torch.nan) for x in (qkv, norms, angles) for _ in range(20)]
+    assert torch.equal(y, expected) and len(reused) == 60
 
 
 def test_an_error_runs_nothing_and_leaves_nothing_waiting() -> None:

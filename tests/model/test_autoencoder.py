@@ -160,6 +160,13 @@ def test_winograd_products_equal_direct_ones(shape: tuple[int, ...], monkeypatch
         assert error < 1e-4 and (error > 0) is torch._nnpack_available()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["_nnpack_available", "_nnpack_spatial_convolution"])
+def test_without_torchs_winograd_products_images_are_decoded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, name)
+    assert randomize(VAE(VAEConfig((64,)))).decode(torch.randn(1, 4, 2, 2)).sample.isfinite().all()
+
+
 def test_pixels_pass_through() -> None:
     none = load_autoencoder("none")
     assert none == Autoencoder("none")

@@ -10,6 +10,7 @@ from conftest import randomize, relative
 from layers import CONFIGS, USABLE, model_bound
 from torch import Tensor
 
+from svdit.kernels.cpu import choice
 from svdit.model.config import FAMILIES, DiTConfig
 from svdit.model.dit import DiT
 from svdit.quant.quantize import quantize_
@@ -70,6 +71,17 @@ def test_every_backend_computes_the_same(name: str, config: str) -> None:
         assert relative(images, expected) < model_bound(backend, 4 if config == "w4a4" else 8), backend
         alone = [fast(*image) for image in zip(x.split(1), t.split(1), y.split(1), strict=True)]
         assert torch.equal(torch.cat(alone), images), backend
+
+
+@pytest.mark.skipif("cpu" not in USABLE, reason="no library")
+@torch.no_grad()
+def test_torchs_attention_does_not_wait_for_the_end_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized("jit", "w8a8")
+    x, t, y = inputs(model)
+    chosen = choice.Choice(choice.choice().linears, choice.TORCH)
+    monkeypatch.setattr(choice, "choice", lambda: chosen)
+    images = accelerate(deepcopy(model), "cpu")(x, t, y)
+    assert relative(images, model(x, t, y)) < model_bound("cpu", 8)
 
 
 @pytest.mark.parametrize("name", ["repa", "jit"])
