@@ -152,7 +152,7 @@ def _check_alike(manifest: dict[str, Any]) -> None:
             if other[field] != value:
                 raise UserError(
                     f"process {n} has the {field} {other[field]!r}, the first one {value!r}; use the same checkpoint "
-                    "and options everywhere, and set SVDIT_ISA where the processors differ"
+                    "and options everywhere, and set SVDIT_ISA to the same on all hosts"
                 )
 
 

@@ -1,8 +1,8 @@
 """Which instruction set computes linears and attention on this processor: measured, because flags do not tell.
 
-The candidates are timed once for a processor, this library and this torch, and the choice
-is kept in the cache, so that all processes, also concurrent ones, compute the same floats. A choice changes no integer.
-SVDIT_ISA and SVDIT_ATTENTION override it.
+The candidates are timed once for a processor, this library and this torch, and the choice is kept in the cache, so that
+all processes of a machine, also concurrent ones, compute the same floats. It changes no integer. SVDIT_ISA and
+SVDIT_ATTENTION override it.
 """
 
 import hashlib
