@@ -34,6 +34,7 @@ DIGITS = {
     "in_channels": 1,
     "num_classes": 10,
 }
+CIFAR10 = {**DIGITS, "depth": 8, "hidden_size": 256, "patch_size": 4, "input_size": 32, "in_channels": 3}
 
 
 def named(prefix: str, family: str, sizes: dict[str, dict[str, Any]], patches: tuple[int, ...], **others: Any) -> Any:
@@ -54,6 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     **named("JiT", "jit", JIT, (16,), in_channels=3, input_size=256, context_tokens=32),
     **named("JiT", "jit", JIT, (32,), in_channels=3, input_size=512, context_tokens=32, noise_scale=2.0),
     "DiT-digits": DIGITS,
+    "DiT-cifar10": CIFAR10,
     "SiT-digits": {"family": "sit", **FAMILIES["sit"], **DIGITS},
     "JiT-digits": {
         "family": "jit",
