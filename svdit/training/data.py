@@ -187,7 +187,7 @@ def archive(path: Path, image_size: int, num_classes: int | None = None) -> Labe
     K = num_classes or int(labels.max()) + 1
     empty = np.flatnonzero(np.bincount(labels, minlength=K) == 0)
     notes = (f"classes without images ({len(empty)} of {K}): {_first(empty.tolist())}",) if len(empty) else ()
-    return LabelledImages(read, labels, K, 3, (), npz_digest(path), notes)
+    return LabelledImages(read, labels, K, 3, _classes(path, K) if "classes" in keys else (), npz_digest(path), notes)
 
 
 def _first(names: Sequence[object]) -> str:
@@ -216,6 +216,13 @@ def _labels(path: Path, key: str, count: int, num_classes: int | None) -> Labels
         values = f"{key}[{wrong[0]}] of {path} is {labels[wrong[0]]}"
         raise UserError(f"{values}; labels must be integers from 0 to {limit - 1}{given}")
     return labels.astype(np.int64)
+
+
+def _classes(path: Path, count: int) -> tuple[str, ...]:
+    names = np.asarray(map_npz(path, "classes"))
+    if names.shape != (count,) or names.dtype.kind != "U":
+        raise UserError(f"classes of {path} is {names.dtype} {names.shape}; it must be {count} names, one per class")
+    return tuple(names.tolist())
 
 
 def _read_file(paths: tuple[Path, ...], size: int, i: int) -> Tensor:

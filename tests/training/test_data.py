@@ -245,6 +245,13 @@ def test_npz_with_arr_0(tmp_path: Path) -> None:
     torch.testing.assert_close(images.read(4), as_float(COLOURS[4]))
 
 
+def test_npz_with_names_of_classes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", arr_0=COLOURS, labels=[0, 1, 2, 0, 1, 2], classes=["cat", "dog", "owl"])
+    assert load(str(tmp_path / "a.npz"), 8).classes == ("cat", "dog", "owl")
+    with pytest.raises(UserError, match=r"classes of .*a\.npz is <U3 \(3,\); it must be 4 names"):
+        load(str(tmp_path / "a.npz"), 8, num_classes=4)
+
+
 def test_npz_with_jpeg(tmp_path: Path) -> None:
     files = []
     for pixels in COLOURS:
