@@ -22,7 +22,7 @@ from record import record
 from svdit.checkpoints.store import save_model
 from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
-from svdit.quant.budget import allot, options_of
+from svdit.quant.budget import Planner, options_of
 from svdit.quant.config import RECIPES, QuantConfig, dit_config, rank_ratio_config
 from svdit.quant.linear import linears
 from svdit.quant.observe import observe
@@ -101,7 +101,7 @@ def quantized(runs: list[str], name: str, images: int | None, note: Callable[[st
         if run.isdigit():
             selection = select(model, config)
             options = dict(options_of(selection, {name: statistics[name] for name in selection.recipes}))
-            config = allot(model, selection, options, calls, int(run) * 10**6, None).config
+            config = Planner(model, selection, options, calls).within(int(run) * 10**6).config
             note(run, "plan", (time.perf_counter() - start) / 60, "min")
         report = quantize_(model, config, statistics=dict(statistics))
         note(run, "solving", report.seconds["quantize"] / 60, "min")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from svdit.cli import outputs, setup
 from svdit.cli.arguments import Parser, above_0, decibels, integer, many, natural, output, ratio, scale
-from svdit.cli.quantize_settings import ACTS, QuantizeSettings
+from svdit.cli.quantize_plan import planned
+from svdit.cli.quantize_settings import ACTS, AUTO, QuantizeSettings
 from svdit.cli.result import Result
 from svdit.errors import UserError
 from svdit.printing import note, warn
@@ -53,7 +54,13 @@ def parser() -> Parser:
 def add_method(parser: Parser) -> None:
     """The options that decide how each layer is stored."""
     add = parser.add_argument_group("method", argument_default=argparse.SUPPRESS).add_argument
-    add("--preset", choices=RECIPES, metavar="NAME", help=f"{', '.join(RECIPES)}; default: {DEFAULT.preset}")
+    add(
+        "--preset",
+        choices=(*RECIPES, AUTO),
+        metavar="NAME",
+        help=f"{', '.join(RECIPES)}; or {AUTO}, with a target: compare images of several choices; default: "
+        f"{DEFAULT.preset}",
+    )
     add(
         "--rank-ratio", type=ratio, metavar="R", help="rank of the truncated SVDs, relative to the full rank; no preset"
     )
@@ -71,6 +78,7 @@ def add_method(parser: Parser) -> None:
     add("--adaln", choices=ADALN, help=f"weights of the adaLN layers; default: {DEFAULT.adaln}")
     add("--target-size", type=above_0, metavar="MB", help="choose bits and rank per layer for a file of at most MB")
     add("--target-sqnr", type=decibels, metavar="DB", help="choose the smallest file with this predicted output SQNR")
+    add("--target-psnr", type=decibels, metavar="DB", help="choose the smallest file whose images have this PSNR")
     add("--skip", action="append", metavar="PATTERN", help="keep matching layers, '*.attn.*' for example; repeatable")
 
 
@@ -200,25 +208,6 @@ def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]
             calibration_loop(**options, progress=tick)(model)
 
     return loop
-
-
-def planned(settings: QuantizeSettings, model: "DiT", loop: "ForwardLoop", record: dict[str, Any]) -> "Plan | None":
-    """Bits and rank for every layer by --target-size or --target-sqnr, recorded in `record`; None without either."""
-    from svdit.distributed import rank
-    from svdit.progress import progress
-    from svdit.quant.budget import plan_
-
-    size, sqnr = settings.target_size, settings.target_sqnr
-    if size is None and sqnr is None:
-        return None
-    target = None if size is None else round(size * 1e6)
-    memory = settings.max_memory * 1e9
-    with progress("choosing formats", rank() == 0, "layers") as tick:
-        plan = plan_(
-            model, settings.config, loop, target_bytes=target, target_sqnr=sqnr, max_memory=memory, progress=tick
-        )
-    record["plan"] = {"target_mb": size, "target_sqnr": sqnr, "sqnr": plan.sqnr}
-    return plan
 
 
 def measure(

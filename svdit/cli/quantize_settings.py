@@ -14,14 +14,17 @@ from svdit.quant.config import RECIPES, QuantConfig, Recipe, dit_config, rank_ra
 
 ACTS = {4: ACT_FORMATS["int4"], 8: ACT_FORMATS["int8"], 16: None}  # --act-bits
 LOW_BIT = {"w8a8": "w4a8", "w8a16": "w4a16"}  # the preset that --num-bits 4 and below start from
+AUTO = "auto"  # a preset: measure images
+TARGETS = ("target_size", "target_sqnr", "target_psnr")
 BY_TARGET = "it chooses the weight format and the rank of each layer"
 EXCLUDES = {  # option: the options it excludes, and why
     "rank_ratio": (
-        ("preset", "act_bits", "group_size", "rank", "factors", "adaln", "target_size", "target_sqnr"),
+        ("preset", "act_bits", "group_size", "rank", "factors", "adaln", *TARGETS),
         "it replaces every linear layer by two quantized factors",
     ),
-    "target_size": (("target_sqnr", "num_bits", "group_size"), BY_TARGET),
-    "target_sqnr": (("num_bits", "group_size"), BY_TARGET),
+    "target_size": (("target_sqnr", "target_psnr", "num_bits", "group_size"), BY_TARGET),
+    "target_sqnr": (("target_psnr", "num_bits", "group_size"), BY_TARGET),
+    "target_psnr": (("num_bits", "group_size"), BY_TARGET),
 }
 
 
@@ -40,6 +43,8 @@ class QuantizeSettings:
     adaln: str = "int8"
     target_size: float | None = None  # MB
     target_sqnr: float | None = None  # dB
+    target_psnr: float | None = None  # dB
+    measured: bool = False  # choose by images
     skip: tuple[str, ...] = ()
     figures: bool = True
     calib_images: int | None = None
@@ -62,7 +67,10 @@ class QuantizeSettings:
     def of(cls, args: argparse.Namespace) -> "QuantizeSettings":
         """The settings of parsed arguments. Raises UserError for options that do not go together."""
         options = {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
-        return cls(**options | {"skip": tuple(options.get("skip", ())), "given": frozenset(options)})
+        given, preset = frozenset(options), options.get("preset", cls.preset)
+        options |= {"skip": tuple(options.get("skip", ())), "given": given}
+        options["measured"] = preset == AUTO or "target_psnr" in given
+        return cls(**options | {"preset": cls.preset if preset == AUTO else preset})
 
     def problems(self) -> Iterator[str]:
         """A sentence for every option that contradicts the preset or another option."""
@@ -70,16 +78,18 @@ class QuantizeSettings:
             yield "--skip is empty; pass a pattern, '*.attn.*' for example"
         if self.whiten and self.rank_ratio is None:
             yield "--whiten requires --rank-ratio; omit it"
+        if self.measured and not {"target_size", "target_psnr"} & self.given:
+            yield f"--preset {AUTO} requires --target-size or --target-psnr; pass one of them"
         yield from self.format_problems()
         yield from self.branch_problems()
-        if target := self.given & {"target_size", "target_sqnr"}:
+        if target := self.given & set(TARGETS):
             yield from self.target_problems(flag(*target))
 
     def format_problems(self) -> Iterator[str]:
         """Options of integer formats for a preset of floating-point formats."""
         base = RECIPES[self.preset]
         if base.weight and base.weight.element != "int":
-            for option in sorted({"num_bits", "group_size", "target_size", "target_sqnr"} & self.given):
+            for option in sorted({"num_bits", "group_size", *TARGETS} & self.given):
                 yield f"{flag(option)} requires integer weights, --preset {self.preset} has {base.weight}; omit one"
         if base.act and base.act.element != "int" and self.act_bits in (4, 8):
             yield f"--act-bits is {self.act_bits}, but --preset {self.preset} has {base.act} activations; choose 16"
@@ -137,7 +147,7 @@ class QuantizeSettings:
     def calibrates(self) -> bool:
         """Whether the layers' inputs are needed at all."""
         recipes = [rule.recipe for rule in self.config.rules if rule.recipe]
-        return bool({"target_size", "target_sqnr"} & self.given) or any(recipe.needs_inputs for recipe in recipes)
+        return bool(set(TARGETS) & self.given) or any(recipe.needs_inputs for recipe in recipes)
 
     def record(self) -> dict[str, Any]:
         """The settings as JSON, for the header of the checkpoint."""

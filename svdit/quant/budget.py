@@ -8,6 +8,7 @@ the model's (`sensitivities`).
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -90,6 +91,22 @@ def plan_(
     """
     if (target_bytes is None) == (target_sqnr is None):
         raise UserError(f"target_bytes is {target_bytes} and target_sqnr {target_sqnr}; pass one of them")
+    planner = observed(model, config, loop, max_memory=max_memory, progress=progress)
+    return planner.reaching(target_sqnr) if target_sqnr is not None else planner.within(target_bytes or 0)
+
+
+def observed(
+    model: nn.Module,
+    config: QuantConfig,
+    loop: ForwardLoop,
+    *,
+    max_memory: float = 8e9,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> "Planner":
+    """A planner for the model, which is not changed, on the loop's inputs; the arguments of `plan_`.
+
+    Raises UserError for what `select` and `observe` refuse.
+    """
     selection, calls, options = select(model, config), list[Call](), Options()
     sizes = {name: Statistics.nbytes(linear.in_features) for name, linear in selection.linears.items()}
     pieces = chunks(sizes, max_memory)
@@ -98,44 +115,76 @@ def plan_(
         for name, choices in options_of(selection, statistics):
             options[name] = choices
             progress(len(options), len(sizes))
-    plan = allot(model, selection, options, calls, target_bytes, target_sqnr)
-    return replace(plan, statistics=statistics) if len(pieces) == 1 else plan
+    return Planner(model, selection, options, calls, statistics if len(pieces) == 1 else None)
 
 
-def allot(
-    model: nn.Module,
-    selection: Selection,
-    options: Options,
-    calls: list[Call],
-    target_bytes: int | None,
-    target_sqnr: float | None,
-) -> Plan:
-    """Choose among every layer's options, weighted by the sensitivities on these calls of the model.
+class Planner:
+    """The options of every layer of a model, from which plans for any target follow."""
 
-    Raises UserError for a target that cannot be reached.
-    """
-    weights, energy = sensitivities(model, selection.recipes, calls)
-    options = {n: [o._replace(error=o.error * weights[n]) for o in options[n]] for n in selection.recipes}
-    fixed = sum(t.nbytes for t in model.state_dict().values()) + HEADER * len(options)
-    fixed -= sum(p.nbytes for linear in selection.linears.values() for p in linear.parameters())
-    frontiers = {name: frontier(each) for name, each in options.items()}
-    table = Table(list(frontiers.values()))
-    curve = [(fixed + size, decibels(energy, error)) for size, error in table.curve()]
-    if target_bytes is not None:
-        if target_bytes < curve[0][0]:
-            raise UserError(f"{target_bytes / 1e6:.2f} MB is too small; the minimum is {curve[0][0] / 1e6:.2f} MB")
-        available = target_bytes - fixed
-        frontiers = {n: frontier(each) for n, each in at_least_uniform(options, selection, available).items()}
-        table = Table(list(frontiers.values()))
-    else:
-        good = [size for size, sqnr in curve if target_sqnr is None or sqnr >= target_sqnr]
+    def __init__(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        options: Options,
+        calls: list[Call],
+        statistics: dict[str, Statistics] | None = None,
+    ) -> None:
+        """The options' errors are weighted by the sensitivities on these calls of the model."""
+        weights, self.energy = sensitivities(model, selection.recipes, calls)
+        self.options = {n: [o._replace(error=o.error * weights[n]) for o in options[n]] for n in selection.recipes}
+        self.selection, self.statistics = selection, statistics
+        self.fixed = sum(t.nbytes for t in model.state_dict().values()) + HEADER * len(options)
+        self.fixed -= sum(p.nbytes for linear in selection.linears.values() for p in linear.parameters())
+        self.table = Table([frontier(each) for each in self.options.values()])
+        self.curve = [(self.fixed + size, decibels(self.energy, error)) for size, error in self.table.curve()]
+
+    def within(self, target_bytes: int) -> Plan:
+        """The best plan for a file of at most `target_bytes`. Raises UserError where there is none."""
+        least = self.curve[0][0]
+        if target_bytes < least:
+            raise UserError(f"{target_bytes / 1e6:.2f} MB is too small; the minimum is {least / 1e6:.2f} MB")
+        available = target_bytes - self.fixed
+        options = at_least_uniform(self.options, self.selection, available)
+        return self._plan(Table([frontier(each) for each in options.values()]), available)
+
+    def reaching(self, target_sqnr: float) -> Plan:
+        """The smallest plan of this predicted SQNR in dB. Raises UserError where there is none."""
+        good = [size for size, sqnr in self.curve if sqnr >= target_sqnr]
         if not good:
-            raise UserError(f"{target_sqnr} dB is too high; the maximum is {curve[-1][1]:.1f} dB")
-        available = good[0] - fixed
-    chosen = {n: frontiers[n][i] for n, i in zip(frontiers, table.solve(available), strict=True)}
-    nbytes = fixed + sum(option.nbytes for option in chosen.values())
-    rules = QuantConfig(tuple(Rule(name, option.recipe) for name, option in chosen.items()))
-    return Plan(rules, nbytes, decibels(energy, sum(option.error for option in chosen.values())), curve, None)
+            raise UserError(f"{target_sqnr} dB is too high; the maximum is {self.curve[-1][1]:.1f} dB")
+        return self._plan(self.table, good[0] - self.fixed)
+
+    def choices(self, target_bytes: int) -> list[Plan]:
+        """Different plans for a file of at most `target_bytes`, the first as `within`, the last one uniform.
+
+        Raises UserError where there is none.
+        """
+        plans, available = [self.within(target_bytes)], target_bytes - self.fixed
+        plans.append(self._plan(self.table, available))
+        within = [each for each in self._uniform() if sum(o.nbytes for o in each) <= available]
+        if within:
+            least = min(within, key=lambda each: sum(o.error for o in each))
+            plans.append(self._plan(Table([[option] for option in least]), available))
+        return [plan for i, plan in enumerate(plans) if plan.config not in [other.config for other in plans[:i]]]
+
+    def _uniform(self) -> Iterator[list[Option]]:
+        """The options of every layer with the same bits and rank; adaLN keeps its bits."""
+        for bits, rank in product(sorted({form.bits for form in WEIGHTS}), RANKS):
+            chosen: list[Option] = []
+            for name, linear in self.selection.linears.items():
+                recipe = self.selection.recipes[name]
+                own = recipe.weight.bits if recipe.weight and recipe.low_rank == "none" else bits
+                fitted = fit(replace(recipe, rank=rank), linear.weight).rank
+                chosen += [o for o in self.options[name] if (o.bits, o.recipe.rank) == (own, fitted)]
+            if len(chosen) == len(self.options):
+                yield chosen
+
+    def _plan(self, table: "Table", available: int) -> Plan:
+        chosen = [options[i] for options, i in zip(table.choices, table.solve(available), strict=True)]
+        nbytes = self.fixed + sum(option.nbytes for option in chosen)
+        rules = QuantConfig(tuple(Rule(n, option.recipe) for n, option in zip(self.options, chosen, strict=True)))
+        sqnr = decibels(self.energy, sum(option.error for option in chosen))
+        return Plan(rules, nbytes, sqnr, self.curve, self.statistics)
 
 
 def decibels(energy: float, error: float) -> float:

@@ -11,8 +11,12 @@ from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.cli import command
 from svdit.model.dit import DiT
 from svdit.quant.linear import quantized_layers
+from svdit.runtime.accelerate import accelerate
+from svdit.sampling.calibration import calibration_sampling
+from svdit.sampling.fidelity import Fidelity
 
-QUICK = ["--calib-images", "4", "--calib-steps", "3", "--rank", "4"]
+FEW = ["--calib-images", "4", "--calib-steps", "3"]
+QUICK = [*FEW, "--rank", "4"]
 
 
 CLASSES = ("a", "b", "c", "d", "e")
@@ -99,6 +103,22 @@ def test_errors_are_one_line_and_leave_no_file(
     assert len(error.splitlines()) == 1
     assert {path.name for path in checkpoint.parent.iterdir()} == {"tiny.safetensors", "folder.pt"}
     assert checkpoint.read_bytes() == before
+
+
+def test_a_target_of_images_is_reached_by_the_file(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("svdit.cli.quantize_plan.STEPS", 4)
+    output = quantize(checkpoint, "--target-psnr", "30", *FEW)
+    plan = json.loads(output.with_suffix(".report.json").read_text())["settings"]["plan"]
+    model = load_model(output)
+    fidelity = Fidelity(load_model(checkpoint), calibration_sampling(model.config, 4))
+    assert fidelity.psnr(accelerate(model)) == plan["psnr"] == plan["tries"][0]["psnr"] >= 30
+    assert f"PSNR {plan['psnr']:.1f} dB" in capsys.readouterr().err
+    sized = quantize(checkpoint, "--preset", "auto", "--target-size", "0.3", *FEW, name="s.safetensors")
+    plan = json.loads(sized.with_suffix(".report.json").read_text())["settings"]["plan"]
+    assert sized.stat().st_size <= 300_000
+    assert plan["psnr"] == max(each["psnr"] for each in plan["tries"])
 
 
 def test_quantizing_a_quantized_file_is_an_error(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

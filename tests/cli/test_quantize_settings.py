@@ -73,13 +73,15 @@ def test_the_documented_command() -> None:
 VALUES = {
     "--preset": "w4a4", "--rank-ratio": "0.5", "--num-bits": "3", "--act-bits": "16", "--group-size": "32",
     "--rank": "5", "--factors": "int8", "--adaln": "int4", "--target-size": "1.5",
-    "--target-sqnr": "20", "--skip": "*.proj", "--no-figures": "", "--calib-images": "3", "--calib-steps": "7",
-    "--cfg-scale": "2", "--seed": "1", "--max-memory": "1",
+    "--target-sqnr": "20", "--target-psnr": "40", "--skip": "*.proj", "--no-figures": "",
+    "--calib-images": "3", "--calib-steps": "7", "--cfg-scale": "2", "--seed": "1", "--max-memory": "1",
 }  # fmt: skip
 EXCLUDED = {  # pairs of VALUES that contradict each other
-    "--rank-ratio": "--preset --act-bits --group-size --rank --factors --adaln --target-size --target-sqnr",
-    "--target-size": "--target-sqnr --num-bits --group-size --rank --adaln",
-    "--target-sqnr": "--num-bits --group-size --rank --adaln",
+    "--rank-ratio": "--preset --act-bits --group-size --rank --factors --adaln "
+                    "--target-size --target-sqnr --target-psnr",
+    "--target-size": "--target-sqnr --target-psnr --num-bits --group-size --rank --adaln",
+    "--target-sqnr": "--target-psnr --num-bits --group-size --rank --adaln",
+    "--target-psnr": "--num-bits --group-size --rank --adaln",
 }  # fmt: skip
 PAIRS = {frozenset((a, b)) for a, others in EXCLUDED.items() for b in others.split()}
 
@@ -92,7 +94,7 @@ def effect(asked: QuantizeSettings) -> dict[str, Any]:
     """Everything the settings decide."""
     calibration = (asked.calib_images, asked.calib_steps, asked.max_memory) if asked.calibrates else None
     guided = (asked.cfg_scale, asked.seed) if asked.calibrates or asked.figures else None
-    targets = asked.target_size, asked.target_sqnr
+    targets = asked.target_size, asked.target_sqnr, asked.target_psnr
     return {"config": asked.config, "inputs": (calibration, guided), "targets": targets, "figures": asked.figures}
 
 
@@ -138,6 +140,8 @@ def test_whiten_calibrates_the_rank_ratio_mode(option: str) -> None:
     ("argv", "sentence"),
     [
         ("--whiten", "--whiten requires --rank-ratio"),
+        ("--preset auto", "--preset auto requires --target-size or --target-psnr"),
+        ("--preset auto --target-sqnr 30", "--preset auto requires --target-size or --target-psnr"),
         ("--rank-ratio 0.5 --preset w8a8", "--preset excludes --rank-ratio"),  # also with its default
         ("--rank-ratio 0.5 --adaln int8", "--adaln excludes --rank-ratio"),
         ("--preset fp8 --num-bits 8", "--num-bits requires integer weights, --preset fp8 has FP8 E4M3"),

@@ -1,0 +1,82 @@
+"""The search for a plan by measured images: targets reached, few tries, the choice among plans of one size."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svdit.errors import UserError
+from svdit.model.config import DiTConfig
+from svdit.model.dit import DiT
+from svdit.quant.budget import Plan, Planner, observed
+from svdit.quant.config import RECIPES, dit_config
+from svdit.quant.trials import CLOSE, TRIES, best_within, smallest_reaching
+from svdit.sampling.calibration import calibration_loop
+from svdit.sampling.config import SamplingConfig
+from svdit.sampling.fidelity import CAP, Fidelity
+from tests.conftest import randomize
+
+CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=2, num_classes=5)
+
+
+@pytest.fixture(scope="module")
+def model() -> DiT:
+    made = randomize(DiT(CONFIG))
+    assert isinstance(made, DiT)
+    return made
+
+
+@pytest.fixture(scope="module")
+def planner(model: DiT) -> Planner:
+    return observed(model, dit_config(RECIPES["w8a8"]), calibration_loop(images=6, steps=5))
+
+
+@given(st.floats(0.6, 1.6), st.floats(-8, 12), st.floats(0.05, 0.95))
+@settings(max_examples=30, deadline=None)
+def test_a_target_is_reached_in_few_tries(planner: Planner, slope: float, offset: float, share: float) -> None:
+    """PSNR grows with the predicted SQNR, but neither its offset nor its slope is known."""
+
+    def measure(plan: Plan) -> float:
+        return offset + slope * plan.sqnr
+
+    low, high = (measure(planner.within(size)) for size in (planner.curve[0][0], planner.curve[-1][0]))
+    target = low + share * (high - low)
+    first, *others = smallest_reaching(planner, target, measure)
+    assert first.psnr >= target
+    assert len(others) < TRIES
+    failed = max((trial.plan.nbytes for trial in others if trial.psnr < target), default=0)
+    assert all(first.plan.nbytes <= trial.plan.nbytes for trial in others if trial.psnr >= target)
+    assert first.psnr <= target + CLOSE or first.plan.nbytes <= 1.02 * failed
+
+
+def test_a_target_that_no_file_reaches_is_a_sentence(planner: Planner) -> None:
+    most = planner.within(planner.curve[-1][0]).sqnr
+    for offset in (0.0, -30.0):  # the prediction promises it, or not
+        with pytest.raises(UserError, match=rf"90 dB is too high: .* have {most + offset:.1f} dB"):
+            smallest_reaching(planner, 90.0, lambda plan, offset=offset: plan.sqnr + offset)
+
+
+def test_the_best_of_different_plans_of_one_size_is_first(planner: Planner) -> None:
+    size = planner.curve[-1][0] * 9 // 10
+    plans = planner.choices(size)
+    assert len(plans) > 1 and all(plan.nbytes <= size for plan in plans)
+    assert plans[0] == planner.within(size)
+    formats = {
+        (rule.recipe.weight, rule.recipe.rank) for rule in plans[-1].config.rules if rule.recipe and rule.recipe.act
+    }
+    assert len(formats) == 1  # uniform
+    psnrs = iter(range(len(plans)))
+    trials = best_within(planner, size, lambda plan: float(next(psnrs)))
+    assert [trial.psnr for trial in trials] == sorted(range(len(plans)), reverse=True)
+    assert trials[0].plan == plans[-1]
+
+
+def test_fidelity_is_the_psnr_of_all_images(model: DiT) -> None:
+    """Latents (4 channels): the signal's power over that of the error."""
+    walk = SamplingConfig("ddim", "3", 1.5)
+    fidelity = Fidelity(model, walk, images=18)  # more than a batch
+    assert fidelity.psnr(model) == CAP
+    other = DiT(model.config).eval()
+    other.load_state_dict({name: 1.01 * value for name, value in model.state_dict().items()})
+    images = Fidelity(other, walk, images=18).targets
+    signal, noise = fidelity.targets.square().sum(), (images - fidelity.targets).square().sum()
+    assert fidelity.psnr(other) == pytest.approx(float(10 * (signal / noise).log10()), abs=1e-4)
