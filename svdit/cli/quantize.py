@@ -56,7 +56,7 @@ def add_method(parser: Parser) -> None:
     add = parser.add_argument_group("method", argument_default=argparse.SUPPRESS).add_argument
     add(
         "--preset",
-        choices=(*RECIPES, AUTO),
+        choices=(AUTO, *RECIPES),
         metavar="NAME",
         help=f"{', '.join(RECIPES)}; or {AUTO}, with a target: compare images of several choices; default: "
         f"{DEFAULT.preset}",

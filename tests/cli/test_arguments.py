@@ -27,7 +27,7 @@ CHOICES = [
     ("generate", "--label-policy", "svdit.sampling.dataset", "LABEL_POLICIES", []),
     ("sample", "--backend", "svdit.kernels.ops", "BACKENDS", ["auto"]),
     ("train", "--augment", "svdit.training.data", "AUGMENTATIONS", []),
-    ("quantize", "--preset", "svdit.quant.config", "RECIPES", []),
+    ("quantize", "--preset", "svdit.quant.config", "RECIPES", ["auto"]),
     ("quantize", "--adaln", "svdit.quant.config", "ADALN", []),
 ]
 

@@ -11,7 +11,7 @@ from devices.fake_cuda import FakeCuda
 from devices.test_evaluation import Network
 
 from svdit.checkpoints.store import load_model, save_model
-from svdit.cli import command
+from svdit.cli import command, quantize_plan
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS
 from svdit.sampling import calibration
@@ -29,6 +29,7 @@ QUANTIZE = {
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of 8 × 8 pixels, 64 wide, one block."""
     monkeypatch.setattr(calibration, "CONDITIONS", 64)
+    monkeypatch.setattr(quantize_plan, "STEPS", 2)
     model = randomize(DiT(DiTConfig(8, 4, 3, hidden_size=64, depth=1, num_heads=2, mlp_ratio=1, num_classes=5)))
     assert isinstance(model, DiT)
     save_model(model, tmp_path / "tiny.safetensors", name="tiny")
@@ -56,6 +57,13 @@ def test_quantize_and_verify(kind: str, source: Path, tmp_path: Path) -> None:
     cpu, cuda = on_both("quantize", f"--ckpt {source} {QUANTIZE[kind]}", "--output .safetensors", tmp_path, grad=True)
     assert cuda.read_bytes() == cpu.read_bytes()
     command("verify", [str(cuda), "--against", str(source)])
+
+
+def test_images_decide_on_a_gpu(source: Path, tmp_path: Path) -> None:
+    output, flags = tmp_path / "q.safetensors", f"--preset auto --target-size 0.3 --no-figures {FAST} --skip *.attn.*"
+    with FakeCuda(grad=True):
+        command("quantize", ["--ckpt", str(source), *flags.split(), "--device", "cuda", "--output", str(output)])
+    command("verify", [str(output), "--against", str(source)])
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm++"])
