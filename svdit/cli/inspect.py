@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import setup
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
 
     from svdit.model.dit import DiTConfig
     from svdit.quant.linear import LinearSpec
-
-    Layer = tuple[LinearSpec, int, int, int]  # output and input features, bytes
+    from svdit.report.tables import Stored
 
 SIZES = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes")
 LARGE = 20  # entries, from which on a dict in the header is not printed
+WIDTH = 80  # columns
 
 
 def parser() -> Parser:
@@ -31,9 +32,9 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """The table of quantized layers, the configuration and the provenance."""
+    """The configuration, the provenance and the table of quantized layers."""
     from svdit.checkpoints import io, restore, store
-    from svdit.report.tables import plan_lines, spec_table
+    from svdit.report.tables import plan_lines, spec_table, transform_text
 
     path = store.locate(args.file)
     contents = io.contents(path)
@@ -63,17 +64,20 @@ def run(args: argparse.Namespace) -> Result:
         "provenance": header.get("provenance", {}),
     }
     lines = [*text(data, config, guessed=not header), *(plan_lines(plan, config.depth) if plan else ())]
-    return Result(data, [spec_table(layers), *lines] if layers else lines)
+    if layers:
+        lines.append(f"transforms: {transform_text(layers)}")
+    shown = [part for line in lines for part in wrapped(line)]
+    return Result(data, [*shown, spec_table(layers)] if layers else shown)
 
 
 def text(data: dict[str, Any], config: "DiTConfig", guessed: bool) -> Iterator[str]:
-    """The lines below the table; `guessed`: the file has no header."""
+    """The lines above the table; `guessed`: the file has no header."""
     from svdit.checkpoints.families import NAMES
 
     yield f"file: {data['file'].name}, {data['bytes'] / 1e6:.2f} MB"
     yield f"family: {config.family}, prediction: {config.prediction}, time: {config.time}, path: {config.path}"
     name = data["name"] or f"a {NAMES[config.family]}"
-    yield f"model: {name}, {', '.join(f'{key}={value}' for key, value in shown(config).items())}"
+    yield f"model: {name}, {pairs(shown(config))}"
     if config.latent_std:
         yield f"latents: normalized, with the statistics of {len(config.latent_std)} channels"
     yield f"classes: {classes(config, guessed)}"
@@ -84,7 +88,12 @@ def text(data: dict[str, Any], config: "DiTConfig", guessed: bool) -> Iterator[s
         yield f"backend on this machine: {data['backend']}"
     if data["fallbacks"]:
         yield data["fallbacks"]
-    yield from (f"{key}: {value}" for key, value in flat(data["provenance"]))
+    yield from groups(data["provenance"])
+
+
+def wrapped(line: str) -> list[str]:
+    """The line as several of at most WIDTH columns, further ones indented; words stay whole."""
+    return wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def shown(config: "DiTConfig") -> dict[str, Any]:
@@ -97,7 +106,7 @@ def shown(config: "DiTConfig") -> dict[str, Any]:
     }
 
 
-def execution(layers: "Mapping[str, Layer]") -> tuple[str, str]:
+def execution(layers: "Mapping[str, Stored]") -> tuple[str, str]:
     """The backend on this machine, and the layers that it does not support, as a sentence; "" for none."""
     from svdit.kernels import ops
 
@@ -131,10 +140,22 @@ def size(name: str, spec: "LinearSpec", tensors: Mapping[str, "Tensor"]) -> tupl
     return rows.shape[0], columns, sum(tensor.nbytes for tensor in stored.values())
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dicts with dotted names, in order; dicts of more than LARGE entries are left out."""
+def groups(tree: dict[str, Any], name: str = "provenance") -> Iterator[str]:
+    """A line for every dict that holds more than dicts: its dotted name and its values; large ones are left out."""
+    if values := {key: value for key, value in tree.items() if not isinstance(value, dict)}:
+        yield f"{name}: {pairs(values)}"
     for key, value in tree.items():
         if isinstance(value, dict) and len(value) <= LARGE:
-            yield from flat(value, f"{prefix}{key}.")
-        elif not isinstance(value, dict):
-            yield f"{prefix}{key}", value
+            yield from groups(value, f"{name}.{key}" if name != "provenance" else key)
+
+
+def pairs(values: Mapping[str, Any]) -> str:
+    """ "depth=2, num_heads=4" """
+    return ", ".join(f"{key}={brief(value)}" for key, value in values.items())
+
+
+def brief(value: Any) -> str:
+    """The value with at most 6 digits; of a list of dicts its length."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return str(len(value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

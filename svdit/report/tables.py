@@ -1,6 +1,7 @@
 """Tables of layers for the terminal."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,8 +17,11 @@ if TYPE_CHECKING:
     from svdit.quant.linear import LinearSpec
     from svdit.quant.report import LayerReport
 
+    Stored = tuple[LinearSpec, int, int, int]  # output and input features, bytes
+
 Named = TypeVar("Named", str, "LayerReport")
 MANY = 40  # layers; longer tables have one row per kind of layer
+FLOATS = {"bfloat16": "BF16", "float32": "FP32"}
 WIDE = 120  # columns where stdout is not a terminal
 
 
@@ -113,22 +117,41 @@ def single_table(layers: Sequence["LayerReport"]) -> Table:
     return table
 
 
-def spec_table(layers: Mapping[str, tuple["LinearSpec", int, int, int]]) -> Table:
-    """One row per layer of what it stores, from its spec, output and input features, and bytes."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    for column in ("shape", "weights", "activations", "low rank", "transform"):
+def spec_table(layers: Mapping[str, "Stored"]) -> Table:
+    """One row per layer of what it stores; of more than MANY layers, one row per kind. At most 80 columns."""
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    groups = {name: [name] for name in layers} if len(layers) <= MANY else by_kind(layers)
+    table.add_column("layer" if len(groups) == len(layers) else "layers", no_wrap=True)
+    for column in ("shape", "weights", "inputs", "rank"):
         table.add_column(column)
     table.add_column("KB", justify="right")
-    for name, (spec, rows, columns, nbytes) in layers.items():
-        parts = (("centering", spec.shifted), ("smoothing", spec.scaled), (f"Hadamard {spec.hadamard}", spec.hadamard))
+    for label, names in groups.items():
+        specs = [layers[name][0] for name in names]
         table.add_row(
-            name,
-            f"{rows} × {columns}",
-            str(spec.weight or "–"),
-            str(spec.act or "float"),
-            f"rank {spec.rank}, {spec.factors or spec.factor_dtype}" if spec.rank else "–",
-            ", ".join(text for text, used in parts if used) or "–",
-            f"{nbytes / 1e3:.1f}",
+            label if label in layers else f"{len(names)} {label}",
+            distinct(f"{layers[name][1]} × {layers[name][2]}" for name in names),
+            distinct(str(spec.weight or "–") for spec in specs),
+            distinct(str(spec.act or "float") for spec in specs),
+            distinct(
+                f"{spec.rank} {spec.factors or FLOATS[spec.factor_dtype]}" if spec.rank else "–" for spec in specs
+            ),
+            f"{sum(layers[name][3] for name in names) / 1e3:.1f}",
         )
     return table
+
+
+def distinct(texts: Iterable[str]) -> str:
+    """The different ones among them, sorted."""
+    return ", ".join(sorted(set(texts)))
+
+
+def transform_text(layers: Mapping[str, "Stored"]) -> str:
+    """What happens to the inputs of how many layers before they are quantized."""
+    counts = Counter(transform(spec) for spec, *_ in layers.values())
+    return "; ".join(f"{text} in {count} layers" for text, count in counts.most_common())
+
+
+def transform(spec: "LinearSpec") -> str:
+    """What happens to a layer's input before it is quantized."""
+    parts = (("centering", spec.shifted), ("smoothing", spec.scaled), (f"Hadamard {spec.hadamard}", spec.hadamard))
+    return " + ".join(text for text, used in parts if used) or "none"

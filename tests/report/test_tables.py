@@ -2,9 +2,12 @@
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
+from svdit.kernels.formats import WEIGHT_FORMATS, Format
+from svdit.quant.linear import LinearSpec
 from svdit.quant.report import LayerReport
-from svdit.report.tables import MANY, layer_table, place
+from svdit.report.tables import MANY, layer_table, place, spec_table, transform_text
 
 
 @pytest.mark.parametrize(
@@ -26,20 +29,34 @@ def line(name: str, sqnr: float | None) -> LayerReport:
     return LayerReport(name, "INT4 g64", "INT8", *sizes, sqnr, 0.1, 0.5, 0.5, inputs=64, rows=900, held_out=70)
 
 
-def printed(lines: list[LayerReport]) -> str:
-    console = Console(width=100)
+def printed(table: Table, width: int = 100) -> list[str]:
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(layer_table(lines))
-    return capture.get()
+        console.print(table)
+    return [" ".join(row.split()) for row in capture.get().splitlines()]
 
 
 def test_few_layers_have_a_row_each() -> None:
-    assert len(printed([line(f"blocks.{i}.mlp.fc1", 20.0 + i) for i in range(MANY)]).splitlines()) > MANY
+    assert len(printed(layer_table([line(f"blocks.{i}.mlp.fc1", 20.0 + i) for i in range(MANY)]))) > MANY
 
 
 def test_many_layers_are_grouped_by_kind_with_median_and_worst() -> None:
     lines = [line(f"blocks.{i}.mlp.fc1", 60.0 - i) for i in range(MANY)]
-    rows = printed([*lines, line("final_layer.linear", None)]).splitlines()
+    rows = printed(layer_table([*lines, line("final_layer.linear", None)]))
     assert len(rows) == 3
-    assert " ".join(rows[1].split()) == "40 fc1 INT4 g64 INT8 4 320.0 → 40.0 900 70 40.5 21.0 in 39"
-    assert " ".join(rows[2].split()) == "1 final_layer.linear INT4 g64 INT8 4 8.0 → 1.0 900 70 – –"
+    assert rows[1] == "40 fc1 INT4 g64 INT8 4 320.0 → 40.0 900 70 40.5 21.0 in 39"
+    assert rows[2] == "1 final_layer.linear INT4 g64 INT8 4 8.0 → 1.0 900 70 – –"
+
+
+@pytest.mark.parametrize("count", [MANY - 1, MANY])
+def test_what_layers_store_fits_80_columns(count: int) -> None:
+    spec = LinearSpec(32, None, "bfloat16", WEIGHT_FORMATS["int4"], Format(8), True, True, 64)
+    plain = LinearSpec(0, None, "bfloat16", Format(8), None, False, False, 0)
+    layers = {f"blocks.{i}.mlp.fc1": (spec, 4608, 1152, 3_000_000) for i in range(count)}
+    layers["final_layer.adaLN_modulation.1"] = (plain, 2304, 1152, 2_700_000)
+    rows = printed(spec_table(layers), 80)
+    assert len(rows) == 1 + (count + 1 if count < MANY else 2)
+    label, total = ("blocks.0.mlp.fc1", 3000) if count < MANY else (f"{count} fc1", 3000 * count)
+    assert rows[1] == f"{label} 4608 × 1152 INT4 g64 INT8 32 BF16 {total:.1f}"
+    assert rows[-1].endswith("adaLN_modulation.1 2304 × 1152 INT8 float – 2700.0" if count < MANY else "2700.0")
+    assert transform_text(layers) == f"centering + smoothing + Hadamard 64 in {count} layers; none in 1 layers"
