@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     top.add_argument("--version", action="version", version=f"svdit {__version__}")
     top.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     with standard_streams():
-        name = top.parse_args(argv[:1]).command
+        name = top.parse_args(argv[:1] or ["--help"]).command
     command(name, argv[1:])
 
 

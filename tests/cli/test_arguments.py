@@ -8,7 +8,7 @@ import sys
 import pytest
 from pixels import ROOT
 
-from svdit.cli import COMMANDS, MODULES, command
+from svdit.cli import COMMANDS, MODULES, command, main
 from svdit.cli.arguments import Parser, decibels, integer, keys, ratio
 from svdit.quant.config import ADALN, RECIPES
 
@@ -113,6 +113,14 @@ for name in sys.argv[1:]:
     assert f"usage: svdit {name}" in out.getvalue(), name
     assert "torch" not in sys.modules, name
 """
+
+
+def test_svdit_alone_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
 
 
 def test_help_of_no_command_imports_torch() -> None:
