@@ -15,6 +15,7 @@ def parser() -> Parser:
     p.add_argument(
         "--metrics", type=names("metric"), help="comma-separated keys of metrics.json (default: the usual ones)"
     )
+    p.add_argument("--sort", default="", metavar="METRIC", help="order the rows below the baseline, best first")
     p.add_argument("--force", action="store_true", help="also print rows of different protocols, marked")
     return p
 
@@ -23,6 +24,5 @@ def run(args: argparse.Namespace) -> Result:
     """The table."""
     from svdit.evaluation.compare import comparison
 
-    table = comparison(args.reports, args.metrics, args.force)
-    rows = [{"file": path, **row} for path, row in zip(args.reports, table.to_json(), strict=True)]
-    return Result({"rows": rows}, table.text().split("\n"))
+    table = comparison(args.reports, args.metrics, args.force, args.sort)
+    return Result({"rows": table.to_json()}, table.text().split("\n"))

@@ -15,14 +15,16 @@ from typing import Any
 from svdit.errors import UserError
 from svdit.evaluation.jackknife import Estimate, Estimates
 from svdit.evaluation.metrics import METRICS, RANDOM
+from svdit.evaluation.paired import OF_ALL_PAIRS
 from svdit.evaluation.protocol import disagreements
 from svdit.evaluation.report import NOT_COMPARABLE, literal, markdown_table, number, read_report
 
 
 @dataclass(frozen=True)
 class Row:
-    """One file: its name, protocol and estimates, and the protocol fields in which it differs from the first."""
+    """One file: its path, name, protocol and estimates, and the protocol fields in which it differs from the first."""
 
+    path: str
     name: str
     protocol: dict[str, Any]
     metrics: Estimates
@@ -74,9 +76,10 @@ class Comparison:
         return "\n".join([*markdown_table(["", *self.keys], cells), "", *_notes(self.rows)])
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The rows as JSON: name, the fields in which its protocol differs from the first row's, and values."""
+        """The rows as JSON: file, name, the fields in which its protocol differs from the first row's, and values."""
         return [
             {
+                "file": row.path,
                 "name": row.name,
                 "differs": list(row.differs),
                 "metrics": {key: asdict(cell) for key, cell in self.cells(row).items()},
@@ -85,19 +88,33 @@ class Comparison:
         ]
 
 
-def compare(paths: Sequence[str | Path], metrics: Sequence[str] | None = None, force: bool = False) -> str:
+def compare(
+    paths: Sequence[str | Path], metrics: Sequence[str] | None = None, force: bool = False, sort: str = ""
+) -> str:
     """A Markdown table of `metrics` (default: the usual ones that the first file has), one row per file.
 
-    Raises UserError for different protocols, unless `force`, which marks them.
+    `sort`: the metric that orders the rows below the baseline, best first; by default they are in the order of `paths`.
+    Raises UserError for different protocols, unless `force`, which marks them, and for a metric the first file lacks.
     """
-    return comparison(paths, metrics, force).text()
+    return comparison(paths, metrics, force, sort).text()
 
 
-def comparison(paths: Sequence[str | Path], metrics: Sequence[str] | None = None, force: bool = False) -> Comparison:
+def comparison(
+    paths: Sequence[str | Path], metrics: Sequence[str] | None = None, force: bool = False, sort: str = ""
+) -> Comparison:
     """The table of `compare` as data. Raises UserError as `compare` does."""
-    rows = [_read(path) for path in paths]
-    keys = _columns(rows[0], metrics)
-    return Comparison(keys, [_checked(rows[0], row, keys, force) for row in rows])
+    first, *others = (_read(path) for path in paths)
+    keys = _columns(first, metrics)
+    if sort:
+        _check_known(first, sort)
+        others.sort(key=lambda row: _place(row.value(sort), sort))
+    return Comparison(keys, [_checked(first, row, keys, force) for row in (first, *others)])
+
+
+def _place(value: float | None, key: str) -> float:
+    """A number that is smaller for better values of a metric."""
+    higher = key.removeprefix(RANDOM) in {name for metric in METRICS.values() for name in metric.higher}
+    return math.inf if value is None else -value if higher else value
 
 
 def _read(path: str | Path) -> Row:
@@ -107,12 +124,12 @@ def _read(path: str | Path) -> Row:
         key: Estimate(metric["value"], tuple(metric["leave_out"]), metric["reason"])
         for key, metric in report["metrics"].items()
     }
-    return Row(name, report["protocol"], estimates)
+    return Row(str(path), name, report["protocol"], estimates)
 
 
 def _checked(first: Row, row: Row, keys: Sequence[str], force: bool) -> Row:
     # Counterparts must agree only where both rows show a metric of pairs.
-    of_pairs = {"identical_pairs", *(key for metric in METRICS.values() for key in metric.distances)}
+    of_pairs = {*OF_ALL_PAIRS, *(key for metric in METRICS.values() for key in metric.distances)}
     pairs = any(first.value(key) is not None and row.value(key) is not None for key in of_pairs.intersection(keys))
     fields = disagreements(first.protocol, row.protocol, pairs)
     if fields and not force:
@@ -128,9 +145,13 @@ def _columns(first: Row, metrics: Sequence[str] | None) -> list[str]:
         usual = {key for metric in METRICS.values() for key in metric.in_comparison}
         return [key for key in first.metrics if first.value(key) is not None and key.removeprefix(RANDOM) in usual]
     for key in metrics:
-        if key not in first.metrics:
-            raise UserError(f"{first.name} has no metric {key}; it has {', '.join(first.metrics)}")
+        _check_known(first, key)
     return list(metrics)
+
+
+def _check_known(row: Row, key: str) -> None:
+    if key not in row.metrics:
+        raise UserError(f"{row.name} has no metric {key}; it has {', '.join(row.metrics)}")
 
 
 def _cell(first: Row, row: Row, key: str) -> Cell:

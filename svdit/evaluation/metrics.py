@@ -19,7 +19,7 @@ from svdit.evaluation.features import Features, Rows
 from svdit.evaluation.frechet import TILE, frechet_distance, jackknifed_distance
 from svdit.evaluation.jackknife import Blocks, Estimate, Estimates
 from svdit.evaluation.neighbours import neighbour_metrics
-from svdit.evaluation.paired import Distance, load_lpips, psnr, relative_l2, ssim
+from svdit.evaluation.paired import OF_ALL_PAIRS, Distance, load_lpips, psnr, relative_l2, ssim
 from svdit.evaluation.statistics import Gaussian, Moments
 from svdit.extras import require
 from svdit.progress import Update, counted
@@ -55,7 +55,7 @@ class Metric:
     compute: estimates by key. distances: by key, a function of the device that returns a distance of two images.
     needs: what the real set must have: "pool statistics", "spatial statistics" or "pool rows".
     biased: tables also show the value without the bias of few images.
-    in_comparison: the keys that `svdit compare` shows by default.
+    in_comparison: the keys that `svdit compare` shows by default. higher: the keys whose higher values are better.
     on_request: measured only if named.
     """
 
@@ -65,6 +65,7 @@ class Metric:
     needs: str = ""
     biased: bool = False
     in_comparison: tuple[str, ...] = ()
+    higher: tuple[str, ...] = ()
     on_request: bool = False
 
     def __post_init__(self) -> None:
@@ -86,12 +87,19 @@ METRICS: dict[str, Metric] = {
     "kid": Metric(
         "kid", lambda d: kernel_distance(*d.pool(), d.blocks), needs="pool rows", in_comparison=("kid_full",)
     ),
-    "is": Metric("is", lambda d: inception_score(d.fake.rows["logits"], d.blocks), biased=True, in_comparison=("is",)),
+    "is": Metric(
+        "is",
+        lambda d: inception_score(d.fake.rows["logits"], d.blocks),
+        biased=True,
+        in_comparison=("is",),
+        higher=("is",),
+    ),
     "prc": Metric(
         "precision",
         lambda d: neighbour_metrics(*d.pool(), d.blocks),
         needs="pool rows",
         in_comparison=("precision", "recall"),
+        higher=("precision", "recall", "density", "coverage"),
     ),
     "mind": Metric("mind", lambda d: {"mind": monge_distance(*d.pool())}, needs="pool rows"),
     "fid_inf": Metric(
@@ -102,7 +110,8 @@ METRICS: dict[str, Metric] = {
     "paired": Metric(
         "psnr",
         distances={"psnr": lambda device: psnr, "ssim": lambda device: ssim, "relative_l2": lambda device: relative_l2},
-        in_comparison=("psnr", "ssim"),
+        in_comparison=("psnr", "psnr_pooled", "ssim"),
+        higher=("psnr", "ssim", *OF_ALL_PAIRS),
     ),
     "lpips": Metric("lpips", distances={"lpips": load_lpips}, in_comparison=("lpips",), on_request=True),
 }

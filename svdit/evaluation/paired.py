@@ -1,6 +1,7 @@
 """Distances of each generated image to its full-precision counterpart of the same seed.
 
 PSNR = 10 log₁₀ 255² / mean (a-b)²          at most 100 dB, the value of identical pairs
+pooled PSNR: the same of the mean over all pairs; a mean of decibels hides few bad pairs among many good ones
 SSIM   Wang et al. 2004: Gaussian window 11, σ 1.5, valid positions only, population covariance, mean over channels
 relative L2 = |a - b| / |b|                 over pixels in [-1, 1]
 LPIPS  Zhang et al. 2018, arXiv 1801.03924, VGG16 backbone through torch-fidelity; papers often quote AlexNet's,
@@ -31,6 +32,7 @@ Distance = Callable[[Pixels, Pixels], float]
 Scores = npt.NDArray[np.float64]
 
 PSNR_CAP = 100.0
+OF_ALL_PAIRS = ("psnr_pooled", "identical_pairs")  # keys without a value of each pair
 WINDOW, SIGMA = 11, 1.5
 LPIPS_URLS = (
     "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -56,11 +58,15 @@ def pair_scores(
 
 
 def paired_metrics(scores: Mapping[str, Scores], blocks: Blocks) -> Estimates:
-    """Means over pairs of the distances (N,) by name, and the number of identical pairs."""
+    """Means over pairs of the distances (N,) by name, the pooled PSNR, and the number of identical pairs."""
     estimates = {name: _mean(values, blocks) for name, values in scores.items()}
     if np.isnan(scores["ssim"]).any():
         estimates["ssim"] = Estimate(None, reason=f"images must be at least {WINDOW}×{WINDOW}")
-    estimates["identical_pairs"] = Estimate(float((scores["relative_l2"] == 0).sum()))
+    identical = scores["relative_l2"] == 0
+    squares = _mean(np.where(identical, 0, 255**2 * 10 ** (-scores["psnr"] / 10)), blocks)
+    pooled = [_decibels(square or 0) for square in (squares.value, *squares.leave_out)]
+    estimates["psnr_pooled"] = Estimate(pooled[0], tuple(pooled[1:]))
+    estimates["identical_pairs"] = Estimate(float(identical.sum()))
     return estimates
 
 
@@ -74,8 +80,12 @@ def _mean(scores: Scores, blocks: Blocks) -> Estimate:
 
 def psnr(a: Pixels, b: Pixels) -> float:
     """PSNR in dB of two uint8 (H, W, 3) images."""
-    error = np.square(a.astype(np.float64) - b).mean()
-    return PSNR_CAP if error == 0 else min(PSNR_CAP, float(10 * np.log10(255**2 / error)))
+    return _decibels(float(np.square(a.astype(np.float64) - b).mean()))
+
+
+def _decibels(square: float) -> float:
+    """The PSNR of a mean squared error."""
+    return PSNR_CAP if square == 0 else min(PSNR_CAP, float(10 * np.log10(255**2 / square)))
 
 
 def relative_l2(a: Pixels, b: Pixels) -> float:

@@ -39,6 +39,17 @@ def test_first_row_is_the_baseline_and_errors_are_paired(tmp_path: Path):
     assert "ssim" not in table  # no file has it
 
 
+@pytest.mark.parametrize(("key", "order"), [("fid", "abc"), ("psnr", "acb"), ("mind", "acb")])
+def test_rows_below_the_baseline_are_sorted_best_first(tmp_path: Path, key: str, order: str):
+    """Higher is better for some metrics; of equal or missing values the order stays."""
+    values = {"a": (10.0, 30.0), "c": (12.0, 40.0), "b": (11.0, 35.0)}
+    files = [report(tmp_path / f"{name}.json", fid, [], psnr) for name, (fid, psnr) in values.items()]
+    table = compare(files, ["fid"], sort=key)
+    assert "".join(line[2] for line in table.splitlines()[2:5]) == order
+    with pytest.raises(UserError, match="a has no metric kid; it has"):
+        compare(files, sort="kid")
+
+
 def test_different_seeds_are_not_paired(tmp_path: Path):
     a = report(tmp_path / "a.json", 10.0, [9.0, 10.0, 11.0])
     for seed in (1, None):

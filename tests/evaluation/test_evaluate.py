@@ -206,7 +206,7 @@ def test_random_features_are_labelled_everywhere(tmp_path: Path, real: Path, fak
 
 def test_pairs_need_no_network(fake: Path, full: Path):
     report = evaluate(None, fake, options=Options(("paired",), paired=full))
-    assert list(report.metrics) == ["psnr", "ssim", "relative_l2", "identical_pairs"]
+    assert list(report.metrics) == ["psnr", "ssim", "relative_l2", "psnr_pooled", "identical_pairs"]
     assert sorted(report.images) == ["grid_fake", "grid_pairs"]
 
 

@@ -70,6 +70,16 @@ def test_averages_over_pairs_and_counts_the_identical(tmp_path: Path):
     assert 0 < estimates["ssim"].value < 1
 
 
+def test_pooled_psnr_is_that_of_all_pixels(tmp_path: Path):
+    fakes, others = sets(tmp_path)
+    blocks = assign_blocks(8)
+    estimate = paired_metrics(pair_scores(fakes, others, DISTANCES), blocks)["psnr_pooled"]
+    a, b = (np.stack([images.read(n) for n in range(8)]).astype(np.float64) for images in (fakes, others))
+    by_hand = [10 * np.log10(255**2 / np.square(a - b)[blocks != k].mean()) for k in (-1, *range(8))]
+    assert [estimate.value, *estimate.leave_out] == pytest.approx(by_hand, abs=1e-5)  # float32 decibels
+    assert paired_metrics(pair_scores(fakes, fakes, DISTANCES), blocks)["psnr_pooled"].value == 100
+
+
 def test_distances_can_be_added_and_small_images_have_no_ssim(tmp_path: Path):
     fakes, others = sets(tmp_path, size=8)
     distance = lambda a, b: float((a != b).any())  # noqa: E731
