@@ -6,8 +6,9 @@
     python benchmarks/bench_end_to_end.py budget       # uniform settings, and --target-size at the same sizes
     python benchmarks/bench_end_to_end.py backends     # each of this processor's instruction sets
 
-DDIM with 50 steps, guidance 1.5, rank 8 by default; PSNR and relative L2 of uint8 images. Calibrating on other noise
-changes the PSNR by some 0.1 dB, so every number is a mean over several calibrations, with its standard error.
+DDIM with 50 steps, guidance 1.5, rank 8 by default; PSNR, the mean over images and pooled over their squared errors,
+and relative L2 of uint8 images. Calibrating on other noise changes the PSNR by some 0.1 dB, so every number is a mean
+over several calibrations, with its standard error.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def backends(full: Pixels, calibrations: int) -> None:
     The portable one is skipped: it is slow, and computes the same as avx512bf16.
     """
     for name in ("w8a8", "w4a8", "w4a4"):
-        errors: dict[str, list[tuple[float, float]]] = {}
+        errors: dict[str, list[tuple[float, float, float]]] = {}
         for seed in range(calibrations):
             model = load_model("digits")
             quantize_(model, presets()[name](model, seed), calibration(model, seed))
@@ -127,10 +128,9 @@ def backends(full: Pixels, calibrations: int) -> None:
                 fast = accelerate(copy.deepcopy(model), isa if isa == "reference" else "cpu")
                 errors.setdefault(isa, []).append(differences(draw(fast, len(full)), full))
         for isa, pairs in errors.items():
-            psnr, relative = np.mean(pairs, axis=0)
-            note = (
-                f"{len(full)} digits, DDIM 50, cfg 1.5, rank 8; relative L2 {relative:.4f}; {calibrations} calibrations"
-            )
+            psnr, pooled, relative = np.mean(pairs, axis=0)
+            note = f"pooled {pooled:.2f}; {len(full)} digits, DDIM 50, cfg 1.5, rank 8; relative L2 {relative:.4f}; "
+            note += f"{calibrations} calibrations"
             record("digits backends", f"`{name}`, {isa}", psnr, "dB", note)
 
 
@@ -155,21 +155,31 @@ def draw(model: DiT, count: int, walk: SamplingConfig = WALK) -> Pixels:
     return np.concatenate(images)
 
 
-def differences(a: Pixels, b: Pixels) -> tuple[float, float]:
-    """Mean PSNR in dB (identical images count as 100) and relative L2 of a and b, uint8 (N, H, W, C)."""
+def differences(a: Pixels, b: Pixels) -> tuple[float, float, float]:
+    """PSNR in dB, mean over images and pooled, and relative L2 of a and b, uint8 (N, H, W, C)."""
     one, two = a.astype(np.float64), b.astype(np.float64)
-    squares = np.square(one - two).mean(axis=(1, 2, 3))
-    psnr = np.minimum(100, 10 * np.log10(255**2 / np.maximum(squares, 1e-9)))
-    return float(psnr.mean()), float(np.linalg.norm(one - two) / np.linalg.norm(two))
+    errors = squares(a, b)
+    pooled = float(decibels(errors.mean()))
+    return float(decibels(errors).mean()), pooled, float(np.linalg.norm(one - two) / np.linalg.norm(two))
 
 
-def measured(choose: Choice, full: Pixels, seed: int) -> tuple[float, float, float, float]:
-    """PSNR, relative L2, median SQNR of the blocks' layers, and model size in MB, for one calibration."""
+def squares(a: Pixels, b: Pixels) -> np.ndarray:
+    """The mean squared error (N,) of each image, for uint8 (N, H, W, C)."""
+    return np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3))
+
+
+def decibels(squares: np.ndarray) -> np.ndarray:
+    """PSNR (…,) of mean squared errors (…,); identical images count as 100 dB."""
+    return np.minimum(100, 10 * np.log10(255**2 / np.maximum(squares, 1e-9)))
+
+
+def measured(choose: Choice, full: Pixels, seed: int) -> tuple[float, float, float, float, float]:
+    """PSNR, pooled too, relative L2, median SQNR of the blocks' layers, and size in MB, for one calibration."""
     model = load_model("digits")
     report = quantize_(model, choose(model, seed), calibration(model, seed))
     layers = [line.sqnr for line in report.layers if line.sqnr is not None and "adaLN" not in line.name]
-    psnr, relative = differences(draw(accelerate(model), len(full)), full)
-    return psnr, relative, float(np.median(layers)) if layers else float("nan"), report.bytes_after / 1e6
+    psnr, pooled, relative = differences(draw(accelerate(model), len(full)), full)
+    return psnr, pooled, relative, float(np.median(layers)) if layers else float("nan"), report.bytes_after / 1e6
 
 
 def main() -> None:
@@ -186,10 +196,10 @@ def main() -> None:
     choices = WHAT[args.what]()
     for name in args.only or choices:
         runs = np.array([measured(choices[name], full, seed) for seed in range(args.calibrations)])
-        psnr, relative, layer, megabytes = runs.mean(0)
+        psnr, pooled, relative, layer, megabytes = runs.mean(0)
         error = runs[:, 0].std(ddof=1) / args.calibrations**0.5 if args.calibrations > 1 else float("nan")
         note = f"{args.count} digits, DDIM 50, cfg 1.5, {megabytes:.3f} MB, "
-        note += f"{args.calibrations} calibrations, se {error:.2f} dB"
+        note += f"{args.calibrations} calibrations, se {error:.2f} dB, pooled {pooled:.2f}"
         record(f"digits {args.what}", f"{name} PSNR", psnr, "dB", note)
         record(f"digits {args.what}", f"{name} relative L2", relative, "", note)
         if np.isfinite(layer):

@@ -64,7 +64,7 @@ def intervals(count: int) -> None:
     runs = {str(pair): lambda walk=walk: draw(model, 16, walk) for pair, walk in walks.items()}
     times = measure(runs, 9)
     for pair in list(walks)[1:]:
-        psnr, relative = differences(images[pair], images[None])
+        psnr, _, relative = differences(images[pair], images[None])
         note = f"{count} digits, DDIM 50, cfg 1.5; {psnr:.1f} dB PSNR, relative L2 {relative:.4f} to full guidance"
         over = ratio(times, "None", str(pair))
         record("guidance interval", f"timesteps {pair[0]} to {pair[1]}, speed", over, "×", note)

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from bench_end_to_end import BEST_PUBLISHED, CPU, RANK, calibration, draw
+from bench_end_to_end import BEST_PUBLISHED, CPU, RANK, calibration, decibels, draw, squares
 from record import record
 from torch import Tensor
 
@@ -61,9 +61,9 @@ def quantized(checkpoint: str, config: QuantConfig, seed: int = 0) -> DiT:
 
 
 def with_rank(recipe: Recipe, model: DiT) -> QuantConfig:
-    """The rules of a recipe of rank RANK."""
+    """The rules of a recipe, with 1/16 of the model's width as its rank: RANK for the digits."""
     last_block = model.config.depth - 1 if model.config.prediction == "x0" else None
-    return dit_config(replace(recipe, rank=RANK), last_block=last_block)
+    return dit_config(replace(recipe, rank=model.config.hidden_size // 16), last_block=last_block)
 
 
 def rows(images: Pixels) -> np.ndarray:

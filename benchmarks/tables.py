@@ -65,20 +65,28 @@ def quality(rows: Rows, experiment: str, header: str) -> str:
     measured = latest(rows, f"digits {experiment}")
     names = [key.removesuffix(" PSNR") for key in measured if key.endswith(" PSNR")]
     if experiment == "presets":
-        names.sort(key=lambda name: -float(measured[f"{name} PSNR"]["value"]))
+        names.sort(key=lambda name: -pooled_or_mean(measured[f"{name} PSNR"]))
     lines, note = [], ""
     for name in names:
         psnr, layer = measured[f"{name} PSNR"], measured.get(f"{name} layer SQNR")
         note, error = psnr["note"], extract("se ([0-9.]+)", psnr["note"])
         size = f"{float(extract('([0-9.]+) MB', note)):.2f}"
         value = f"{float(psnr['value']):.1f}" + (f" ± {error}" if error else "")
+        pooled = extract("pooled ([0-9.]+)", note)
+        value += f" ({float(pooled):.1f})" if pooled else ""
         relative = f"{float(measured[f'{name} relative L2']['value']):.4f}"
         lines.append([f"`{name}`", size, value, relative, f"{float(layer['value']):.1f}" if layer else "–"])
     rank = "" if experiment == "ranks" else ", rank 8"
     count = extract("^([0-9]+) digits", note)
     setting = f"{count} digits, DDIM 50, cfg 1.5{rank}; ± over 2 or 3 calibrations, without ± one calibration"
+    setting += "; in brackets pooled" * ("pooled" in note)
     columns = [header, "model, MB", "PSNR, dB", "relative L2", "layer SQNR, dB"]
     return markdown(columns, lines, source(measured, f"bench_end_to_end.py {experiment}", setting))
+
+
+def pooled_or_mean(row: Row) -> float:
+    """The pooled PSNR of a measurement; early rows have only the mean."""
+    return float(extract("pooled ([0-9.]+)", row["note"]) or row["value"])
 
 
 def families(rows: Rows) -> str:
