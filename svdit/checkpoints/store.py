@@ -73,7 +73,7 @@ def load_model(
     mapped: bool = False,
     **overrides: Any,
 ) -> DiT:
-    """A model in eval mode from a file, or an embedded model by its name ("digits").
+    """A model in eval mode from a file, or an embedded model by its name ("digits"), in fp32 then.
 
     Supports svdit's own files, published state dicts, checkpoints of the published training scripts (the EMA weights)
     and diffusers' DiT folders. `name` (of `svdit.model.zoo`) and `overrides` (fields of DiTConfig) are checked against
@@ -92,6 +92,8 @@ def load_model(
         header = header or {}
         restore_(model, tensors, header, path)
         model.class_names, model.cache_plan = class_names(header, config, path), cache_plan(header, config, path)
+    if path.parent == EMBEDDED:  # where weights may be stored in half precision, to be small
+        model.float()
     return model.to(device).eval()
 
 

@@ -185,6 +185,16 @@ def test_embedded_models_load_by_name(tiny: DiT, tmp_path: Path, monkeypatch: py
         load_model("nowhere")
 
 
+def test_embedded_models_may_be_stored_in_half_precision(
+    tiny: DiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "EMBEDDED", tmp_path)
+    save_model(tiny.half(), tmp_path / "letters.safetensors")
+    state = load_model("letters").state_dict()
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert same(state, {name: tensor.float() for name, tensor in tiny.state_dict().items()})
+
+
 def broken(path: Path, tiny: DiT, edit: Callable[[State, State], None]) -> None:
     """Write a file with a valid checksum after `edit(tensors, header)`."""
     tensors: State = dict(tiny.state_dict())
