@@ -85,16 +85,6 @@ def distance(reference: Gaussian, images: Pixels) -> Estimate:
     return Estimate(values[0], tuple(values[1:]))
 
 
-def decibels(squares: np.ndarray) -> np.ndarray:
-    """PSNR (N,) of mean squared errors (N,); identical images count as 100 dB."""
-    return np.minimum(100, 10 * np.log10(255**2 / np.maximum(squares, 1e-9)))
-
-
-def squares(images: Pixels, full: Pixels) -> np.ndarray:
-    """The mean squared error (N,) of each image."""
-    return np.square(images.astype(np.float64) - full).mean(axis=(1, 2, 3))
-
-
 def methods(checkpoints: dict[str, str], count: int, only: list[str]) -> None:
     """Every method on every family: means over CALIBRATIONS."""
     reference = real()

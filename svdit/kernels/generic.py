@@ -3,6 +3,7 @@
 None of them fuses anything. `dequant` supports every format and is the fallback of all others.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -95,6 +96,15 @@ def less_zero_points(layer: Layer, y: Tensor, hat: Tensor) -> Tensor:
     """y (M, O), the product of x̂ (M, I) and codes, less the zero points' part: offsets times sums of x̂ by group."""
     offsets = ref.layer_scales(layer).offsets()
     return y if offsets is None else y - ref.grouped(hat, layer.form("residual")).sum(-1) @ offsets.T
+
+
+def shift_in_bias(layer: Layer, pack: Callable[[Layer], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """`pack(layer)`, for float activations without a subtraction per call: for zeros it computes the bias to use."""
+    packed = pack(layer)
+    if layer.in_shift is None:
+        return packed
+    bias = packed(layer.in_shift.new_zeros(1, layer.shape[1]))[0]
+    return pack(replace(layer, tensors={**layer.without("in_shift").tensors, "bias": bias}))
 
 
 def with_float_factors(layer: Layer, dtype: torch.dtype = torch.float32) -> Layer:

@@ -24,7 +24,7 @@ from svdit.sampling.protocols import PROTOCOLS
 
 TOKENS = 20_000  # enough for a small model: 2.5× as many did not improve its images
 GUIDANCE = 1.5  # scale for models of sizes that no protocol has
-CONDITIONS = 4096  # pairs (t, y) for the adaLN layers
+CONDITIONS = 4096  # pairs (t, y) for the adaLN layers, and four per input feature at least
 
 
 def calibration_size(model: DiT, images: int | None = None, steps: int | None = None) -> tuple[int, int]:
@@ -88,9 +88,10 @@ def calibration_loop(
             noise = image_noise(seed, indices, model.input_shape, model.pos_embed.device)
             with held_out() if indices is others else nullcontext():
                 generate(model, labels, config, noise=noise, callback=tick)
-        show_conditions(model, seed, CONDITIONS)
+        count = max(CONDITIONS, 4 * model.config.hidden_size)
+        show_conditions(model, seed, count)
         with held_out():
-            show_conditions(model, seed + 1, CONDITIONS // 8)
+            show_conditions(model, seed + 1, count // 8)
 
     return loop
 

@@ -246,17 +246,19 @@ def test_weight_only(kernels: ffi.Kernels) -> None:
         named = (WEIGHT_FORMATS[name] for name in ("int4-channel", "int4-bf16", "int4"))
         form = (INT8, *named, Format(4, 32, "bf16"))[seed % 5]
         columns = 64 * (1 + I // 64) if form.bits == 4 else I
-        layer = with_spec(random_layer(O, columns, 0, form, seed), act=None, scaled=False, shifted=False)
-        layer = layer.without("in_")
+        layer = with_spec(random_layer(O, columns, 0, form, seed), act=None, scaled=False, shifted=seed % 3 == 1)
         assert not cpu.unsupported(layer.spec, layer.shape, layer.device)
         x = torch.randn(M, columns, generator=torch.Generator().manual_seed(seed))
         weight = ref.matrix(layer).double()
         bias = torch.zeros(O) if layer.bias is None else layer.bias
+        shift = torch.zeros(columns) if layer.in_shift is None else layer.in_shift
         call = cpu.weight_only(layer, kernels)
         got = call(x[None])[0]
         assert torch.equal(got, torch.cat([call(row[None])[0] for row in x.split(1)]))
-        bound = (columns + 2) * U * (x.abs().double() @ weight.abs().T) + U * bias.abs()
-        assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
+        # x W and shift W are rounded one by one, and the sum of the latter and the bias twice.
+        bound = (columns + 2) * U * ((x.abs() + shift.abs()).double() @ weight.abs().T) + U * bias.abs()
+        bound += U * (bias - shift.double() @ weight.T).abs()
+        assert ((got - ((x - shift.double()) @ weight.T + bias)).abs() <= bound).all()
 
 
 def test_float_weights(kernels: ffi.Kernels) -> None:

@@ -312,16 +312,19 @@ def test_weight_only() -> None:
     for seed, (M, O, I, _) in enumerate(shapes(12, seed=5)):
         form = WEIGHT_FORMATS[names[seed % 4]]
         columns = 64 * (1 + I // 64) if form.bits == 4 else I
-        layer = with_spec(random_layer(O, columns, 0, form, seed), act=None, scaled=False, shifted=False)
-        layer = on_device(layer.without("in_"))
+        layer = with_spec(random_layer(O, columns, 0, form, seed), act=None, scaled=False, shifted=seed % 3 == 1)
+        layer = on_device(layer)
         assert not backend.unsupported(layer.spec, layer.shape, DEVICE)
         x = rows(M, columns, seed)
         weight = ref.matrix(layer).double()
         bias = torch.zeros(O, device=DEVICE) if layer.bias is None else layer.bias
+        shift = torch.zeros(columns, device=DEVICE) if layer.in_shift is None else layer.in_shift
         got = tri.weight_only(layer)(x[None])[0].double()
         split = 0 if INTERPRETED else U_BF16**2  # x as the sum of two bfloat16
-        bound = ((columns + 4) * U + split) * (x.abs().double() @ weight.abs().T) + U * bias.abs() + 1e-30
-        assert ((got - (x.double() @ weight.T + bias)).abs() <= bound).all()
+        sums = (x.abs() + shift.abs()).double() @ weight.abs().T
+        bound = ((columns + 4) * U + split) * sums + U * bias.abs() + 1e-30
+        bound += U * (bias - shift.double() @ weight.T).abs()
+        assert ((got - ((x - shift.double()) @ weight.T + bias)).abs() <= bound).all()
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def test_the_rank_ratio_mode_factors_every_linear(family: str) -> None:
 @pytest.mark.parametrize("family", VARIANTS)
 def test_budgets_are_met_by_every_family(family: str) -> None:
     model, config = tiny_of(family), dit_config(replace(RECIPES["w4a8"], rank=4, smoothing=0))
-    plan = plan_(model, config, show, target_sqnr=25.0)
-    assert plan.sqnr >= 25
+    plan = plan_(model, config, show, target_sqnr=35.0)
+    assert plan.sqnr >= 35
     smaller = plan_(model, config, show, target_bytes=plan.nbytes - 1)
     assert smaller.nbytes < plan.nbytes and smaller.sqnr < plan.sqnr
 

@@ -5,7 +5,9 @@ reads bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it; elsewhere ev
 unless they are stored so: 2^−9 relative per element.
 """
 
+from collections.abc import Callable
 from ctypes import Structure
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -242,6 +244,11 @@ def weigh(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels, scal
 def weight_only(layer: Layer, kernels: Kernels) -> Linear:
     """Quantized weights, float activations: rows of weights are decoded where they are used, and stay small."""
     require(layer)
+    return composed(generic.shift_in_bias(layer, partial(_weighed, kernels=kernels)))
+
+
+def _weighed(layer: Layer, kernels: Kernels) -> Callable[[Tensor], Tensor]:
+    """x (…, I) to (…, O) by a weight-only layer."""
     weight, stored = layer.tensors["residual_codes"].contiguous(), ref.layer_scales(layer)
     scales, offsets = stored.values().contiguous(), stored.offsets()
     factors = [ref.matrix(layer, name).contiguous() for name in ("l2", "l1")] if layer.spec.rank else []
@@ -254,7 +261,7 @@ def weight_only(layer: Layer, kernels: Kernels) -> Linear:
             y = y - weigh(ref.grouped(hat, form).sum(-1), offsets, None, kernels)
         return y + weigh(weigh(hat, factors[0], None, kernels), factors[1], None, kernels) if factors else y
 
-    return composed(call)
+    return call
 
 
 def float_linear(weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Linear:
