@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-all lint sanitize types wheel bench clean
+.PHONY: demo test test-all lint sanitize arm types wheel bench clean
 
 # Python 3.10 has no release of some pinned versions, so it gets the newest that support it.
 PIP = $(BIN)/pip install --quiet --no-compile $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
@@ -40,6 +40,10 @@ sanitize: $(READY)
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	SVDIT_KERNELS=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m 'not gpu' \
 	  tests/kernels/test_cpu.py tests/kernels/test_cpu_attention.py tests/kernels/test_fuzz.py tests/checkpoints/test_hostile.py
+
+# The kernels for 64-bit Arm; Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user.
+arm: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/kernels/test_arm.py
 
 types: $(READY)
 	$(BIN)/mypy

@@ -42,9 +42,10 @@ from svdit.model.zoo import config_for
 from svdit.quant.linear import LinearSpec
 from svdit.runtime.accelerate import accelerate
 
-HAS_BF16 = bool(capabilities().get("avx512_bf16"))
+HAS_BF16 = any(capabilities().get(name) for name in ("avx512_bf16", "bf16"))  # bf16 is Arm's
 SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4"), "W4A4": ("W4A4", "int4")}  # blocks and adaLN
-AMX = "SVDIT_ISA=amx python benchmarks/bench_cpu.py"
+UNMEASURED = ("amx", "neonbf16", "neoni8mm", "neondot")
+RESIDENT = Path("/proc/self/status")  # of Linux
 FAMILIES = ("DiT-XL/2", "LightningDiT-XL/1", "JiT-B/16")
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
 
@@ -263,7 +264,7 @@ def run_with(kernels: choice.Choice, run: Run) -> Tensor:
 
 def resident() -> tuple[int, int]:
     """Resident bytes now, and their peak since the counter was last cleared."""
-    status = Path("/proc/self/status").read_text()
+    status = RESIDENT.read_text()
     now, peak = (int(re.search(rf"{key}:\s+(\d+)", status)[1]) for key in ("VmRSS", "VmHWM"))  # type: ignore[index]
     return now * 1024, peak * 1024
 
@@ -311,8 +312,9 @@ def main() -> None:
     if args.memory_of:
         memory_of(setting, args.memory_of)
         return
-    if "amx" in ffi.isas():
-        print(f"this processor has AMX, which nobody has measured: run {AMX} too, and send benchmarks/results.csv")
+    for isa in set(UNMEASURED) & set(ffi.isas()):
+        command = f"SVDIT_ISA={isa} python benchmarks/bench_cpu.py"
+        print(f"nobody has measured {isa}: run {command} too, and send benchmarks/results.csv")
     peak(setting)
     if args.only in (None, "parts"):
         parts(setting)
@@ -320,7 +322,7 @@ def main() -> None:
         choices(setting)
     if args.only in (None, "families"):
         families(setting)
-    for kind in ("fp32", *SCHEMES) if args.only in (None, "memory") else ():
+    for kind in ("fp32", *SCHEMES) if args.only in (None, "memory") and RESIDENT.exists() else ():
         quick = ["--quick"] if args.quick else []
         subprocess.run([sys.executable, __file__, "--memory-of", kind, *quick], check=True)
     for batch in ([2] if args.quick else args.batch) if args.only in (None, "model") else ():

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = (DOCS / "quantization.md", DOCS / "evaluation.md", DOCS / "performance.md")
 MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
-TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r", (?:avx\w+|portable)\b"  # in notes
+TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r", (?:amx|avx\w+|neon\w+|portable)\b"  # in notes
 Row = dict[str, str]
 Rows = Sequence[Row]
 

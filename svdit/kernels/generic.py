@@ -39,7 +39,7 @@ def dequantized(layer: Layer, inner: bool = False) -> Linear:
 
 
 def torch_int8(layer: Layer, inner: bool = False) -> Linear | None:
-    """The integer product by torch._int_mm, which is exact on processors with VNNI only: elsewhere it saturates."""
+    """The integer product by torch._int_mm, exact with VNNI; other x86 processors saturate, Arm was not tested."""
     if torch_int8_unsupported(layer.spec, layer.shape, layer.device):
         return None
     weight, channel = integers(layer).t().contiguous(), row_steps(layer)
@@ -58,7 +58,11 @@ def torch_int8_missing(device: torch.device) -> str:
     if device.type != "cpu":
         return f"it runs on the CPU, not on {device.type}"
     has = capabilities()
-    return "" if has.get("avx512_vnni") or has.get("avx_vnni") else "without VNNI torch's integer product saturates"
+    return (
+        ""
+        if has.get("avx512_vnni") or has.get("avx_vnni")
+        else "torch's integer product is known to be exact with VNNI only"
+    )
 
 
 def torch_int8_unsupported(spec: LinearSpec, shape: tuple[int, int], device: torch.device) -> str:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdit.kernels.cpu.features import LINUX, OTHERS, capabilities, described
+from svdit.kernels.cpu import features
+from svdit.kernels.cpu.features import APPLE, LINUX, OTHERS, capabilities, described
 from svdit.kernels.cpu.ffi import ISAS
 
 
@@ -18,8 +19,36 @@ def test_linux_lists_what_torch_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == {name: bool(expected.get(name)) for name in names}
 
 
+ARM_FLAGS = "Features\t: fp asimd evtstrm aes atomics fphp asimdhp cpuid asimdrdm asimddp"
+
+
+@pytest.mark.parametrize("flags", [ARM_FLAGS, f"{ARM_FLAGS} i8mm bf16"])
+def test_arm_on_linux(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(features, "cpuinfo", lambda: flags)
+    found = {name for name, supported in capabilities.__wrapped__().items() if supported}
+    assert found == {"dot"} | ({"i8mm", "bf16"} & set(flags.split()))
+
+
+def test_arm_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An M1, by what sysctl answers."""
+    answers = {"hw.optional.arm.FEAT_DotProd": b"\1\0\0\0", "hw.optional.arm.FEAT_I8MM": b"\0\0\0\0"}
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr(features, "sysctl", lambda name: answers.get(name, b""))
+    assert capabilities.__wrapped__() == {"dot": True, "i8mm": False, "bf16": False}
+    monkeypatch.setattr(features, "cpuinfo", lambda: "")
+    monkeypatch.setattr(features, "sysctl", lambda name: b"Apple M1\0" if name == "machdep.cpu.brand_string" else b"")
+    assert features.processor.__wrapped__() == "Apple M1"
+
+
+def test_a_sysctl_that_is_unknown_is_empty() -> None:
+    assert features.sysctl("svdit.unknown") == b""
+
+
 def test_every_extension_that_an_instruction_set_needs_is_looked_up() -> None:
     assert {name for names in ISAS.values() for name in names} <= {*LINUX, *OTHERS}
+    assert set(APPLE) == {name for isa, names in ISAS.items() if isa.startswith("neon") for name in names}
 
 
 AMD = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t\t: 1"
@@ -27,7 +56,8 @@ ARM = "processor\t: 0\nBogoMIPS\t: 2100.00\nCPU implementer\t: 0x41\nCPU part\t:
 NAMES = {
     AMD: "AMD EPYC (Zen 4, family 25 model 17)",
     AMD.replace("17", "99"): "AMD EPYC (family 25 model 99)",
-    ARM: "CPU implementer 0x41 CPU part 0xd4f",
+    ARM: "Neoverse V2 (implementer 0x41 part 0xd4f)",
+    ARM.replace("0xd4f", "0xfff"): "implementer 0x41 part 0xfff",
     "": "",
 }
 

@@ -99,7 +99,9 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_cannot_be_right_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generic, "capabilities", lambda: {"avx2": True})
-    with pytest.raises(UserError, match="torch-int8 cannot be used here: without VNNI"):
+    with pytest.raises(
+        UserError, match="torch-int8 cannot be used here: torch's integer product is known to be exact with VNNI only"
+    ):
         ops.choose("cpu", "torch-int8")
     monkeypatch.setattr(generic, "capabilities", lambda: {"avx512_vnni": True})
     assert ops.choose("cpu", "torch-int8") == "torch-int8"

@@ -31,6 +31,9 @@ ISAS: dict[str, tuple[str, ...]] = {  # the `capabilities` each needs; most exte
     "avx512vnni": AVX512,
     "avxvnni": ("avx2", "fma3", "avx_vnni"),
     "avx2": ("avx2", "fma3"),
+    "neonbf16": ("i8mm", "bf16"),
+    "neoni8mm": ("i8mm",),
+    "neondot": ("dot",),
     "portable": (),
 }
 
@@ -69,7 +72,7 @@ SIGNATURES = {
     "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
     "peak": [POINTER(Peak), POINTER(c_int64)],
     "run": [POINTER(Step), c_int64],
-    "geometry": [POINTER(c_int64 * 10)],
+    "geometry": [POINTER(c_int64 * 11)],
 }
 
 
@@ -95,13 +98,13 @@ class Kernels:
     def __init__(self, isa: str) -> None:
         self.isa, self.lib = isa, library()
         if not built(isa):
-            raise UserError(f"the CPU kernels were compiled without {isa}, which needs GCC 11 or newer")
+            raise UserError(f"the CPU kernels were compiled without {isa}, which needs GCC 11, Clang 16 or newer")
         self.functions = {name: getattr(self.lib, f"{name}_{isa}") for name in SIGNATURES}
         for name, function in self.functions.items():
             function.argtypes, function.restype = SIGNATURES[name], c_int
-        numbers = (c_int64 * 10)()
+        numbers = (c_int64 * 11)()
         self.call("geometry", numbers)
-        self.panel, self.low_panel, self.wide, pairs, *sizes = numbers
+        self.panel, self.low_panel, self.wide, self.signed, pairs, *sizes = numbers
         if sizes != [sizeof(kind) for kind in STRUCTURES]:
             raise RuntimeError(f"structures of csrc/kernels.h have {sizes} bytes; make those of ffi.py match")
         self.low_dtype = torch.bfloat16 if pairs else torch.float32

@@ -1,8 +1,8 @@
 """The C kernels as operations on tensors: packed layers, attention.
 
-Integers equal those of reference.py. With bf16 dot products (avx512bf16, and portable, which emulates it), attention
-reads bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it; elsewhere everything is fp32. Factors are rounded to bf16,
-unless they are stored so: 2^−9 relative per element.
+Integers equal those of reference.py. With bf16 dot products (avx512bf16, neonbf16, and portable, which emulates them),
+attention reads bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it; elsewhere everything is fp32. Factors are
+rounded to bf16, unless they are stored so: 2^−9 relative per element.
 """
 
 from collections.abc import Callable
@@ -99,8 +99,9 @@ class IntegerLinear:
         self.group = min({form.group, spec.act.group} - {0}, default=0)  # columns that have the same scales
         self.floats = bool(spec.act.group) or not generic.has_integers(spec)  # groups are summed in fp32
         wide = kernels.wide and form.bits == 8
-        self.codes = torch.int16 if wide else torch.uint8  # of activations, with an offset that makes bytes unsigned
-        self.offset = 0 if wide else 128 if self.act.bits == 8 else -self.act.lo
+        signed = wide or kernels.signed
+        self.codes = torch.int16 if wide else torch.int8 if signed else torch.uint8  # of activations
+        self.offset = 0 if signed else 128 if self.act.bits == 8 else -self.act.lo  # makes bytes unsigned
         numbers = (self.codes.itemsize * self.depth, 4 * self.act.groups(I), kernels.low_dtype.itemsize * self.low_rank)
         self.row_bytes = numbers  # of codes, steps and x̂ L2ᵀ
         self._keep(generic.with_float_factors(layer, torch.bfloat16))

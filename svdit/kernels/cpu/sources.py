@@ -1,11 +1,13 @@
 """The sources of the C library and the flags to compile them, for build.py and setup.py; imports nothing of svdit."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).with_name("csrc")
-FLAGS = ["-O3", "-std=gnu11", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
-COMPILE = {"extra_compile_args": FLAGS, "extra_link_args": ["-fopenmp"]}  # in the form setuptools expects
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
+FLAGS = ["-O3", "-std=gnu11", *OPENMP, "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
+COMPILE = {"extra_compile_args": FLAGS, "extra_link_args": OPENMP}  # in the form setuptools expects
 
 
 def files() -> list[str]:

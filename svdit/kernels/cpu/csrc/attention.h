@@ -4,8 +4,9 @@
    of scores. */
 #include "heads.h"
 
-/* Two vectors: with more, most lanes of the last queries would be empty. */
-enum { QUERY_VECTORS = 2, QUERIES = QUERY_VECTORS * LANES, KEYS = TILE_VECTORS == 4 ? 8 : TILE_ROWS };
+/* 16 queries or 32: with more, most lanes of the last ones would be empty. */
+enum { QUERY_VECTORS = LANES == 4 ? 4 : 2, QUERIES = QUERY_VECTORS * LANES };
+enum { KEYS = TILE_VECTORS > QUERY_VECTORS ? 8 : TILE_ROWS };
 
 typedef struct {
     int64_t tokens, columns, width, value_width; /* width: columns padded for keys and queries */

@@ -41,6 +41,8 @@ FN VF root(VF x)
     return (VF)_mm512_sqrt_ps((__m512)x);
 #elif LANES == 8
     return (VF)_mm256_sqrt_ps((__m256)x);
+#elif defined(USE_NEON)
+    return (VF)vsqrtq_f32((float32x4_t)x);
 #else
     for (int i = 0; i < LANES; i++) x[i] = sqrtf(x[i]);
     return x;

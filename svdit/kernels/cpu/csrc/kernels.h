@@ -6,13 +6,13 @@
    panel    PANEL = LANES · TILE_VECTORS outputs that are computed together. Outputs are padded to whole panels.
    tile     TILE_ROWS rows of activations times one panel: as many sums as the vector registers hold.
    8 bits   (panels, K / 4, PANEL, 4) bytes: four columns of one output are adjacent, because one lane of `dot`
-            (vpdpbusd) multiplies and adds four bytes.
+            (vpdpbusd) multiplies and adds four bytes. With USE_I8MM (panels, K / 8, PANEL, 8): smmla takes eight.
    4 bits   (panels, K / 8, PANEL, 4) bytes: of eight columns, byte t holds code t in its low half and code t + 4 in
             its high half, each + 8. One `and` and one shift give the four bytes of columns 0 … 3 and of 4 … 7.
    bf16     L1 (panels, R / 2, PANEL, 2), L2 (…, K / 2, LOW_PANEL, 2): two columns are adjacent, because one lane of
             vdpbf16ps multiplies and adds two numbers.
    offset   `dot` takes unsigned activations: 128 is added to 8-bit codes, −lo to codes of lo … hi. It adds offset ·
-            (sum of a weight row) to each output, which `offsets` subtracts. 0 where WIDE: signed 16-bit activations.
+            (sum of a weight row) to each output, which `offsets` subtracts. 0 where WIDE, signed 16-bit activations, and SIGNED, signed bytes.
    sums     int32 over the whole row where weights are integers with one step per row (two-level multiples are
             multiplied out to 8 bits first); with `floats` int32 within a group, then fp32. */
 #ifndef SVDIT_KERNELS_H

@@ -2,12 +2,15 @@
    Everything else is written with GCC's vector extensions, which compile for any processor. An instruction set is
    a file that defines ISA, TARGET, LANES, TILE_ROWS, TILE_VECTORS, WIDE, PAIRS and includes this one.
    Activation codes are bytes, unsigned by an offset of 128. WIDE, for want of a dot product of such bytes: beside 8-bit
-   weights they are signed and of 16 bits, beside 4-bit weights bytes are summed in 16 bits. PAIRS: bf16 dot products. */
+   weights they are signed and of 16 bits, beside 4-bit weights bytes are summed in 16 bits. PAIRS: bf16 dot products.
+   USE_NEON: bytes are signed. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #ifdef __x86_64__
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #ifdef _OPENMP
 #include <omp.h>
@@ -38,9 +41,19 @@ typedef uint16_t Low;
 typedef float Low;
 #endif
 
-enum { STAGES = LANES == 16 ? 4 : 3 }; /* LANES = 2^STAGES */
-/* CODES: in a lane of `dot`. W: numbers in a lane of `multiply_add`. */
+enum { STAGES = LANES == 16 ? 4 : LANES == 8 ? 3 : 2 }; /* LANES = 2^STAGES */
+/* CODES: in a lane of `dot`. W: numbers in a lane of `multiply_add`. ADJACENT: columns of one output that are adjacent. */
 enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2, CODES = WIDE ? 2 : 4, W = PAIRS ? 2 : 1 };
+#ifdef USE_NEON
+enum { SIGNED = 1 };
+#else
+enum { SIGNED = 0 };
+#endif
+#ifdef USE_I8MM
+enum { ADJACENT = 8 };
+#else
+enum { ADJACENT = 4 };
+#endif
 
 FN VF load(const float *p) { VF v; memcpy(&v, p, sizeof v); return v; }
 FN VI load_int(const void *p) { VI v; memcpy(&v, p, sizeof v); return v; }
@@ -66,6 +79,10 @@ FN VF at_most(VF x, VF limit) { return (VF)_mm256_min_ps((__m256)limit, (__m256)
 FN VF at_least(VF x, VF limit) { return (VF)_mm512_max_ps((__m512)limit, (__m512)x); }
 FN VI larger(VI a, VI b) { return (VI)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 FN VF at_most(VF x, VF limit) { return (VF)_mm512_min_ps((__m512)limit, (__m512)x); }
+#elif defined(USE_NEON)
+FN VF at_least(VF x, VF limit) { return (VF)vmaxq_f32((float32x4_t)limit, (float32x4_t)x); }
+FN VI larger(VI a, VI b) { return (VI)vmaxq_s32((int32x4_t)a, (int32x4_t)b); }
+FN VF at_most(VF x, VF limit) { return (VF)vminq_f32((float32x4_t)limit, (float32x4_t)x); }
 #else
 FN VF choose(VI mask, VF yes, VF no) { return (VF)((mask & (VI)yes) | (~mask & (VI)no)); }
 FN VF at_least(VF x, VF limit) { return choose(limit > x, limit, x); }
@@ -75,8 +92,10 @@ FN VF at_most(VF x, VF limit) { return choose(limit < x, limit, x); }
 FN VF magnitude(VF a) { return (VF)((VI)a & 0x7fffffff); }
 #if LANES == 16
 #define NUMBERS ((VI){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15})
-#else
+#elif LANES == 8
 #define NUMBERS ((VI){0, 1, 2, 3, 4, 5, 6, 7})
+#else
+#define NUMBERS ((VI){0, 1, 2, 3})
 #endif
 /* The numbers of the lanes i ^ h; lanes in such an order, by instructions without an index where it is a constant. */
 FN VI across(int h) { return NUMBERS ^ h; }
@@ -135,6 +154,10 @@ FN void store_bytes(uint8_t *to, VI v)
     __m256i low = _mm256_shuffle_epi8((__m256i)v, _mm256_set1_epi32(0x0c080400));
     int32_t halves[2] = {_mm256_extract_epi32(low, 0), _mm256_extract_epi32(low, 4)};
     memcpy(to, halves, sizeof halves);
+#elif defined(USE_NEON)
+    int16x4_t shorts = vmovn_s32((int32x4_t)v);
+    int32_t bytes = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(shorts, shorts))), 0);
+    memcpy(to, &bytes, sizeof bytes);
 #else
     VB bytes = __builtin_convertvector(v, VB);
     memcpy(to, &bytes, sizeof bytes);
@@ -148,6 +171,10 @@ FN VI load_bytes(const uint8_t *p)
     return (VI)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
 #elif defined(USE_VNNI)
     return (VI)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(USE_NEON)
+    uint32_t bytes;
+    memcpy(&bytes, p, 4);
+    return (VI)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(bytes)))));
 #else
     VI v;
     for (int i = 0; i < LANES; i++) v[i] = (int8_t)p[i];
@@ -200,6 +227,10 @@ FN VH to_bf16_quickly(VF x)
 {
 #if defined(USE_BF16)
     return (VH)_mm512_cvtneps_pbh((__m512)x);
+#elif defined(USE_BFDOT)
+    VH h;
+    __asm__("bfcvtn %0.4h, %1.4s" : "=w"(h) : "w"(x));
+    return h;
 #else
     return to_bf16(x);
 #endif
@@ -242,11 +273,18 @@ FN VF gelu(VF x) { return x / (power_of_two((x * x * -0.102943240f - 2.30220820f
 /* x / (1 + e^−x) */
 FN VF silu(VF x) { return x / (power_of_two(x * -1.44269504f) + 1.f); }
 
-/* acc + the dot product of each lane's codes in a and b: four bytes, a's unsigned, or two of 16 bits where WIDE */
+/* acc + the dot product of each lane's codes in a and b: four bytes, a's unsigned except for USE_NEON, or two of 16 bits
+   where WIDE. USE_I8MM: a product of two rows of eight bytes and two of b. */
 FN VI dot(VI acc, VI a, VI b)
 {
 #if defined(USE_VNNI)
     __asm__(USE_VNNI " %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+#elif defined(USE_I8MM)
+    __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(b));
+    return acc;
+#elif defined(USE_NEON)
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(b));
     return acc;
 #elif WIDE
     return acc + (VI)_mm256_madd_epi16((__m256i)a, (__m256i)b);
@@ -263,6 +301,9 @@ FN VF multiply_add(VF acc, VI a, VI b)
     return acc + (VF)a * (VF)b;
 #elif defined(USE_BF16)
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+#elif defined(USE_BFDOT)
+    __asm__("bfdot %0.4s, %1.8h, %2.8h" : "+w"(acc) : "w"(a), "w"(b));
     return acc;
 #else
     VI high = splat_int((int32_t)0xffff0000);
@@ -291,6 +332,9 @@ FN void low_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS],
 enum { BLOCK_ROWS = TILE_ROWS, DOTS = 0 };
 FN void begin(void) {}
 FN void end(void) {}
+#endif
+#ifdef USE_NEON
+#include "neon.h"
 #endif
 
 /* The body of an exported function: run work(arguments, next) on torch's OpenMP threads, return 0, or 1 where a thread

@@ -1,14 +1,14 @@
 /* Stored layouts to panels, once for each layer. */
 
-/* A panel's columns k … k + 4 lie together: dword n is that of output n. */
+/* A panel's columns k … k + ADJACENT lie together, those of output n in place n. */
 FN void pack_bytes(const Packing *p, int64_t first, int64_t outputs)
 {
     const int8_t *rows = (const int8_t *)p->stored + first * p->depth;
     uint8_t *to = p->weight + first * padded(p->depth, DEPTH_STEP);
-    for (int64_t k = 0; k < p->depth; k += 4, to += 4 * PANEL)
+    for (int64_t k = 0; k < p->depth; k += ADJACENT, to += ADJACENT * PANEL)
         for (int64_t n = 0; n < outputs; n++) {
-            if (p->depth - k >= 4) memcpy(to + 4 * n, rows + n * p->depth + k, 4);
-            else memcpy(to + 4 * n, rows + n * p->depth + k, (size_t)(p->depth - k));
+            if (p->depth - k >= ADJACENT) memcpy(to + ADJACENT * n, rows + n * p->depth + k, ADJACENT);
+            else memcpy(to + ADJACENT * n, rows + n * p->depth + k, (size_t)(p->depth - k));
         }
     for (int64_t n = 0; n < outputs; n++) {
         int32_t total = 0;
@@ -74,10 +74,10 @@ TARGET int EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t 
     return 0;
 }
 
-/* What ffi.py must know and agree with: shapes of tiles, WIDE, whether `low` holds bf16, sizes of arguments. */
+/* What ffi.py must know and agree with: shapes of tiles, WIDE, SIGNED, whether `low` holds bf16, sizes of arguments. */
 int EXPORT(geometry)(int64_t *to)
 {
-    int64_t numbers[] = {PANEL, LOW_PANEL, WIDE, PAIRS,
+    int64_t numbers[] = {PANEL, LOW_PANEL, WIDE, SIGNED, PAIRS,
                          sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly), sizeof(Packing),
                          sizeof(Step)};
     memcpy(to, numbers, sizeof numbers);

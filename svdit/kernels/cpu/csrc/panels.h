@@ -36,6 +36,18 @@ FN void expand_groups(const Product *p, int64_t panel, int64_t groups, Expanded 
         }
 }
 
+/* Vector j of a panel's first and second four columns of eight */
+FN void store_eight(VI *to, int j, VI first, VI second)
+{
+#ifdef USE_I8MM
+    to[2 * j] = (VI)picked((VF)first, (VF)second, (VI){0, 4, 1, 5});
+    to[2 * j + 1] = (VI)picked((VF)first, (VF)second, (VI){2, 6, 3, 7});
+#else
+    memcpy(to + j, &first, sizeof first);
+    memcpy(to + TILE_VECTORS + j, &second, sizeof second);
+#endif
+}
+
 /* A 4-bit panel is (depth / 8, PANEL, 4): byte t holds code 8k + t + 8 in its low half and 8k + 4 + t + 8 above.
    Codes are multiplied by their group's integer, which fits 8 bits, except where WIDE. */
 FN void expand_nibbles(const Product *p, int64_t panel, int64_t size, Expanded to)
@@ -47,11 +59,12 @@ FN void expand_nibbles(const Product *p, int64_t panel, int64_t size, Expanded t
         int64_t group = least(8 * k / size, groups - 1);
         for (int j = 0; j < TILE_VECTORS; j++) {
             VU both = (VU)load_int(from + (k * PANEL + j * LANES) * 4);
+            VI code[2];
             for (int half = 0; half < 2; half++) {
-                VI code = (VI)((((both >> 4 * half & low) | signs) - eights) ^ signs); /* byte by byte, no borrow */
-                if (p->group && !p->floats && !WIDE) code = times(code, to.multiples[group * TILE_VECTORS + j]);
-                memcpy((VI *)to.codes + (2 * k + half) * TILE_VECTORS + j, &code, sizeof code);
+                code[half] = (VI)((((both >> 4 * half & low) | signs) - eights) ^ signs); /* byte by byte, no borrow */
+                if (p->group && !p->floats && !WIDE) code[half] = times(code[half], to.multiples[group * TILE_VECTORS + j]);
             }
+            store_eight((VI *)to.codes + 2 * k * TILE_VECTORS, j, code[0], code[1]);
         }
     }
 }

@@ -9,6 +9,8 @@ enum PEAKS { FP32, INT8, LOW }; /* a multiply-add of floats; `dot`; `multiply_ad
 
 #if defined(USE_VNNI) || WIDE
 #define KEEP(x) __asm__ volatile("" : "+v"(x))
+#elif defined(USE_NEON)
+#define KEEP(x) __asm__ volatile("" : "+w"(x))
 #else
 #define KEEP(x) __asm__ volatile("" : : "m"(x) : "memory")
 #endif
@@ -46,6 +48,7 @@ WORK int peak_some(const Peak *p, int64_t *next)
 /* The results of `dot`, or of a multiply-add, in every repeat are returned in `lanes`. */
 int EXPORT(peak)(const Peak *p, int64_t *lanes)
 {
-    *lanes = p->kind == INT8 && DOTS ? DOTS : TILE_ROWS * TILE_VECTORS * LANES;
+    *lanes = TILE_ROWS * TILE_VECTORS * LANES;
+    if (p->kind == INT8) *lanes = DOTS ? DOTS : *lanes * ADJACENT / 4; /* smmla is eight products a lane */
     PARALLEL(peak_some, p)
 }

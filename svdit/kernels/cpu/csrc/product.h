@@ -1,5 +1,6 @@
 /* The integer product and what follows it. */
 
+#ifndef USE_NEON /* neon.h has its own */
 /* acc[i][j] += Σ_k a[i][k] b[k][j] for the lanes of `dot` from `first` to `last`; in registers, for `acc` could alias */
 TIGHT void integer_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[TILE_ROWS], const VI *b, int64_t first,
                         int64_t last)
@@ -16,6 +17,7 @@ TIGHT void integer_sums(VI acc[TILE_ROWS][TILE_VECTORS], const int32_t *const a[
     }
     memcpy(acc, sums, sizeof sums);
 }
+#endif
 
 #if WIDE
 /* acc[i][j] += multiples[j] · Σ_k a[i][k] b[k][j] for bytes whose sums fit 16 bits: half the instructions */

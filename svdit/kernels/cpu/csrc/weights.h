@@ -96,7 +96,7 @@ WORK int weigh_few(const WeightOnly *shared, int64_t *next)
 {
     const WeightOnly kept = *shared, *w = &kept;
     int64_t Kp = padded(w->depth, CHUNK), pieces = padded(w->outputs, ROWS) / ROWS;
-    float *x = aligned_alloc(64, (size_t)(w->rows * Kp) * sizeof(float));
+    float *x = aligned_alloc(64, (size_t)padded(w->rows * Kp * (int64_t)sizeof(float), 64));
     if (!x) return 1;
     for (int64_t m = 0; m < w->rows; m++) arrange((VF *)(x + m * Kp), 1, w->x + m * w->depth, w->depth, w->bits);
     for (int64_t piece; (piece = take(next, pieces)) < pieces;) weigh_piece(w, x, piece * ROWS);

@@ -1,0 +1,21 @@
+/* Arm with dot products of bytes: Graviton 2, Ampere Altra, Apple M1. */
+#if defined(__aarch64__) && (__clang_major__ >= 16 || (!defined(__clang__) && __GNUC__ >= 10))
+#define ISA neondot
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#define LANES 4
+#define TILE_ROWS 6
+#define TILE_VECTORS 4
+#define WIDE 0
+#define PAIRS 0
+#define USE_NEON
+#include "lanes.h"
+#include "norms.h"
+#include "rows.h"
+#include "panels.h"
+#include "product.h"
+#include "attention.h"
+#include "weights.h"
+#include "steps.h"
+#include "packing.h"
+#include "peak.h"
+#endif

@@ -1,0 +1,22 @@
+/* Arm with products of matrices of bytes: Graviton 3 and 4, Grace, Apple M2. */
+#if defined(__aarch64__) && (__clang_major__ >= 16 || (!defined(__clang__) && __GNUC__ >= 10))
+#define ISA neoni8mm
+#define TARGET __attribute__((target("arch=armv8.2-a+i8mm")))
+#define LANES 4
+#define TILE_ROWS 6
+#define TILE_VECTORS 4
+#define WIDE 0
+#define PAIRS 0
+#define USE_NEON
+#define USE_I8MM
+#include "lanes.h"
+#include "norms.h"
+#include "rows.h"
+#include "panels.h"
+#include "product.h"
+#include "attention.h"
+#include "weights.h"
+#include "steps.h"
+#include "packing.h"
+#include "peak.h"
+#endif
