@@ -34,7 +34,7 @@ def ours(model: DiT, preset: str, x: Tensor, c: Tensor) -> Run:
     quantize_(model, dit_config(recipe_for(preset, rank=32), adaln), lambda model: model(*model_inputs(16)))
     fast, c = accelerate(model), F.silu(c)[:, None]
     block = fast.blocks[0]
-    return lambda: block(x.clone(), fast.modulations(c, slice(None))[0], None)  # the block updates x in place
+    return lambda: block(x.clone(), fast.modulations(c, slice(None), [0])[0], None)  # the block updates x in place
 
 
 def sdnq(block: nn.Module, x: Tensor, c: Tensor) -> Run:

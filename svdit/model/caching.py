@@ -23,6 +23,9 @@ Pair = tuple[float, float]
 class Blocks(Protocol):
     """What a model's forward pass runs its blocks through."""
 
+    def runs(self, i: int) -> bool:
+        """Whether this evaluation runs block i."""
+
     def block(self, i: int, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """The tokens (N, L + T, D) behind block i, which `run` computes, possibly in place."""
 
@@ -81,13 +84,21 @@ class Cache:
                 f"the cache plan is for {self.evaluation} evaluations of the model, and sampling needs more"
             )
 
+    def runs(self, i: int) -> bool:
+        """Whether this evaluation runs block i."""
+        return self.plan.runs[self.group(i)][self.evaluation] == "1"
+
+    def group(self, i: int) -> int:
+        """The group of block i."""
+        return bisect_right(self.plan.groups, i) - 1
+
     def block(self, i: int, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """The tokens (N, L + T, D) behind block i, which `run` computes, possibly in place."""
-        g = bisect_right(self.plan.groups, i) - 1
-        runs, first = self.plan.runs[g], i == self.plan.groups[g]
-        if runs[self.evaluation] == "0":
+        g = self.group(i)
+        first = i == self.plan.groups[g]
+        if not self.runs(i):
             return x + self.predicted(g, len(x)) if first else x
-        kept = "0" in runs[self.evaluation :]
+        kept = "0" in self.plan.runs[g][self.evaluation :]
         if first and kept:
             self.latest[g] = [x.clone(), *self.latest[g][:1]]
         x = run(x)

@@ -4,7 +4,7 @@ The residual stream is fp32 and updated in place. The conditioning is computed o
 not once per image. Blocks compute what `svdit.model.layers.Block` computes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import cast
@@ -108,7 +108,7 @@ class FastDiT(DiT):
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.blocks = nn.ModuleList(FastBlock(block, f"blocks.{i}", backend, debug) for i, block in enumerate(blocks))
         weights = [w for b in blocks if (w := weights_around_scales(b.norm1, b.norm2)) is not None]
-        self.norm_weights = torch.stack(weights)[:, None] if weights else None  # (blocks, 1, 6D)
+        self.norm_weights = [w[None] for w in weights]  # (1, 6D) each; none for LayerNorm
         final: FinalLayer = model.final_layer
         self.last_modulations = pack(final.adaLN_modulation[1], "final_layer.adaLN_modulation.1")
         self.last_weight = weights_around_scales(final.norm_final, gates=0)  # (2D)
@@ -138,30 +138,34 @@ class FastDiT(DiT):
         label = self.y_embedder(y)                                                # (different (t, y), D)
         hidden = silu(self.t_first.fused(sinusoids(t)[:, None]))                  # (different (t, y), 1, D)
         c = silu(self.t_second.fused(hidden) + label[:, None])                    # (different (t, y), 1, D)
-        modulations = self.modulations(c, place)                                  # (blocks, 6, N, D)
+        running = [i for i in range(self.config.depth) if not cache or cache.runs(i)]
+        modulations = self.modulations(c, place, running)                         # (6, N, D) each
         rotation = self.rotations(x)
-        for i, (block, six) in enumerate(zip(self.blocks, modulations, strict=True)):
+        for i, block in enumerate(self.blocks):
             if i == self.config.context_start:
                 x = self.with_context(x, label[place])                            # (N, L + T, D)
                 rotation = self.rotations(x)
-            run = partial(block, modulations=six, rotation=rotation)
+            run = partial(block, modulations=modulations.get(i), rotation=rotation)
             x = cache.block(i, x, run) if cache else run(x)                       # (N, L + T, D)
         shift, scale = folded(self.last_modulations.fused(c)[:, 0], self.last_weight)[place].chunk(2, dim=1)
         modulation = Modulation(shift, scale, self.config.norm == "rms")          # (N, D) each
         x = self.last.fused(x[:, self.config.context_tokens:], modulation=modulation)   # (N, T, P·P·C or 2C)
         return self.unpatchify(x)[:, :self.used_channels]                         # (N, C or 2C, H, W)
 
-    def modulations(self, c: Tensor, place: Tensor | slice) -> Tensor:
-        """Those of all blocks, (blocks, 6, N, D), of each distinct conditioning c (n, 1, D) in the place of its images.
+    def modulations(self, c: Tensor, place: Tensor | slice, blocks: Sequence[int]) -> dict[int, Tensor]:
+        """Those of `blocks`, (6, N, D) each, of each distinct conditioning c (n, 1, D) in the place of its images.
 
         Together, because each of torch's operations is slow right after kernels that swept its code out of cache."""
-        rows = [cast(FastBlock, block).modulations.fused(c) for block in self.blocks]   # (n, 1, 4D or 6D) each
+        if not blocks:
+            return {}
+        rows = [cast(FastBlock, self.blocks[i]).modulations.fused(c) for i in blocks]   # (n, 1, 4D or 6D) each
         B, D = len(rows), c.shape[-1]
-        pairs = torch.stack(rows).view(B, len(c), 2, -1, D)                       # (blocks, n, 2, 2 or 3, D)
+        pairs = torch.stack(rows).view(B, len(c), 2, -1, D)                       # (B, n, 2, 2 or 3, D)
         if not self.config.shift:
-            pairs = F.pad(pairs, (0, 0, 1, 0))                                    # (blocks, n, 2, 3, D)
-        six = folded(pairs.flatten(2), self.norm_weights)[:, place]               # (blocks, N, 6D)
-        return six.reshape(B, -1, 6, D).transpose(1, 2)
+            pairs = F.pad(pairs, (0, 0, 1, 0))                                    # (B, n, 2, 3, D)
+        weights = torch.stack([self.norm_weights[i] for i in blocks]) if self.norm_weights else None  # (B, 1, 6D)
+        six = folded(pairs.flatten(2), weights)[:, place]                         # (B, N, 6D)
+        return dict(zip(blocks, six.reshape(B, -1, 6, D).transpose(1, 2), strict=True))
     # fmt: on
 
     def rotations(self, x: Tensor) -> Rotation | None:

@@ -42,6 +42,10 @@ class Recorder:
         self.outputs.append(self.model(x, t, y, self))
         return self.outputs[-1]
 
+    def runs(self, i: int) -> bool:
+        """Every block."""
+        return True
+
     def block(self, i: int, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         """The tokens (N, L + T, D) behind block i."""
         if i in self.groups:

@@ -19,6 +19,7 @@ from svdit.model.embeddings import sinusoids
 from svdit.quant.config import RECIPES, dit_config
 from svdit.quant.quantize import quantize_
 from svdit.runtime.accelerate import accelerate
+from svdit.runtime.linear import FastLinear
 from svdit.sampling.batch import default_sampling, generate
 from svdit.sampling.calibration import calibration_loop
 from svdit.sampling.config import recorded
@@ -97,7 +98,7 @@ def test_a_plan_that_runs_everything_changes_no_bit(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["dit", "jit"])
 @torch.no_grad()
-def test_quantized_models_follow_a_plan_image_by_image(family: str) -> None:
+def test_quantized_models_follow_a_plan_image_by_image(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small(family)
     quantize_(model, dit_config(RECIPES["w8a8"]), calibration_loop(images=4, steps=4))
     config, slow = config_of(model), deepcopy(model)
@@ -114,6 +115,16 @@ def test_quantized_models_follow_a_plan_image_by_image(family: str) -> None:
     for i, label in enumerate([1, 2]):
         noise = image_noise(0, [i], fast.input_shape, fast.pos_embed.device)
         assert torch.equal(generate(fast, [label], config, noise=noise)[0], images[i])
+    layers, fused = set[str](), FastLinear.fused
+    monkeypatch.setattr(
+        FastLinear, "fused", lambda self, *args, **kw: layers.add(self.name) or fused(self, *args, **kw)
+    )
+    follow = cached(fast, PLAN, 3)
+    for n, call in enumerate(calls):
+        layers.clear()
+        follow(*call)
+        blocks = {int(name.split(".")[1]) for name in layers if name.startswith("blocks.")}
+        assert blocks == {i for i, g in enumerate((0, 1, 1)) if PLAN.runs[g][n] == "1"}  # their modulations too
 
 
 def test_a_plan_is_followed_with_its_own_settings_only() -> None:
