@@ -77,18 +77,19 @@ class Clock:
 def child(started: float, argv: list[str]) -> None:
     """Run the command in this process and print the seconds of its phases as JSON."""
     clock = Clock(started)
-    from svdit.cli import command, parser
+    from svdit.cli import command, parser, setup
 
-    parser("sample")
-    clock.switch()
-    clock.open = [TORCH]
-    import torch
+    setup.read_ahead(parser("sample").parse_args(argv))  # as the command does, before torch is imported
+    with setup.uncollected():
+        clock.switch()
+        clock.open = [TORCH]
+        import torch
 
-    clock.switch()
-    clock.open = ["svdit's own imports"]
-    for place, phase in PHASES.items():
-        clock.wrap(place, phase)
-    clock.switch()
+        clock.switch()
+        clock.open = ["svdit's own imports"]
+        for place, phase in PHASES.items():
+            clock.wrap(place, phase)
+        clock.switch()
     clock.open = ["rest"]
     command("sample", argv)
     clock.switch()

@@ -23,12 +23,12 @@ from svdit import __version__
 from svdit.checkpoints import foreign
 from svdit.errors import UserError
 from svdit.files import atomic_path, reading, sha256
-from svdit.storage import pickles
+from svdit.storage import ahead, pickles
+from svdit.storage.ahead import KEY
 from svdit.storage.checksum import content, digest, digest_of
 from svdit.storage.filetype import check_regular
 
 FORMAT_VERSION = 1
-KEY = "svdit"
 Header = dict[str, Any]
 FIELDS: dict[str, type] = {  # of a header; all but the first may be absent
     "format_version": int, "tool_version": str, "name": str, "config": dict, "layers": dict, "provenance": dict,
@@ -68,10 +68,12 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], header: Header) -> No
 def verified(path: Path, mapped: bool = False) -> Iterator[Contents]:
     """A file whose tensors are copied into CPU memory and whose checksums match at the end of the context.
 
-    The header's checksum is computed meanwhile, and a wrong one is reported in place of any other error. `mapped`:
-    tensors of layers with quantized activations stay in the file, for a model that is packed at once.
+    The header's checksum is computed meanwhile, or has been (`storage.ahead`), and a wrong one is reported in place of
+    any other error. `mapped`: tensors of layers with quantized activations stay in the file, for a model that is packed
+    at once.
     Raises UserError for files that are damaged, incomplete, foreign or newer than this version.
     """
+    begun = ahead.started(path)
     tensors, header, recorded = contents(path)
     if header is None:
         pickles.check_sums(parts(path))
@@ -81,11 +83,11 @@ def verified(path: Path, mapped: bool = False) -> Iterator[Contents]:
         yield Contents(copied, header, recorded)
         return
     with ThreadPoolExecutor(1) as pool:
-        checksum = pool.submit(digest_of, content(header, copied))
+        checksum = begun or pool.submit(digest_of, content(header, copied))
         try:
             yield Contents(copied, header, recorded)
         finally:
-            if header.get("sha256") != checksum.result():
+            if header.get("sha256") != (checksum.result() or digest_of(content(header, copied))):
                 message = f"{path} is damaged: its content does not match its checksum; copy or download it again"
                 raise UserError(message) from None
 

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdit.cli import outputs, sampling, setup
 from svdit.cli.arguments import Parser, output
@@ -15,7 +15,9 @@ from svdit.cli.result import Result
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
+    from svdit.model.autoencoder import Autoencoder
     from svdit.model.dit import DiT
+    from svdit.sampling.batch import SamplingConfig
 
 PUBLISHED_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]
 COLUMNS = 4
@@ -37,40 +39,59 @@ def parser() -> Parser:
     return parser
 
 
+class Job(NamedTuple):
+    """What `load` prepares; `record` is printed with --json."""
+
+    model: "DiT"
+    autoencoder: "Autoencoder"
+    config: "SamplingConfig"
+    labels: list[int]
+    record: dict[str, Any]
+
+
 def run(args: argparse.Namespace) -> Result:
     """Check the options, lock the output, and draw into it."""
     from svdit.files import exclusive
 
     outputs.output_file(args.output, ".png", ".PNG")
+    setup.read_ahead(args)
     with exclusive(args.output):
-        return draw(args)
+        with setup.uncollected():
+            job = load(args)
+        draw(job, args.seed, args.output)
+    data = {"output": args.output, "classes": job.labels, "seed": args.seed}
+    return Result(data | asdict(job.config) | job.record, [args.output])
 
 
-def draw(args: argparse.Namespace) -> Result:
-    """Load the model, sample, and write the grid."""
+def load(args: argparse.Namespace) -> Job:
+    """The model and the autoencoder that the options ask for, and all settings."""
+    device = setup.device(args.device)
+    checkpoint = setup.load_checkpoint(args, device, to_pack=True)
+    outputs.check_distinct("--output", args.output, checkpoint.path)
+    config, vae, _, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
+    record |= {"checkpoint": checkpoint.path, "caching": sampling.caching(args, checkpoint.model, config)}
+    model = setup.accelerated(checkpoint.model, args)
+    labels = class_labels(args.classes, checkpoint.model)
+    return Job(model, sampling.load_vae(vae, model, device, VAE, checkpoint.path), config, labels, record)
+
+
+def draw(job: Job, seed: int, output: Path) -> None:
+    """Sample, and write the grid."""
     from svdit import images
     from svdit.diffusion.noise import batch_noise
     from svdit.progress import progress
     from svdit.sampling.batch import generate_images
 
-    device = setup.device(args.device)
-    checkpoint = setup.load_checkpoint(args, device, to_pack=True)
-    outputs.check_distinct("--output", args.output, checkpoint.path)
-    config, vae, _, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
-    record |= {"caching": sampling.caching(args, checkpoint.model, config)}
-    model = setup.accelerated(checkpoint.model, args)
-    labels = class_labels(args.classes, checkpoint.model)
-    autoencoder = sampling.load_vae(vae, model, device, VAE, checkpoint.path)
-    noise = batch_noise(args.seed, (len(labels), *model.input_shape), device, model.config.family in DOUBLED)
+    model, autoencoder, config, labels, _ = job
+    device, doubled = model.pos_embed.device, model.config.family in DOUBLED
+    noise = batch_noise(seed, (len(labels), *model.input_shape), device, doubled)
     steps = len(config.schedule(model.config))
     with progress("sampling", unit="steps") as tick:
         samples = generate_images(
             model, labels, config, autoencoder=autoencoder, noise=noise, callback=lambda done, x: tick(done, steps)
         )
     scale = max(1, MIN_SIDE // samples.shape[1])
-    images.write_png(args.output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
-    data = {"output": args.output, "classes": labels, "checkpoint": checkpoint.path, "seed": args.seed}
-    return Result(data | asdict(config) | record, [args.output])
+    images.write_png(output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
 
 
 def class_labels(classes: Sequence[str] | None, model: "DiT") -> list[int]:

@@ -1,12 +1,13 @@
 """The checksum of tensors and of the header stored with them."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from svdit.storage import ahead
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -16,10 +17,9 @@ def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def content(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     """What `digest` covers, with tensors (…) as views, so that another thread can hash it without torch."""
-    rest = {key: value for key, value in header.items() if key != "sha256"}
-    parts: list[bytes | memoryview] = [json.dumps(rest, sort_keys=True).encode()]
+    parts: list[bytes | memoryview] = [ahead.rest(header)]
     for name, tensor in sorted(tensors.items()):
-        parts.append(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        parts.append(ahead.entry(name, str(tensor.dtype), list(tensor.shape)))
         parts.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return parts
 

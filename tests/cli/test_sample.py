@@ -1,8 +1,10 @@
 """`svdit sample`: the grid, the published order of noise, errors, a closed pipe."""
 
+import gc
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from pixels import saved
 from safetensors.torch import save_file
 
 from svdit import images
+from svdit.checkpoints import io
 from svdit.checkpoints.store import load_model, save_model
-from svdit.cli import command
+from svdit.cli import command, setup
 from svdit.cli.sample import class_labels, default_classes
 from svdit.diffusion.guidance import guided
 from svdit.diffusion.samplers import ddpm
@@ -144,3 +147,24 @@ def test_nothing_slow_is_imported_from_start_to_image(tmp_path: Path, tiny: DiT)
     assert (tmp_path / output).is_file()
     assert "torch" in modules.split()
     assert sorted(SLOW.intersection(modules.split())) == []
+
+
+@pytest.mark.parametrize(("cls", "code"), [("1", 0), ("none", 2)])
+def test_loading_collects_nothing_and_hashes_once(
+    cls: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected, load = list[bool](), setup.load_checkpoint
+    monkeypatch.setattr(setup, "load_checkpoint", lambda *a, **kw: collected.append(gc.isenabled()) or load(*a, **kw))
+    monkeypatch.setattr(io, "digest_of", lambda parts: pytest.fail("hashed again"))
+    argv = [
+        "--ckpt",
+        saved(tmp_path / "tiny.safetensors"),
+        *FAST,
+        "--classes",
+        cls,
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
+    with nullcontext() if code == 0 else pytest.raises(SystemExit, match="2"):
+        command("sample", argv)
+    assert collected == [False] and gc.isenabled()
