@@ -158,6 +158,8 @@ FN void store_bytes(uint8_t *to, VI v)
     int16x4_t shorts = vmovn_s32((int32x4_t)v);
     int32_t bytes = vget_lane_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(shorts, shorts))), 0);
     memcpy(to, &bytes, sizeof bytes);
+#elif defined(USE_VNNI)
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)v));
 #else
     VB bytes = __builtin_convertvector(v, VB);
     memcpy(to, &bytes, sizeof bytes);
@@ -311,25 +313,10 @@ FN VF multiply_add(VF acc, VI a, VI b)
 #endif
 }
 
-/* acc[i][j] += Σ_k a[i][k] b[k][j] for the first `vectors` of b's `stride` columns; W neighbours k lie side by side in
-   a and in b */
-FN void low_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS], const Low *b, int64_t steps,
-                 int64_t stride, int vectors)
-{
-    for (int64_t k = 0; k < steps; k++) {
-        VI columns[TILE_VECTORS];
-        UNROLL for (int j = 0; j < vectors; j++) columns[j] = load_int(b + (k * stride + j * LANES) * W);
-        UNROLL for (int i = 0; i < TILE_ROWS; i++) {
-            VI row = broadcast(a[i] + k * W);
-            UNROLL for (int j = 0; j < vectors; j++) acc[i][j] = multiply_add(acc[i][j], row, columns[j]);
-        }
-    }
-}
-
 #ifdef USE_AMX
 #include "blocks.h"
 #else
-enum { BLOCK_ROWS = TILE_ROWS, DOTS = 0 };
+enum { BLOCK_ROWS = TILE_ROWS * TILE_VECTORS / 2, DOTS = 0 };
 FN void begin(void) {}
 FN void end(void) {}
 #endif

@@ -3,7 +3,7 @@
 typedef struct {
     int64_t columns, glu; /* glu: silu(a) · b of 2 · columns numbers a and b */
     const uint16_t *halves; /* instead of x */
-    const float *x, *shift, *scale, *in_shift, *in_inverse;
+    const float *x;
     float mean, inverse;
 } Row;
 

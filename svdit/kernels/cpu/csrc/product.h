@@ -138,7 +138,7 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, St
         if (from.branch)
             UNROLL for (int i = 0; i < TILE_ROWS; i++)
                 UNROLL for (int j = 0; j < TILE_VECTORS; j++) y[i][j] += from.branch[i * TILE_VECTORS + j];
-        low_rank_tile(y, low, p->l1 + (panel * pairs + from.pairs) * PANEL * 2, pairs - from.pairs, TILE_VECTORS);
+        low_rank_tile(*y, low, p->l1 + (panel * pairs + from.pairs) * PANEL * 2, pairs - from.pairs, TILE_ROWS, TILE_VECTORS);
     }
     int64_t n = panel * PANEL, left = p->outputs - n;
     UNROLL for (int i = 0; i < TILE_ROWS; i++) {

@@ -3,11 +3,18 @@
    order of reference.rotate, so that behind it all codes are the reference's bit for bit. */
 
 /* acc[i][j] += Σ_k a[i][k] b[k][j]: a of `pairs` · 2 numbers a row, b packed (pairs, vectors · LANES, 2) bf16 */
-FN void low_rank_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_ROWS], const uint16_t *b,
-                      int64_t pairs, int vectors)
+FN void low_rank_tile(VF *acc, const Low *const *a, const uint16_t *b, int64_t pairs, int rows, int vectors)
 {
 #if PAIRS
-    low_tile(acc, a, b, pairs, vectors * LANES, vectors);
+    for (int64_t k = 0; k < pairs; k++) {
+        VI columns[TILE_VECTORS];
+        UNROLL for (int j = 0; j < vectors; j++) columns[j] = load_int(b + (k * vectors + j) * LANES * 2);
+        UNROLL for (int i = 0; i < rows; i++) {
+            VI row = broadcast(a[i] + 2 * k);
+            UNROLL for (int j = 0; j < vectors; j++)
+                acc[i * vectors + j] = multiply_add(acc[i * vectors + j], row, columns[j]);
+        }
+    }
 #else
     for (int64_t k = 0; k < pairs; k++, b += 2 * LANES * vectors)
         UNROLL for (int odd = 0; odd < 2; odd++) {
@@ -16,9 +23,9 @@ FN void low_rank_tile(VF acc[TILE_ROWS][TILE_VECTORS], const Low *const a[TILE_R
                 VI both = load_int(b + 2 * LANES * j);
                 column[j] = (VF)(odd ? both & splat_int((int32_t)0xffff0000) : both << 16);
             }
-            UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+            UNROLL for (int i = 0; i < rows; i++) {
                 VF row = splat(a[i][2 * k + odd]);
-                UNROLL for (int j = 0; j < vectors; j++) acc[i][j] += row * column[j];
+                UNROLL for (int j = 0; j < vectors; j++) acc[i * vectors + j] += row * column[j];
             }
         }
 #endif
@@ -65,29 +72,51 @@ FN void hadamard64(VF v[VECTORS])
     UNROLL for (int i = 0; i < VECTORS; i++) v[i] *= 0.125f;
 }
 
-FN VF prepared(const Row *row, int64_t k, int64_t left)
+/* Modulation, in_shift and in_scale of one image as one factor and one term per column, of `padded depth` each. */
+typedef struct {
+    int64_t image;
+    float *factor, *term;
+} Folded;
+
+FN void fold(const Rows *r, int64_t image, Folded *to)
+{
+    const float *shift = r->shift + image * r->stride, *scale = r->scale + image * r->stride;
+    to->image = image;
+    for (int64_t k = 0; k < r->depth; k += LANES) {
+        VF term = load_upto(shift + k, r->depth - k), factor = load_upto(scale + k, r->depth - k) + 1.f;
+        if (r->in_shift) term -= load(r->in_shift + k);
+        if (r->in_inverse) term *= load(r->in_inverse + k), factor *= load(r->in_inverse + k);
+        store(to->term + k, term), store(to->factor + k, factor);
+    }
+}
+
+FN VF prepared(const Rows *r, const Row *row, const Folded *folded, int64_t k, int64_t left)
 {
     VF v = element(row, k, left);
-    if (row->shift)
-        v = (v - row->mean) * row->inverse * (load_upto(row->scale + k, left) + 1.f) + load_upto(row->shift + k, left);
-    if (row->in_shift) v -= load(row->in_shift + k);
-    if (row->in_inverse) v *= load(row->in_inverse + k);
+    if (r->shift) return (v - row->mean) * row->inverse * load(folded->factor + k) + load(folded->term + k);
+    if (r->in_shift) v -= load(r->in_shift + k);
+    if (r->in_inverse) v *= load(r->in_inverse + k);
     return v;
 }
 
 /* x̂ of row m into `hat`, padded with zeros; returns the bits of its largest magnitude, of which infinity and NaN have
-   the largest. */
-FN int32_t transform_row(const Rows *r, int64_t m, float *hat)
+   the largest. The row that follows is fetched meanwhile. */
+FN int32_t transform_row(const Rows *r, int64_t m, float *hat, Folded *folded)
 {
-    int64_t K = r->depth, image = r->shift ? m / r->tokens * r->stride : 0;
+    int64_t K = r->depth, bytes = (r->glu ? 2 : 1) * (r->bf16 ? 2 : 4); /* of a column */
+    const char *next = (const char *)r->x + (m + 1) * K * bytes;
     Row row = row_at(r->x, r->bf16, m * K * (r->glu ? 2 : 1), K);
-    row.glu = r->glu, row.in_shift = r->in_shift, row.in_inverse = r->in_inverse;
     VI most = {0};
-    if (r->shift) row.shift = r->shift + image, row.scale = r->scale + image, moments(&row, r->rms, 1e-6f);
+    row.glu = r->glu;
+    if (r->shift) {
+        if (m / r->tokens != folded->image) fold(r, m / r->tokens, folded);
+        moments(&row, r->rms, 1e-6f);
+    }
     if (r->hadamard == BLOCK)
         for (int64_t k = 0; k < K; k += BLOCK) {
             VF v[VECTORS];
-            UNROLL for (int i = 0; i < VECTORS; i++) v[i] = prepared(&row, k + i * LANES, LANES);
+            for (int64_t line = 0; line < BLOCK * bytes; line += 64) __builtin_prefetch(next + k * bytes + line, 0, 2);
+            UNROLL for (int i = 0; i < VECTORS; i++) v[i] = prepared(r, &row, folded, k + i * LANES, LANES);
             hadamard64(v);
             UNROLL for (int i = 0; i < VECTORS; i++) {
                 store(hat + k + i * LANES, v[i]);
@@ -95,7 +124,7 @@ FN int32_t transform_row(const Rows *r, int64_t m, float *hat)
             }
         }
     else {
-        for (int64_t k = 0; k < K; k += LANES) store(hat + k, prepared(&row, k, K - k));
+        for (int64_t k = 0; k < K; k += LANES) store(hat + k, prepared(r, &row, folded, k, K - k));
         for (int64_t k = K; k < padded(K, DEPTH_STEP); k++) hat[k] = 0;
         if (r->hadamard) hadamard(hat, K, r->hadamard);
         for (int64_t k = 0; k < K; k += LANES) most = larger(most, (VI)magnitude(load(hat + k)));
@@ -103,11 +132,11 @@ FN int32_t transform_row(const Rows *r, int64_t m, float *hat)
     return largest_of(most);
 }
 
-/* Codes with the offset, from place `at` on. */
+/* Codes that have the offset, of which only the low bits count, from place `at` on. */
 FN void store_codes(const Rows *r, int64_t at, VI codes)
 {
     if (r->wide) store_shorts((int16_t *)r->codes + at, codes);
-    else store_bytes((uint8_t *)r->codes + at, codes + (int32_t)r->offset);
+    else store_bytes((uint8_t *)r->codes + at, codes);
 }
 
 /* Codes of row m, and x̂ as the low-rank branch takes it, where `low` is not null; its step is returned, no number
@@ -120,18 +149,19 @@ FN float quantize_row(const Rows *r, const float *hat, Low *low, int64_t m, int3
     float top;
     memcpy(&top, &most, sizeof top);
     float step = top / 127.f, inverse = 1.f / step;
+    const float origin = ROUND + (float)r->offset; /* which leaves code + offset in the low bits */
     VF far = {0};
     for (int64_t k = 0; k < columns; k += LANES) {
-        VF x = load(hat + k), ratio = x * inverse, shifted = ratio + ROUND;
-        far = at_least(magnitude(ratio - (shifted - ROUND)), far);
-        store_codes(r, m * columns + k, (VI)((VU)shifted - 0x4b400000));
+        VF x = load(hat + k), ratio = x * inverse, shifted = ratio + origin;
+        far = at_least(magnitude(ratio - (shifted - origin)), far);
+        store_codes(r, m * columns + k, (VI)shifted);
         if (PAIRS && low) to_low(low + k, x);
     }
     if (largest(far) > 0.49997f || !(step > 1e-30f && step < 1e30f)) {
         if (step == 0) step = 1;
         for (int64_t k = 0; k < columns; k += LANES) {
             VF ratio = at_least(at_most(load(hat + k) / step, splat(127.f)), splat(-127.f));
-            store_codes(r, m * columns + k, nearest(ratio));
+            store_codes(r, m * columns + k, nearest(ratio) + (int32_t)r->offset);
         }
     }
     return most < 0x7f800000 ? step : NAN;
@@ -169,31 +199,33 @@ FN void quantize_groups(const Rows *r, const float *hat, int64_t m)
         for (int64_t k = 0; k < r->group; k += LANES) {
             VF ratio = load(x + k) / steps[g];
             VI codes = nearest(at_least(at_most(ratio, hi), lo)) & (ratio == ratio);
-            store_codes(r, m * r->depth + g * r->group + k, codes);
+            store_codes(r, m * r->depth + g * r->group + k, codes + (int32_t)r->offset);
         }
     }
     for (int64_t g = 0; g < groups; g++) steps[g] += sum(poison);
 }
+
+enum { PROJECTED = TILE_ROWS * TILE_VECTORS / 2 }; /* rows whose sums of LOW_PANEL columns the registers hold */
 
 /* x̂ L2ᵀ of rows m0 …, of `rows` rows x̂ */
 FN void project(const Rows *r, const Low *hat, int64_t m0, int64_t rows)
 {
     int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), chunks = 0;
     for (int64_t c = 0; c < Rp; c += LOW_PANEL) {
-        VF sums[BLOCK_ROWS][LOW_PANEL / LANES] = {0};
+        VF sums[BLOCK_ROWS][2] = {0};
 #ifdef USE_AMX
         chunks = Kp / 32;
         block_sums(sums, hat, 2 * Kp, r->l2 + c * Kp, LOW_PANEL, chunks, BLOCK_ROWS, 1);
 #endif
-        for (int64_t m = 0; m < rows; m += TILE_ROWS) {
-            VF acc[TILE_ROWS][TILE_VECTORS] = {0};
-            const Low *a[TILE_ROWS];
-            UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+        for (int64_t m = 0; m < rows; m += PROJECTED) {
+            VF acc[PROJECTED][2];
+            const Low *a[PROJECTED];
+            UNROLL for (int i = 0; i < PROJECTED; i++) {
                 a[i] = hat + least(m + i, rows - 1) * Kp + 32 * chunks;
                 UNROLL for (int j = 0; j < 2; j++) acc[i][j] = sums[m + i][j];
             }
-            low_rank_tile(acc, a, r->l2 + c * Kp + 32 * chunks * LOW_PANEL, Kp / 2 - 16 * chunks, 2);
-            UNROLL for (int i = 0; i < TILE_ROWS; i++)
+            low_rank_tile(*acc, a, r->l2 + c * Kp + 32 * chunks * LOW_PANEL, Kp / 2 - 16 * chunks, PROJECTED, 2);
+            UNROLL for (int i = 0; i < PROJECTED; i++)
                 if (m + i < rows) UNROLL for (int j = 0; j < 2; j++)
                     to_low((Low *)r->low + (m0 + m + i) * Rp + c + j * LANES, acc[i][j]);
         }
@@ -204,16 +236,18 @@ WORK int quantize_some(const Rows *shared, int64_t *next)
 {
     const Rows kept = *shared, *r = &kept; /* which no store can change, so that it stays in registers */
     int64_t Kp = padded(r->depth, DEPTH_STEP), blocks = padded(r->rows, BLOCK_ROWS) / BLOCK_ROWS;
-    float *hat = malloc((PAIRS ? 1 : BLOCK_ROWS) * (size_t)Kp * sizeof(float));
-    Low *half = PAIRS && r->rank ? malloc(BLOCK_ROWS * (size_t)Kp * sizeof(Low)) : 0;
-    int failed = !hat || (PAIRS && r->rank && !half);
+    int64_t vectors = 2 + (PAIRS ? 1 : BLOCK_ROWS); /* of Kp floats: factor, term, x̂ */
+    float *buffer = aligned_alloc(64, (size_t)(vectors * Kp) * sizeof(float)), *hat = buffer + 2 * Kp;
+    Low *half = PAIRS && r->rank ? aligned_alloc(64, (size_t)padded(BLOCK_ROWS * Kp, 32) * sizeof(Low)) : 0;
+    Folded folded = {-1, buffer, buffer + Kp};
+    int failed = !buffer || (PAIRS && r->rank && !half);
     begin();
     for (int64_t block; !failed && (block = take(next, blocks)) < blocks;) {
         int64_t m0 = block * BLOCK_ROWS, rows = least(BLOCK_ROWS, r->rows - m0);
         for (int64_t i = 0; i < rows; i++) {
             float *row = hat + (PAIRS ? 0 : i) * Kp;
             Low *low = half ? half + i * Kp : 0;
-            int32_t most = transform_row(r, m0 + i, row);
+            int32_t most = transform_row(r, m0 + i, row, &folded);
             if (!r->group) r->steps[m0 + i] = quantize_row(r, row, low, m0 + i, most);
             else {
                 quantize_groups(r, row, m0 + i);
@@ -223,7 +257,7 @@ WORK int quantize_some(const Rows *shared, int64_t *next)
         project(r, PAIRS ? half : (Low *)hat, m0, rows);
     }
     end();
-    free(hat);
+    free(buffer);
     free(half);
     return failed;
 }
