@@ -7,6 +7,7 @@ not once per image. Blocks compute what `svdit.model.layers.Block` computes.
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -43,8 +44,8 @@ class FastBlock(nn.Module):
         self.tokens = HIDDEN_BYTES // (self.first.dtype.itemsize * self.first.outputs)  # at once, in whole images
         self.modulations = packed(block.adaLN_modulation[1], f"{name}.adaLN_modulation.1", backend, debug)
         self.rms = isinstance(block.norm1, nn.RMSNorm)
-        chain = [layer.linear for layer in (self.qkv, self.proj, self.first, self.second)]
-        self.together = ops.together("" if debug else backend, chain)  # debug mode reads what the layers read
+        self.chain = [layer.linear for layer in (self.qkv, self.proj, self.first, self.second)]
+        self.together = ops.together("" if debug else backend, self.chain)  # debug mode reads what the layers read
 
     def attention(self, qkv: Tensor, rotation: Rotation | None) -> Tensor:
         """(N, T, 3D) to (N, T, D)"""
@@ -107,6 +108,9 @@ class FastDiT(DiT):
             self.register_buffer("rotation", model.rotation.float(), persistent=False)
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         self.blocks = nn.ModuleList(FastBlock(block, f"blocks.{i}", backend, debug) for i, block in enumerate(blocks))
+        chain = [layer for block in self.blocks for layer in cast(FastBlock, block).chain]
+        self.together = ops.together("" if debug else backend, chain)
+        self.spans = list(pairwise(sorted({0, self.config.context_start, len(blocks)})))  # of blocks between contexts
         weights = [w for b in blocks if (w := weights_around_scales(b.norm1, b.norm2)) is not None]
         self.norm_weights = [w[None] for w in weights]  # (1, 6D) each; none for LayerNorm
         final: FinalLayer = model.final_layer
@@ -140,13 +144,14 @@ class FastDiT(DiT):
         c = silu(self.t_second.fused(hidden) + label[:, None])                    # (different (t, y), 1, D)
         running = [i for i in range(self.config.depth) if not cache or cache.runs(i)]
         modulations = self.modulations(c, place, running)                         # (6, N, D) each
-        rotation = self.rotations(x)
-        for i, block in enumerate(self.blocks):
-            if i == self.config.context_start:
+        for first, last in self.spans:
+            if first == self.config.context_start:
                 x = self.with_context(x, label[place])                            # (N, L + T, D)
-                rotation = self.rotations(x)
-            run = partial(block, modulations=modulations.get(i), rotation=rotation)
-            x = cache.block(i, x, run) if cache else run(x)                       # (N, L + T, D)
+            rotation = self.rotations(x)
+            with nullcontext() if cache or torch.compiler.is_compiling() else self.together():
+                for i in range(first, last):
+                    run = partial(self.blocks[i], modulations=modulations.get(i), rotation=rotation)
+                    x = cache.block(i, x, run) if cache else run(x)               # (N, L + T, D)
         shift, scale = folded(self.last_modulations.fused(c)[:, 0], self.last_weight)[place].chunk(2, dim=1)
         modulation = Modulation(shift, scale, self.config.norm == "rms")          # (N, D) each
         x = self.last.fused(x[:, self.config.context_tokens:], modulation=modulation)   # (N, T, P·P·C or 2C)

@@ -54,6 +54,22 @@ def test_consecutive_calls_of_the_same_kernels_are_one() -> None:
     assert torch.equal(y, expected) and ran == ["run"]
 
 
+@pytest.mark.parametrize("isa", ffi.isas())
+def test_inner_blocks_wait_for_the_outermost_one_and_share_memory(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, counts, places, run = ffi.Kernels(isa), list[int](), list[int](), ffi.Kernels.run
+    layers, outputs = packed(kernels, kernels), list[torch.Tensor]()
+    expected = chain(*layers, kernels)
+    monkeypatch.setattr(ffi.Kernels, "run", lambda self, steps: counts.append(len(steps)) or run(self, steps))
+    with ffi.together():
+        for tokens in (1, 1, 2):
+            with ffi.together():
+                places.append(layers[0](torch.ones(N, tokens, D)).data_ptr())
+                outputs.append(chain(*layers, kernels))
+        assert counts == [] and places[0] == places[1] != places[2]
+    assert all(torch.equal(y, expected) for y in outputs)
+    assert counts == [12]
+
+
 def test_attention_keeps_what_it_reads() -> None:
     kernels, g = ffi.kernels(ffi.isas()[0]), torch.Generator().manual_seed(0)
     qkv = torch.randn(N, T, 3 * D, generator=g).to(kernels.low_dtype)

@@ -1,5 +1,6 @@
 """Accelerated models of every family, on every backend, against the quantized models they were made from."""
 
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import product
 from typing import Any
@@ -10,7 +11,7 @@ from conftest import randomize, relative
 from layers import CONFIGS, USABLE, model_bound
 from torch import Tensor
 
-from svdit.kernels.cpu import choice
+from svdit.kernels.cpu import choice, ffi
 from svdit.model.config import FAMILIES, DiTConfig
 from svdit.model.dit import DiT
 from svdit.quant.quantize import quantize_
@@ -82,6 +83,22 @@ def test_torchs_attention_does_not_wait_for_the_end_of_the_block(monkeypatch: py
     monkeypatch.setattr(choice, "choice", lambda: chosen)
     images = accelerate(deepcopy(model), "cpu")(x, t, y)
     assert relative(images, model(x, t, y)) < model_bound("cpu", 8)
+
+
+@pytest.mark.skipif("cpu" not in USABLE, reason="no library")
+@pytest.mark.parametrize(("name", "calls"), [("dit", [10]), ("jit", [5, 5])])
+@torch.no_grad()
+def test_all_blocks_up_to_the_context_are_one_call(
+    name: str, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    isa, counts, run = choice.choice().linears, list[int](), ffi.Kernels.run
+    monkeypatch.setattr(choice, "choice", lambda: choice.Choice(isa, isa))
+    monkeypatch.setattr(ffi.Kernels, "run", lambda self, steps: counts.append(len(steps)) or run(self, steps))
+    fast = accelerate(quantized(name, "w8a8"), "cpu")
+    images = fast(*inputs(fast))
+    assert counts == calls
+    monkeypatch.setattr(fast, "together", nullcontext)  # block by block
+    assert torch.equal(fast(*inputs(fast)), images)
 
 
 @pytest.mark.parametrize("name", ["repa", "jit"])

@@ -92,6 +92,35 @@ def built(isa: str) -> bool:
 LOCAL = threading.local()
 
 
+class Waiting:
+    """Calls that wait to run as one, and memory for what they compute, which inner blocks of `together` share."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Kernels, int, tuple[Structure, ...]]] = []
+        self.buffers: list[Tensor] = []
+        self.used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The buffer that follows (…) of `dtype`, a new one where it is of another shape or type."""
+        buffer = self.buffers[self.used] if self.used < len(self.buffers) else None
+        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
+            buffer = torch.empty(shape, dtype=dtype, device="cpu")
+            self.buffers[self.used : self.used + 1] = [buffer]
+        self.used += 1
+        return buffer
+
+    def run(self) -> None:
+        """All calls, those of the same kernels as one. Raises MemoryError as `Kernels.call`."""
+        for kernels, calls in groupby(self.calls, key=itemgetter(0)):
+            kernels.run([Step(kind, *map(addressof, structures)) for _, kind, structures in calls])
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor (…) of `dtype` for the output of a kernel."""
+    waiting: Waiting | None = getattr(LOCAL, "waiting", None)
+    return waiting.empty(shape, dtype) if waiting else torch.empty(shape, dtype=dtype, device="cpu")
+
+
 class Kernels:
     """The functions of one instruction set and the shapes of its tiles."""
 
@@ -112,7 +141,7 @@ class Kernels:
     def call(self, name: str, *arguments: Any) -> None:
         """The function `name` of this instruction set. Raises MemoryError where it cannot allocate its buffers."""
         if (waiting := getattr(LOCAL, "waiting", None)) is not None:
-            waiting.append((self, STEPS.index(name), arguments))
+            waiting.calls.append((self, STEPS.index(name), arguments))
         elif self.functions[name](*arguments):
             raise MemoryError(f"the CPU kernel {name} cannot allocate its buffers")
 
@@ -152,15 +181,20 @@ class Kernels:
 def together() -> Iterator[None]:
     """Calls of this thread wait for the end of the block and then run as one, because after each of them hardly any of
     Python's code is left in cache. Only other waiting calls may read their outputs before; structures keep the tensors
-    that they point to. Raises MemoryError as `Kernels.call`."""
-    waiting: list[tuple[Kernels, int, tuple[Structure, ...]]] = []
-    LOCAL.waiting = waiting
+    that they point to. Raises MemoryError as `Kernels.call`.
+
+    Calls of an inner block wait for the end of the outermost one. No call behind it may read what they allocated, for
+    the next inner block uses that memory again."""
+    if outer := getattr(LOCAL, "waiting", None):
+        outer.used = 0
+        yield
+        return
+    LOCAL.waiting = waiting = Waiting()
     try:
         yield
     finally:
         LOCAL.waiting = None
-    for kernels, calls in groupby(waiting, key=itemgetter(0)):
-        kernels.run([Step(kind, *map(addressof, structures)) for _, kind, structures in calls])
+    waiting.run()
 
 
 @cache

@@ -22,6 +22,7 @@ from svdit.kernels.cpu.ffi import (
     Product,
     Rows,
     WeightOnly,
+    empty,
     pad,
     padded,
     pointer,
@@ -192,7 +193,7 @@ class IntegerLinear:
     def _product(self, N: int, T: int, gelu: bool, residual: Residual | None) -> tuple[Tensor, Structure]:
         """The output (N, T, O) and the call that computes it, except from what."""
         O = self.shape[0]
-        out = torch.empty(N, T, O, dtype=self.dtype, device="cpu") if residual is None else residual.x
+        out = empty((N, T, O), self.dtype) if residual is None else residual.x
         call = Product.from_buffer_copy(self.product)
         call.rows, call.tokens, call.gelu, call.bf16 = N * T, T, gelu, out.dtype == torch.bfloat16
         call.out = out.data_ptr()
@@ -216,7 +217,7 @@ class IntegerLinear:
         rows = self._rows(x, modulation, glu)
         out, product = self._product(x.shape[0], x.shape[1], gelu, residual)
         codes, steps, low = (padded(rows.rows * size, ALIGNMENT) for size in self.row_bytes)
-        buffer = torch.empty(codes + steps + low, dtype=torch.uint8, device="cpu")
+        buffer = empty((codes + steps + low,), torch.uint8)
         start = buffer.data_ptr()
         rows.codes = product.codes = start
         rows.steps = product.steps = start + codes
@@ -279,7 +280,7 @@ def attention(
     if heads < 1 or width % (3 * heads):
         raise ValueError(f"got {width} columns and {heads} heads, expected a multiple of three times the heads")
     head = width // 3 // heads
-    out = torch.empty(N, T, width // 3, dtype=torch.float32, device="cpu")
+    out = empty((N, T, width // 3), torch.float32)
     call = Attention(images=N, tokens=T, heads=heads, head=head, out=out.data_ptr())
     if norms is not None:
         call.weight, call.bias = (pointer(part, torch.float32, (2, head)) for part in norms)
