@@ -4,6 +4,7 @@ Each command's module has `parser()`, which imports no torch, and `run(args)`, w
 """
 
 import argparse
+import shlex
 import sys
 from contextlib import redirect_stdout
 from importlib import import_module
@@ -60,7 +61,9 @@ def main(argv: list[str] | None = None) -> None:
 def command(name: str, argv: list[str] | None = None) -> None:
     """Run one command and print its result; an error that the user can fix ends it with one line and exit code 2."""
     with standard_streams(), ending():
+        argv = sys.argv[1:] if argv is None else argv
         args = parser(name).parse_args(argv)
+        args.command_line = shlex.join(["svdit", name, *argv])  # for the outputs that record it
         try:
             with quietly(args.quiet), redirect_stdout(sys.stderr if args.json else sys.stdout):
                 result: Result | None = module(name).run(args)

@@ -1,6 +1,7 @@
 """`svdit evaluate`: measure generated images against real ones and against their full-precision counterparts."""
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from svdit.cli import measures, outputs
@@ -62,6 +63,7 @@ def run(args: argparse.Namespace) -> Result:
     check_outputs(args, options)
     with session(options.device), reserved(*filter(None, (args.output, options.save_stats))):
         report = evaluate(args.real_dir, args.fake_dir, measures.network(args, options), options)
+        report = replace(report, versions={**report.versions, "machine": outputs.machine(options.device)})
         if rank() == 0 and args.output:
             report.save(args.output)
     return measures.result(report)

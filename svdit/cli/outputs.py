@@ -1,8 +1,13 @@
 """Outputs that do not harm inputs: checked before any work, under every name that a file has."""
 
+from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from svdit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def output_file(path: Path, *suffixes: str) -> None:
@@ -43,3 +48,25 @@ def check_outside(option: str, path: Path, *inputs: str | Path, itself: bool = T
     for folder in (place, *place.parents) if itself else place.parents:
         if folder.is_dir() and (folder in folders or read_manifest(folder / "manifest.json")):
             raise UserError(f"{option} is {path}, inside the images of {folder}; choose a folder outside of it")
+
+
+def circumstances(command_line: str, device: "torch.device") -> dict[str, str]:
+    """What a report records of its run: the command, the day, the versions, and the processor or the GPU."""
+    import torch
+
+    from svdit import __version__
+
+    versions = f"svdit {__version__}, torch {torch.__version__}"
+    day = date.today().isoformat()
+    return {"command": command_line, "date": day, "versions": versions, "machine": machine(device)}
+
+
+def machine(device: "torch.device") -> str:
+    """The GPU, or the processor and the number of threads."""
+    import torch
+
+    from svdit.kernels.cpu.features import processor
+
+    threads = torch.get_num_threads()
+    on_cpu = f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu

@@ -140,7 +140,12 @@ def run(args: argparse.Namespace) -> Result | None:
         provenance = {"source": {"file": source.path.name, "sha256": digest}, "quantization": record}
         save_model(source.model, args.output, name=source.name, provenance=provenance)
         fallbacks = unsupported(source.model, backend, device)
-        header = {"settings": record, "backend": ops.describe(backend), "fallbacks": fallbacks or None}
+        header = {
+            **outputs.circumstances(args.command_line, device),
+            **{"model": source.name, "source": provenance["source"]},
+            **{"settings": record, "kept": kept(source.model)},
+            **{"backend": ops.describe(backend), "fallbacks": fallbacks or None},
+        }
         written = write_report(args.output, report, header, measured)
         remove(work)
     warnings = [*report.warnings, *filter(None, [fallbacks])]
@@ -188,6 +193,14 @@ def unsupported(model: "DiT", backend: str, device: "torch.device") -> str:
     return setup.unsupported(shapes, backend, device)
 
 
+def kept(model: "nn.Module") -> list[str]:
+    """The layers with weights that are not quantized."""
+    from torch import nn
+
+    kinds = nn.Linear, nn.Embedding, nn.modules.conv._ConvNd
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
 def calibration(settings: QuantizeSettings, model: "DiT", record: dict[str, Any]) -> "ForwardLoop | None":
     """The forward loop, recorded in `record`; None if nothing is calibrated."""
     from svdit.distributed import rank
@@ -218,7 +231,7 @@ def measure(
 
     measured = diagnose.measure(model, original, report.layers, settings.cfg_scale, settings.seed)
     if plan:
-        measured |= {"curve": diagnose.thinned(plan.curve), "chosen": (plan.nbytes, plan.sqnr)}
+        measured |= {"curve": diagnose.thinned(plan.curve), "chosen": (plan.nbytes, plan.sqnr), "uniform": plan.uniform}
     return measured
 
 

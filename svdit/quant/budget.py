@@ -1,15 +1,14 @@
 """Bits, group and rank of every layer for a size or a quality: the least predicted output error within a budget.
 
-Each layer offers options (bytes, error); choosing one per layer is a multiple-choice knapsack. Sizes are rounded up
-to 1/RESOLUTION of the largest; for those dynamic programming is exact. An option's error is that of rounding to
-nearest on the calibration sample, times the share that GPTQ leaves, times the squared effect of the layer's output on
-the model's (`sensitivities`).
+Each layer offers options (bytes, error), of which `knapsack.Table` chooses one. An option's error is that of rounding
+to nearest on the calibration sample, times the share that GPTQ leaves, times the squared effect of the layer's output
+on the model's (`sensitivities`).
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
-from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -19,6 +18,7 @@ from svdit.kernels import reference as ref
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.config import QuantConfig, Recipe, Rule
 from svdit.quant.gptq import Inverse
+from svdit.quant.knapsack import Option, Table, frontier
 from svdit.quant.linear import LinearSpec
 from svdit.quant.lowrank import truncated_svd
 from svdit.quant.observe import ForwardLoop, Statistics, chunks, full_precision, observe
@@ -27,7 +27,6 @@ from svdit.quant.sensitivity import Call, recording, sensitivities
 from svdit.quant.solve import fit
 from svdit.quant.transforms import Transform, choose_transform
 
-RESOLUTION = 1 << 14
 HEADER = 1500  # bytes of a layer's names and spec in the file
 WEIGHTS = (
     Format(2, 64, "int8", "full"),
@@ -41,20 +40,6 @@ RANKS = (0, 8, 16, 32, 64)
 PLENTY = 6  # from this many bits on, the error of the activations dominates
 
 
-class Option(NamedTuple):
-    """One way to store a layer."""
-
-    recipe: Recipe
-    nbytes: int
-    error: float  # added to the squared norm of the model's output error
-
-    @property
-    def bits(self) -> int:
-        """Bits per weight of the residual."""
-        assert self.recipe.weight is not None
-        return self.recipe.weight.bits
-
-
 Options = dict[str, list[Option]]  # by layer
 
 
@@ -62,6 +47,7 @@ Options = dict[str, list[Option]]  # by layer
 class Plan:
     """An option for every layer, and the curve of (bytes of the file, predicted SQNR in dB) it was chosen from.
 
+    `uniform` are the settings with the same bits and rank in every layer: (bits, rank, bytes, predicted SQNR).
     `statistics` are those of the layers' inputs, for `quantize_` to reuse; None where memory did not suffice.
     """
 
@@ -69,6 +55,7 @@ class Plan:
     nbytes: int
     sqnr: float
     curve: list[tuple[int, float]]
+    uniform: list[tuple[int, int, int, float]]
     statistics: dict[str, Statistics] | None = field(repr=False)
 
 
@@ -161,14 +148,24 @@ class Planner:
         """
         plans, available = [self.within(target_bytes)], target_bytes - self.fixed
         plans.append(self._plan(self.table, available))
-        within = [each for each in self._uniform() if sum(o.nbytes for o in each) <= available]
+        within = [each for each in self._uniform().values() if sum(o.nbytes for o in each) <= available]
         if within:
             least = min(within, key=lambda each: sum(o.error for o in each))
             plans.append(self._plan(Table([[option] for option in least]), available))
         return [plan for i, plan in enumerate(plans) if plan.config not in [other.config for other in plans[:i]]]
 
-    def _uniform(self) -> Iterator[list[Option]]:
-        """The options of every layer with the same bits and rank; adaLN keeps its bits."""
+    @cached_property
+    def uniform(self) -> list[tuple[int, int, int, float]]:
+        """(bits, rank, bytes, predicted SQNR) of the plans with the same bits and rank in every layer."""
+        return [(bits, rank, *self._predicted(chosen)) for (bits, rank), chosen in self._uniform().items()]
+
+    def _predicted(self, chosen: list[Option]) -> tuple[int, float]:
+        nbytes = self.fixed + sum(option.nbytes for option in chosen)
+        return nbytes, decibels(self.energy, sum(option.error for option in chosen))
+
+    def _uniform(self) -> dict[tuple[int, int], list[Option]]:
+        """By bits and rank, the options of every layer with them; adaLN keeps its bits."""
+        settings: dict[tuple[int, int], list[Option]] = {}
         for bits, rank in product(sorted({form.bits for form in WEIGHTS}), RANKS):
             chosen: list[Option] = []
             for name, linear in self.selection.linears.items():
@@ -177,14 +174,13 @@ class Planner:
                 fitted = fit(replace(recipe, rank=rank), linear.weight).rank
                 chosen += [o for o in self.options[name] if (o.bits, o.recipe.rank) == (own, fitted)]
             if len(chosen) == len(self.options):
-                yield chosen
+                settings[bits, rank] = chosen
+        return settings
 
-    def _plan(self, table: "Table", available: int) -> Plan:
+    def _plan(self, table: Table, available: int) -> Plan:
         chosen = [options[i] for options, i in zip(table.choices, table.solve(available), strict=True)]
-        nbytes = self.fixed + sum(option.nbytes for option in chosen)
         rules = QuantConfig(tuple(Rule(n, option.recipe) for n, option in zip(self.options, chosen, strict=True)))
-        sqnr = decibels(self.energy, sum(option.error for option in chosen))
-        return Plan(rules, nbytes, sqnr, self.curve, self.statistics)
+        return Plan(rules, *self._predicted(chosen), self.curve, self.uniform, self.statistics)
 
 
 def decibels(energy: float, error: float) -> float:
@@ -223,16 +219,6 @@ def layer_options(linear: nn.Linear, recipe: Recipe, statistics: Statistics) -> 
     return options
 
 
-def frontier(options: list[Option]) -> list[Option]:
-    """The options that no smaller one equals or beats, by size."""
-    best, kept = float("inf"), []
-    for option in sorted(options, key=lambda option: (option.nbytes, option.error)):
-        if option.error < best:
-            best = option.error
-            kept.append(option)
-    return kept
-
-
 def at_least_uniform(options: Options, selection: Selection, available: int) -> Options:
     """If a uniform setting of at least PLENTY bits fits with the recipes' ranks, only options at least as large.
 
@@ -255,44 +241,3 @@ def size_of(recipe: Recipe, transform: Transform, linear: nn.Linear) -> int:
     scaled, shifted = transform.scale is not None, transform.shift is not None
     spec = LinearSpec(recipe.rank, recipe.factors, recipe.factor_dtype, recipe.weight, None, scaled, shifted)
     return spec.nbytes(linear.out_features, linear.in_features, shifted or linear.bias is not None)
-
-
-class Table:
-    """Dynamic programming over layers: the least error for every size up to the largest useful one."""
-
-    def __init__(self, choices: list[list[Option]]) -> None:
-        self.choices = choices
-        total = sum(options[-1].nbytes for options in choices)
-        self.unit = max(1, -(-total // RESOLUTION))
-        self.sizes = [[-(-o.nbytes // self.unit) for o in options] for options in choices]
-        width = sum(sizes[-1] for sizes in self.sizes) + 1
-        least = np.full(width, np.inf)
-        least[0] = 0.0
-        self.picked: list[np.ndarray[tuple[int], np.dtype[np.int16]]] = []
-        for options, sizes in zip(choices, self.sizes, strict=True):
-            after, picked = np.full(width, np.inf), np.full(width, -1, np.int16)
-            for i, (option, size) in enumerate(zip(options, sizes, strict=True)):
-                error = np.full(width, np.inf)
-                error[size:] = least[: width - size] + option.error
-                better = error < after
-                after[better], picked[better] = error[better], i
-            least = after
-            self.picked.append(picked)
-        self.least = least
-
-    def solve(self, nbytes: int) -> list[int]:
-        """Indices of the options of the least total error within `nbytes`; all 0 if only the rounding exceeds it."""
-        at = int(self.least[: nbytes // self.unit + 1].argmin())
-        if np.isinf(self.least[at]):
-            return [0] * len(self.choices)
-        picks: list[int] = []
-        for picked, sizes in zip(reversed(self.picked), reversed(self.sizes), strict=True):
-            picks.append(int(picked[at]))
-            at -= sizes[picks[-1]]
-        return picks[::-1]
-
-    def curve(self) -> list[tuple[int, float]]:
-        """(bytes, error) of every total that no smaller one equals or beats, by size."""
-        best = np.minimum.accumulate(self.least)
-        steps = np.flatnonzero(np.isfinite(best) & (best < np.concatenate([[np.inf], best[:-1]])))
-        return [(int(s) * self.unit, float(best[s])) for s in steps]

@@ -39,7 +39,10 @@ def draw(folder: Path, lines: Sequence[LayerReport], measured: dict[str, Any]) -
         "spectra": (measured["spectra"], lambda: spectra(measured["spectra"])),
         "smoothing": (measured["smoothing"], lambda: smoothing(measured["smoothing"])),
         "activations": (measured["activations"], lambda: activations(measured["activations"])),
-        "pareto": (measured.get("curve"), lambda: pareto(measured["curve"], measured["chosen"])),
+        "pareto": (
+            measured.get("curve"),
+            lambda: pareto(measured["curve"], measured["chosen"], measured.get("uniform", ())),
+        ),
     }
     from matplotlib import rc_context
 
@@ -185,12 +188,20 @@ def activations(measured: dict[str, dict[str, Any]]) -> Figure:
     return figure
 
 
-def pareto(curve: Sequence[tuple[int, float]], chosen: tuple[int, float]) -> Figure:
-    """The best predicted SQNR for every file size."""
+def pareto(
+    curve: Sequence[tuple[int, float]],
+    chosen: tuple[int, float],
+    uniform: Sequence[tuple[int, int, int, float]] = (),
+) -> Figure:
+    """The best predicted SQNR for every file size, and that of the uniform settings (bits, rank, bytes, SQNR)."""
     figure, ((axis,),) = blank(1, 1, 6.5, 4.2)
     axis.step([size / 1e6 for size, _ in curve], [quality for _, quality in curve], where="post", color=COLOURS[0])
     label = f"chosen: {chosen[0] / 1e6:.4g} MB, {chosen[1]:.1f} dB"
     axis.plot(chosen[0] / 1e6, chosen[1], "*", color=COLOURS[1], ms=13, label=label)
+    within = [setting for setting in uniform if setting[2] <= curve[-1][0]]
+    for bits, colour, marker in zip(sorted({setting[0] for setting in within}), COLOURS[2:], MARKERS[2:], strict=False):
+        points = [(size / 1e6, sqnr) for b, _, size, sqnr in within if b == bits]
+        axis.plot(*zip(*points, strict=True), marker, color=colour, ms=4, label=f"{bits} bits in every layer")
     title = "Best predicted SQNR for a file size, over bits and ranks per layer"
     axis.set(title=title, xlabel="file size, MB", ylabel="predicted output SQNR, dB")
     axis.legend(loc="lower right")

@@ -14,6 +14,7 @@ from PIL import Image
 
 from svdit.cli import command, evaluate
 from svdit.evaluation import inception
+from svdit.kernels.cpu.features import processor
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,9 @@ def test_files_and_table_of_two_sets_then_their_comparison(tmp_path: Path, capsy
     assert sorted(p.name for p in (tmp_path / "out_w4").iterdir()) == [
         "grid_fake.png", "grid_pairs.png", "metrics.json", "metrics.md",
     ]  # fmt: skip
-    assert json.loads((tmp_path / "out_w4" / "metrics.json").read_text())["protocol"]["sample_steps"] == 20
+    metrics = json.loads((tmp_path / "out_w4" / "metrics.json").read_text())
+    assert metrics["protocol"]["sample_steps"] == 20
+    assert f"{processor()}, " in metrics["versions"]["machine"]
     assert run("compare", str(tmp_path / "out_full"), str(tmp_path / "out_w4")) == 0
     assert "paired by seed" in capsys.readouterr().out
 

@@ -1,14 +1,18 @@
 """`svdit quantize`: files of the size their formats imply, reports written before they are printed, errors."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from svdit import __version__
+from svdit.checkpoints.io import fingerprint
 from svdit.checkpoints.store import load_model, read_header, save_model
 from svdit.cli import command
+from svdit.kernels.cpu.features import processor
 from svdit.model.dit import DiT
 from svdit.quant.linear import quantized_layers
 from svdit.runtime.accelerate import accelerate
@@ -49,6 +53,12 @@ def test_the_documented_mode(checkpoint: Path, capsys: pytest.CaptureFixture[str
     assert "MB before" in printed.out
     report = json.loads(output.with_suffix(".report.json").read_text())
     assert len(report["layers"]) == 14
+    words = ["svdit", "quantize", "--ckpt", str(checkpoint), "--output", str(output), "--no-figures", "--rank-ratio"]
+    assert shlex.split(report["command"]) == [*words, "0.95", "--num-bits", "8"]
+    assert report["source"] == {"file": "tiny.safetensors", "sha256": fingerprint(checkpoint)}
+    assert (report["model"], report["versions"]) == ("", f"svdit {__version__}, torch {torch.__version__}")
+    assert report["kept"] == ["x_embedder.proj", "y_embedder.embedding_table"]
+    assert f"{processor()}, " in report["machine"]
     assert not list(checkpoint.parent.glob("*.partial"))
 
 

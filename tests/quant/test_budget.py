@@ -96,6 +96,10 @@ def test_a_plan_meets_its_size_and_beats_the_uniform_setting(tiny: DiT, preset: 
     plan = plan_(tiny, config, LOOP, target_bytes=target)
     assert plan.curve == sorted(plan.curve)
     assert [s for _, s in plan.curve] == sorted(s for _, s in plan.curve)
+    bits, rank = (4, 8) if preset == "w4a8" else (8, 8)
+    (own,) = [setting for setting in plan.uniform if setting[:2] == (bits, rank)]
+    assert own[2] == pytest.approx(file_bytes(uniform), rel=0.01)  # up to the zero points of adaLN
+    assert max(s for size, s in plan.curve if size <= 1.001 * own[2]) >= own[3]  # the curve is of the best choices
     x, y = torch.randn(64, 4, 4, 4, generator=torch.Generator().manual_seed(5)), torch.arange(64) % 6
     t = torch.linspace(0, 999, 64).long()
     with torch.no_grad():
