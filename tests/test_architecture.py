@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": GROUND,
     "training": GROUND | {"model", "diffusion"},
     "runtime": GROUND | {"model", "quant", "kernels"},
-    "report": GROUND | {"model", "diffusion", "kernels", "quant", "sampling"},
+    "report": GROUND | {"model", "diffusion", "kernels", "quant", "sampling", "evaluation"},
     "compat": {"quant", "model"},
 }
 MAY_IMPORT["cli"] = set(MAY_IMPORT)

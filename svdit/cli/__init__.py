@@ -26,6 +26,7 @@ COMMANDS = {
     "verify": "check a quantized checkpoint against its source",
     "evaluate": "compare two sets of images: FID and related metrics, paired differences",
     "compare": "compare the metrics of several sets in one table",
+    "report": "write an HTML page about quantized models and their images",
     "selftest": "check the metric implementations on this machine",
     "train": "train a DiT",
 }

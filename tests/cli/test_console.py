@@ -29,6 +29,7 @@ LINES = {
     "evaluate": "--real_dir {real} --fake_dir {fake} --paired_dir {real} --feature-extractor random --device cpu "
     "--metrics fid,paired --cache-dir {out}/cache --output {out}/report",
     "compare": "{report} {report}",
+    "report": "{quantized} {report} --output {out}/page.html",
     "selftest": "",
     "train": "--data digits --model DiT-digits --steps 2 --log-every 1 --global-batch-size 2 --num-workers 0 "
     "--device cpu --results-dir {out}/run",
@@ -59,6 +60,7 @@ KEYS = {  # of the objects, as in docs/scripting.md
     "verify": "file source layers matches",
     "evaluate": "schema metrics second difference protocol inputs versions warnings seconds",
     "compare": "rows",
+    "report": "output models images notes",
     "selftest": "passed checks",
     "train": "output checkpoint steps seconds",
 }
@@ -136,6 +138,7 @@ def test_quiet_prints_the_result_only(
         "generate": ["set", "set.npz"],
         "quantize": ["q.pt", "q.report.json", "q.report"],
         "cache": ["c.pt"],
+        "report": ["page.html"],
         "train": ["run/ema.safetensors"],
     }.get(name)
     with monkeypatch.context() as patch:
@@ -203,6 +206,10 @@ AGREES: dict[str, Callable[[dict[str, Any], Path, dict[str, Path]], bool]] = {  
         [row["metrics"]["psnr"]["difference"] for row in data["rows"]] == [None, 0]
         and data["rows"][1]["metrics"]["psnr"]["value"]
         == without_checksum(files["report"] / "metrics.json")["metrics"]["psnr"]["value"]
+    ),
+    "report": lambda data, out, files: (
+        data["models"] == ["q", "fake"]
+        and all(f'<th scope="row">{name}</th>' in Path(data["output"]).read_text() for name in data["models"])
     ),
     "selftest": lambda data, out, files: data["passed"] is data["checks"][0]["passed"] is True,
     "train": lambda data, out, files: (
