@@ -79,9 +79,9 @@ def test_effects_and_products_are_those_of_the_trajectory() -> None:
     guided = other + 2 * (conditional - other)
     for kind, each in enumerate((conditional, guided)):
         assert measurement.products[kind, 1] == pytest.approx((each @ each.T).numpy(), rel=1e-5)
-    plan = CachePlan((0, 1), ("111111", "111011"), ((), ((1.0, 0.0),)))
+    plan = CachePlan((0, 1), ("111111", "111011"), ((), ((0.0, 1.0),)))
     change = float((images_of(model, config, range(3), plan) - images).double().square().sum())
-    squared = float((guided[3] - guided[2]).square().sum())
+    squared = float((guided[3] - guided[1]).square().sum())
     assert measurement.effects[1, 3] == pytest.approx(change / squared, rel=1e-3)
 
 
