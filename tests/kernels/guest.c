@@ -54,6 +54,7 @@ static void answer(Buffer *b)
 
 int main(int count, char **names)
 {
+    need(dlopen("libgomp.so.1", RTLD_NOW | RTLD_GLOBAL) != 0, "there is no OpenMP runtime");
     void *library = count == 2 ? dlopen(names[1], RTLD_NOW) : 0;
     need(library != 0, count == 2 ? dlerror() : "usage: guest LIBRARY");
     for (int64_t buffers; fread(&buffers, sizeof buffers, 1, stdin) == 1; fflush(stdout)) {

@@ -179,4 +179,4 @@ def test_every_source_compiles_without_openmp() -> None:
 def test_macos_has_no_openmp(system: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", system)
     defined = runpy.run_path(sources.__file__)
-    assert ("-fopenmp" in defined["FLAGS"]) == ("-fopenmp" in defined["COMPILE"]["extra_link_args"]) == expected
+    assert ("-fopenmp" in defined["FLAGS"]) == expected

@@ -1,5 +1,6 @@
 """The compiled library: nothing is loaded that was damaged, or that another user could have written."""
 
+import ctypes
 import multiprocessing
 import os
 import shutil
@@ -177,6 +178,26 @@ def test_float_models_need_no_library(tmp_path: Path, monkeypatch: pytest.Monkey
     flags = ["--ckpt=digits", "--sampler=ddim", "--num-sampling-steps=2"]
     command("sample", [*flags, f"--output={tmp_path / 'a.png'}"])
     command("generate", [*flags, "--num-fid-samples=2", f"--sample-dir={tmp_path / 'set'}"])
+
+
+def test_the_library_names_no_openmp_runtime() -> None:
+    """Torch's has different names in different releases."""
+    assert b"omp.so" not in Path(build.library()._name).read_bytes()
+
+
+@pytest.mark.parametrize("runtime", ["torch/lib/libgomp.so.1", "torch.libs/libgomp-a49a47f9.so.1.0.0"])
+def test_torchs_openmp_runtime_is_offered(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = list[tuple[str, int]]()
+    packages = Path(build.torch.__file__).parents[1]
+    monkeypatch.setattr("ctypes.CDLL", lambda path, mode: loaded.append((path, mode)))
+    build.offer_openmp([str(packages / "scikit_learn.libs/libgomp-1.so"), str(packages / runtime)])
+    build.offer_openmp([])
+    assert loaded == [(path, ctypes.RTLD_GLOBAL) for path in (str(packages / runtime), "libgomp.so.1")]
+
+
+def test_without_an_openmp_runtime_the_reason_is_a_sentence() -> None:
+    with pytest.raises(build.MissingKernelsError, match="there is no OpenMP runtime"):
+        build.offer_openmp(["/nowhere/libgomp.so.1"])
 
 
 def test_the_name_contains_the_hash_of_the_sources(compiled: list[Path]) -> None:

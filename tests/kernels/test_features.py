@@ -1,12 +1,14 @@
 """Both sources of the processor's extensions agree; processors have names."""
 
+import mmap
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from svdit.kernels.cpu import features
-from svdit.kernels.cpu.features import APPLE, LINUX, OTHERS, capabilities, described
+from svdit.kernels.cpu.features import APPLE, HWCAPS, LINUX, OTHERS, capabilities, described
 from svdit.kernels.cpu.ffi import ISAS
 
 
@@ -19,15 +21,21 @@ def test_linux_lists_what_torch_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == {name: bool(expected.get(name)) for name in names}
 
 
-ARM_FLAGS = "Features\t: fp asimd evtstrm aes atomics fphp asimdhp cpuid asimdrdm asimddp"
+HWCAP, HWCAP2 = 16, 26
+NEOVERSE_N1, NEOVERSE_V1 = {HWCAP: 1 << 20 | 0xFF}, {HWCAP: 1 << 20 | 0xFF, HWCAP2: 3 << 13 | 0xF}
 
 
-@pytest.mark.parametrize("flags", [ARM_FLAGS, f"{ARM_FLAGS} i8mm bf16"])
-def test_arm_on_linux(flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("numbers", "expected"), [(NEOVERSE_N1, {"dot"}), (NEOVERSE_V1, {"dot", "i8mm", "bf16"})])
+def test_arm_on_linux(numbers: dict[int, int], expected: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(features, "cpuinfo", lambda: flags)
-    found = {name for name, supported in capabilities.__wrapped__().items() if supported}
-    assert found == {"dot"} | ({"i8mm", "bf16"} & set(flags.split()))
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(features, "auxiliary", lambda kind: numbers.get(kind, 0))
+    assert {name for name, supported in capabilities.__wrapped__().items() if supported} == expected
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux passes them")
+def test_linux_passes_the_size_of_a_page() -> None:
+    assert features.auxiliary(6) == mmap.PAGESIZE and features.auxiliary(10**6) == 0
 
 
 def test_arm_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,8 +55,10 @@ def test_a_sysctl_that_is_unknown_is_empty() -> None:
 
 
 def test_every_extension_that_an_instruction_set_needs_is_looked_up() -> None:
-    assert {name for names in ISAS.values() for name in names} <= {*LINUX, *OTHERS}
-    assert set(APPLE) == {name for isa, names in ISAS.items() if isa.startswith("neon") for name in names}
+    assert {name for names in ISAS.values() for name in names} <= {*LINUX, *OTHERS, *APPLE}
+    assert (
+        set(APPLE) == set(HWCAPS) == {name for isa, names in ISAS.items() if isa.startswith("neon") for name in names}
+    )
 
 
 AMD = "vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nmodel\t\t: 1"

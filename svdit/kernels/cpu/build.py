@@ -22,7 +22,7 @@ import torch  # before our library: it brings the OpenMP runtime that both use
 
 from svdit.errors import UserError
 from svdit.files import exclusive, sha256, temporary_folder
-from svdit.kernels.cpu.sources import FLAGS, files, source_hash
+from svdit.kernels.cpu.sources import FLAGS, OPENMP, files, source_hash
 from svdit.printing import note, warn
 
 WAIT = 120.0  # seconds for another process that compiles
@@ -52,6 +52,7 @@ def _attempt() -> ctypes.CDLL | str:
 def _find() -> ctypes.CDLL:
     torch.get_num_threads()
     before = openmp_runtimes()
+    offer_openmp(before)
     override = os.environ.get("SVDIT_KERNELS")
     lib = _load(override) if override else _installed() or _load(_cached())
     if lib is None:
@@ -68,6 +69,20 @@ def openmp_runtimes() -> list[str]:
     lines = maps.read_text(encoding="utf-8", errors="replace").splitlines() if maps.exists() else []
     paths = {line.split()[-1] for line in lines if "omp" in line.rpartition("/")[2]}
     return sorted(path for path in paths if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def offer_openmp(runtimes: list[str]) -> None:
+    """Let the library, which names no OpenMP runtime, find torch's, whose file has another name in some releases; the
+    system's where torch has none. Raises MissingKernelsError where there is none at all."""
+    root = Path(torch.__file__).parents[1]
+    torchs = [
+        path for path in runtimes if Path(path).is_relative_to(root) and path[len(str(root)) :].startswith("/torch")
+    ]
+    try:
+        for path in OPENMP and (torchs or runtimes or ["libgomp.so.1"]):
+            ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise MissingKernelsError(f"there is no OpenMP runtime ({error})") from error
 
 
 def _load(path: str | Path) -> ctypes.CDLL | None:
@@ -176,7 +191,8 @@ def compile_library(path: Path, extra: Sequence[str] = ()) -> None:
         flags = [*compiler.split(), *FLAGS, *extra]
         _run([[*flags, define, "-c", source, "-o", str(made)] for source, made in objects])
         path.parent.mkdir(parents=True, exist_ok=True)
-        _run([[*flags, "-shared", *(str(made) for _, made in objects), "-lm", "-o", str(path)]])
+        linking = [flag for flag in flags if flag not in OPENMP]
+        _run([[*linking, "-shared", *(str(made) for _, made in objects), "-lm", "-o", str(path)]])
 
 
 def _run(commands: list[list[str]]) -> None:

@@ -15,7 +15,6 @@ LINUX = {
     "avx512_vl": "avx512vl",
     "avx512_dq": "avx512dq",
     "fma3": "fma",
-    "dot": "asimddp",
 }
 DESIGNS = {  # by vendor, family and model
     ("AuthenticAMD", "25", "1"): "Zen 3",
@@ -39,8 +38,9 @@ ARM = {  # by implementer and part
     ("0xc0", "0xac4"): "Ampere-1A",
 }
 APPLE = {"dot": "FEAT_DotProd", "i8mm": "FEAT_I8MM", "bf16": "FEAT_BF16"}
+HWCAPS = {"dot": (16, 20), "i8mm": (26, 13), "bf16": (26, 14)}  # of Linux for Arm: AT_HWCAP or AT_HWCAP2, and the bit
 OTHERS = (  # Linux uses the same names
-    *("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "i8mm", "bf16"),
+    *("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
 )
 
 
@@ -51,6 +51,8 @@ def capabilities() -> dict[str, bool]:
         return dict(torch.cpu.get_capabilities())
     if sys.platform == "darwin":
         return {name: any(sysctl(f"hw.optional.arm.{feature}")) for name, feature in APPLE.items()}
+    if platform.machine() == "aarch64":  # emulators show another processor's /proc/cpuinfo
+        return {name: bool(auxiliary(kind) >> bit & 1) for name, (kind, bit) in HWCAPS.items()}
     flags = set(cpuinfo().split())
     return {name: LINUX.get(name, name) in flags for name in (*LINUX, *OTHERS)}
 
@@ -62,6 +64,13 @@ def permits_tiles() -> bool:
         return False
     arch_prctl, request, registers = 158, 0x1023, 18  # SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     return ctypes.CDLL(None).syscall(*map(ctypes.c_long, (arch_prctl, request, registers))) == 0
+
+
+def auxiliary(kind: int) -> int:
+    """A number that Linux passes to every process; 0 where there is none of this kind."""
+    function = ctypes.CDLL(None).getauxval
+    function.argtypes, function.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return int(function(kind))
 
 
 def cpuinfo() -> str:

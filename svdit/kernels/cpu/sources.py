@@ -7,7 +7,7 @@ from pathlib import Path
 FOLDER = Path(__file__).with_name("csrc")
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none
 FLAGS = ["-O3", "-std=gnu11", *OPENMP, "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
-COMPILE = {"extra_compile_args": FLAGS, "extra_link_args": OPENMP}  # in the form setuptools expects
+COMPILE = {"extra_compile_args": FLAGS}  # in the form setuptools expects; build.py loads an OpenMP runtime
 
 
 def files() -> list[str]:

@@ -1,4 +1,4 @@
-/* Which sources this library was made from; build.py compares. */
+/* Which sources this library was made from; build.py compares, and loads the OpenMP runtime that the library does not name. */
 #ifndef SVDIT_SOURCE
 #define SVDIT_SOURCE ""
 #endif
