@@ -2,9 +2,10 @@
 
     python benchmarks/conditioning.py [--ckpt DiT=digits CIFAR=cifar10 …] [--count 48] [--presets w8a8 w4a8]
 
-PSNR to full precision as in families.py, means over two calibrations; the error is that of the difference to adaLN in
-floats, paired by image. Beside it the error of the modulations on other pairs (t, y) than the calibration's, relative
-to their variance: the mean, which all steps and tokens share, and the variance around it.
+PSNR to full precision as in families.py, means over two calibrations. Its difference to adaLN in floats is that of
+images before they are rounded to 256 levels, which hides small errors; its error is paired by image. Beside it the
+error of the modulations on other pairs (t, y) than the calibration's, relative to their variance: the mean, which all
+steps and tokens share, and the variance around it.
 """
 
 import argparse
@@ -14,12 +15,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from bench_end_to_end import calibration, decibels, draw, squares
+from bench_end_to_end import BATCH, CPU, calibration, decibels, squares
 from families import CALIBRATIONS, MODELS, walk_of, with_rank
 from record import record
 from torch import Tensor
 
 from svdit.checkpoints.store import load_model
+from svdit.diffusion.noise import image_labels, image_noise
+from svdit.images import to_uint8
 from svdit.kernels.formats import Format
 from svdit.model.dit import DiT
 from svdit.quant.config import ADALN, CONDITIONING, PLAIN, RECIPES, Recipe
@@ -27,6 +30,7 @@ from svdit.quant.linear import linears, swap
 from svdit.quant.observe import Statistics, observe
 from svdit.quant.solve import quantize_linear
 from svdit.runtime.accelerate import accelerate
+from svdit.sampling.batch import generate
 from svdit.sampling.calibration import CONDITIONS, show_conditions
 
 INT4 = ADALN["int4"] or PLAIN
@@ -88,25 +92,41 @@ def models(checkpoint: str, preset: str) -> Iterator[tuple[DiT, DiT, dict[str, S
         yield model, quantized(model, blocks, statistics), {name: statistics[name] for name in adaln(model)}
 
 
+def draw(model: DiT, count: int) -> Tensor:
+    """Images (N, C, H, W) in [−1, 1], from the noise of families.py."""
+    walk, images = walk_of(model), list[Tensor]()
+    for start in range(0, count, BATCH):
+        indices = range(start, min(start + BATCH, count))
+        labels = image_labels(1, indices, model.config.num_classes)
+        images.append(generate(model, labels, walk, noise=image_noise(1, indices, model.input_shape, CPU)))
+    return torch.cat(images).clamp(-1, 1)
+
+
+def errors(images: Tensor, full: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """The mean squared error (N,) of each image, in levels of 255, with and without rounding to them."""
+    exact = (images - full).double().square().flatten(1).mean(1) * 127.5**2
+    return squares(to_uint8(images), to_uint8(full)), exact.numpy()
+
+
 @torch.no_grad()
 def measure(family: str, checkpoint: str, preset: str, count: int, formats: list[str]) -> None:
     """All formats of adaLN for one model and one preset of its blocks."""
-    full = draw(load_model(checkpoint), count, walk_of(load_model(checkpoint)))
-    runs = [{name: [] for name in formats} for _ in range(2)]
+    full = draw(load_model(checkpoint), count)
+    images, modulations = [{name: [] for name in formats} for _ in range(2)]
     for model, blocks, statistics in models(checkpoint, preset):
         for name in formats:
             recipe = FORMATS[name]
             other = quantized(blocks, dict.fromkeys(statistics, recipe) if recipe else {}, statistics)
-            runs[1][name].append(modulation_errors(model, other))
-            runs[0][name].append(squares(draw(accelerate(other), count, walk_of(model)), full))
-    baseline = decibels(np.array(runs[0][formats[0]]))
+            modulations[name].append(modulation_errors(model, other))
+            images[name].append(errors(draw(accelerate(other), count), full))
+    baseline = decibels(np.array(images[formats[0]])[:, 1])
     for name in formats:
-        errors, (mean, variance) = np.array(runs[0][name]), np.mean(runs[1][name], axis=0)
-        difference = (decibels(errors) - baseline).mean(0)
-        note = f"pooled {decibels(errors.mean()):.2f}; minus floats {difference.mean():.2f} "
+        (rounded, exact), (mean, variance) = np.array(images[name]).swapaxes(0, 1), np.mean(modulations[name], axis=0)
+        difference = (decibels(exact) - baseline).mean(0)
+        note = f"pooled {decibels(rounded.mean()):.2f}; minus floats {difference.mean():.2f} "
         note += f"se {difference.std(ddof=1) / count**0.5:.2f}; mean {mean:.1f}, variance {variance:.1f}; "
         note += f"{count} images, 50 steps, cfg 1.5, {len(CALIBRATIONS)} calibrations"
-        record("conditioning", f"{family} {preset}, {name}", decibels(errors).mean(), "dB", note)
+        record("conditioning", f"{family} {preset}, {name}", decibels(rounded).mean(), "dB", note)
 
 
 def main() -> None:
