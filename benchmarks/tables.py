@@ -125,6 +125,30 @@ def with_pooled(row: Row | None) -> str:
     return f"{float(row['value']):.1f} ± {error} ({pooled:.1f})"
 
 
+def conditioning(rows: Rows) -> str:
+    """Formats of adaLN on every model and preset: PSNR, what it loses to floats, and the error of the modulations."""
+    measured = latest(rows, "conditioning")
+    columns = list(dict.fromkeys(name.split(", ", 1)[0] for name in measured))
+    lines = []
+    for form in dict.fromkeys(name.split(", ", 1)[1] for name in measured):
+        found = [measured.get(f"{column}, {form}") for column in columns]
+        lines.append([form, *map(loss, found)])
+    header = ["adaLN", *columns]
+    return markdown(header, lines, source(measured, "conditioning.py", setting_of(measured.values())))
+
+
+def loss(row: Row | None) -> str:
+    """A pooled PSNR, its difference to floats with an error, and the mean error and the variance of modulations."""
+    if row is None:
+        return "–"
+    change, error = extract("minus floats (-?[0-9.]+)", row["note"]), extract("se ([0-9.]+);", row["note"])
+    mean, variance = extract("mean (-[0-9.]+)", row["note"]), extract("variance (-[0-9.]+)", row["note"])
+    pooled = float(extract("pooled ([0-9.]+)", row["note"]))
+    if float(error) == 0:
+        return f"{pooled:.1f}"
+    return f"{pooled:.1f} ({float(change):+.1f} ± {float(error):.1f}; {float(mean):.0f}, {float(variance):.0f})"
+
+
 def families_by_time(rows: Rows) -> str:
     """The error of images, in %, of which some tenths of the steps were quantized, by family."""
     measured = latest(rows, "families by time")
@@ -212,6 +236,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "budget": lambda rows: quality(rows, "budget", "weights"),
     "families": families,
     "families by time": families_by_time,
+    "conditioning": conditioning,
     "synthetic": synthetic,
     "cost": lambda rows: listing(rows, "cost", "bench_cost.py"),
     # Differences paired by seed are not in results.csv: digits_evaluation.py writes this table and updates the page.
