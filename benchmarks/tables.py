@@ -138,15 +138,13 @@ def conditioning(rows: Rows) -> str:
 
 
 def loss(row: Row | None) -> str:
-    """A pooled PSNR, its difference to floats with an error, and the mean error and the variance of modulations."""
+    """A PSNR, pooled too, its difference to floats with an error, and the mean error and variance of modulations."""
     if row is None:
         return "–"
-    change, error = extract("minus floats (-?[0-9.]+)", row["note"]), extract("se ([0-9.]+);", row["note"])
-    mean, variance = extract("mean (-[0-9.]+)", row["note"]), extract("variance (-[0-9.]+)", row["note"])
-    pooled = float(extract("pooled ([0-9.]+)", row["note"]))
-    if float(error) == 0:
-        return f"{pooled:.1f}"
-    return f"{pooled:.1f} ({float(change):+.1f} ± {float(error):.1f}; {float(mean):.0f}, {float(variance):.0f})"
+    names = ("pooled", "minus floats", "se", "mean", "variance")
+    pooled, change, error, mean, variance = (float(extract(f"{name} (-?[0-9.]+)", row["note"])) for name in names)
+    value = f"{float(row['value']):.1f} ({pooled:.1f})"
+    return f"{value}; {change:+.1f} ± {error:.1f}; {mean:.0f}, {variance:.0f}" if error else value
 
 
 def families_by_time(rows: Rows) -> str:
