@@ -3,7 +3,8 @@
     python examples/demo.py demo
 
 Takes a few minutes on two cores and downloads nothing. Prints one row per model and preset and writes
-demo/side_by_side.png. Expect w8a8 above 40 dB PSNR, and w4a4 well above SVDQuant as published (svdquant-w4a4).
+demo/side_by_side.png and the page demo/report.html. Expect w8a8 above 40 dB PSNR, and w4a4 well above SVDQuant as
+published (svdquant-w4a4).
 """
 
 import json
@@ -22,6 +23,7 @@ PRESETS = {"digits": ("w8a8", "w4a4", "svdquant-w4a4"), "digits-sit": ("w8a8", "
 NAMES = {"digits": "DiT", "digits-sit": "SiT (flow)"}
 SAMPLERS = {"digits": "ddim --num-sampling-steps 50", "digits-sit": "heun --num-sampling-steps 26"}  # 50 evaluations
 COUNT = 200
+GAIN = 32  # of the differences
 SAMPLING = "--cfg-scale 1.5 --per-proc-batch-size 100"
 
 
@@ -48,7 +50,9 @@ def main(folder: Path) -> None:
             )
             table.add_row(NAMES[model], preset, *figures(folder, name))
     side_by_side(folder)
-    Console().print(table, f"* to the full-precision images; NOT an FID\n{folder}/side_by_side.png", sep="\n")
+    run(f"report {folder} --output {folder}/report.html")
+    paths = f"{folder}/side_by_side.png\n{folder}/report.html"
+    Console().print(table, "* to the full-precision images; NOT an FID", paths, sep="\n")
 
 
 def figures(folder: Path, name: str) -> list[str]:
@@ -61,18 +65,26 @@ def figures(folder: Path, name: str) -> list[str]:
 
 def side_by_side(folder: Path) -> None:
     """Plot the first 20 images of every preset, from the same noise, and their differences to full precision."""
-    rows = [(model, preset) for model, presets in PRESETS.items() for preset in ("", *presets)]
-    figure = Figure(figsize=(10, 7.6), layout="constrained")
-    axes = figure.subplots(len(rows), 1, height_ratios=[2 if preset else 1 for _, preset in rows])
-    for axis, (model, preset) in zip(axes, rows, strict=True):
-        images = first(folder / model)
-        if preset:
+    rows = []
+    for model, presets in PRESETS.items():
+        original = first(folder / model)
+        rows.append((f"{NAMES[model]}: full precision", grid(original, 20, scale=4)))
+        for preset in presets:
             quantized = first(folder / f"{model}-{preset}")
-            difference = np.abs(quantized.astype(int) - images)
-            images = np.concatenate([quantized, np.minimum(10 * difference, 255).astype(np.uint8)])
-        axis.imshow(grid(images, 20, scale=4))
-        title = f"{preset}, and difference × 10" if preset else "full precision"
-        axis.set_title(f"{NAMES[model]}: {title}", loc="left", fontsize=9)
+            difference = np.minimum(GAIN * np.abs(quantized.astype(int) - original), 255).astype(np.uint8)
+            title = (
+                f"{NAMES[model]}: {preset}, {figures(folder, f'{model}-{preset}')[1]} dB; below, difference × {GAIN}"
+            )
+            rows.append((title, grid(np.concatenate([quantized, difference]), 20, scale=4)))
+    width, space = rows[0][1].shape[1], 20  # pixels, and those for a title
+    height = sum(len(pixels) + space for _, pixels in rows)
+    figure = Figure(figsize=(10, 10 * height / width))
+    top = 0
+    for title, pixels in rows:  # all equally wide, so that the same noise is in one column
+        top += len(pixels) + space
+        axis = figure.add_axes((0, 1 - top / height, 1, len(pixels) / height))
+        axis.imshow(pixels, aspect="auto", interpolation="nearest")
+        axis.set_title(title, loc="left", fontsize=9, pad=3)
         axis.axis("off")
     figure.savefig(folder / "side_by_side.png", dpi=120)
 
