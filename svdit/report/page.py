@@ -97,12 +97,20 @@ def content(inputs: Inputs, galleries: list[dict[str, Any]], notes: list[str], t
     """The body: header with navigation, and the sections that have content."""
     runs = inputs.runs
     psnrs = tables.psnrs_of(runs, galleries)
+    warnings, table = tables.warnings(runs, notes), tables.summary(runs, psnrs)
+    means = (
+        "PSNR without ± is the mean over the images on this page. "
+        if any("±" not in t for _, t in psnrs.values())
+        else ""
+    )
+    remarks = means + "No warnings." * (not warnings)
+    summary = table and join([table, tag("p", remarks, class_="note") if remarks else None])
     quantized = [run for run in runs if run.report]
     pictures = [(tag("img", src=data_uri(png), alt=f"sample grid {name}"), name) for name, png in inputs.grids]
     grids = tag("div", *(plots.figure(*each) for each in pictures), class_="grids") if pictures else None
     parts = {
-        "summary": ("Summary", tables.summary(runs, psnrs)),
-        "warnings": ("Warnings", tables.warnings(runs, notes)),
+        "summary": ("Summary", summary),
+        "warnings": ("Warnings", warnings),
         "images": ("Images", join([*(pairs(each, len(galleries) > 1) for each in galleries), grids])),
         "size": ("Size and quality", plotted(size_plots(runs, psnrs), "wide", *map(tables.tries, quantized))),
         "metrics": ("Metrics", tables.metrics(runs)),

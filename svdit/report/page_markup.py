@@ -47,7 +47,7 @@ def table(columns: Sequence[object], rows: Iterable[Sequence[object]], caption: 
     Columns of numbers are aligned on the right. `visible`: whether the caption is shown, or only read out.
     """
     rows = list(rows)
-    sides = [None if any(map(is_text, column)) else "n" for column in zip(*rows, strict=True)]
+    sides = [None if i == 0 or any(map(is_text, cells)) else "n" for i, cells in enumerate(zip(*rows, strict=True))]
     head = tag("tr", *(tag("th", title, scope="col", class_=side) for title, side in zip(columns, sides, strict=True)))
     body = [
         tag(
@@ -57,9 +57,13 @@ def table(columns: Sequence[object], rows: Iterable[Sequence[object]], caption: 
         )
         for row in rows
     ]
-    above = tag("caption", caption, class_=None if visible else "unseen")
-    grid = tag("table", above, tag("thead", head), tag("tbody", *body))
-    return tag("div", grid, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    grid = tag("table", tag("caption", caption, class_="unseen"), tag("thead", head), tag("tbody", *body))
+    return join([tag("p", caption, class_="note") if visible else None, scrolling(grid, caption)])
+
+
+def scrolling(grid: Markup, label: str, more: str = "") -> Markup:
+    """A table in a box that scrolls, also with the keyboard."""
+    return tag("div", grid, class_=f"scroll {more}".strip(), tabindex="0", role="region", aria_label=label)
 
 
 def is_text(cell: object) -> bool:

@@ -11,7 +11,7 @@ from svdit.evaluation.compare import comparison
 from svdit.evaluation.report import NOT_COMPARABLE
 from svdit.report.page_facts import NONE, brief, counted, details
 from svdit.report.page_inputs import Run, number, part
-from svdit.report.page_markup import Markup, join, table, tag
+from svdit.report.page_markup import Markup, join, scrolling, table, tag
 from svdit.report.tables import place
 
 CAP = 100.0  # dB, of identical images in a mean
@@ -66,19 +66,19 @@ def psnrs_of(runs: Sequence[Run], galleries: Sequence[dict[str, Any]]) -> dict[i
         if value is not None:
             found[i] = value, f"{value:.1f} ± {error:.1f}" if error is not None else f"{value:.1f}"
         elif images:
-            found[i] = (mean := sum(images) / len(images)), f"{mean:.1f} ({len(images)} images)"
+            found[i] = (mean := sum(images) / len(images)), f"{mean:.1f}"
     return found
 
 
-def warnings(runs: Sequence[Run], notes: Sequence[str]) -> Markup:
-    """What a reader should know before using the models, with their names; or that there is nothing."""
+def warnings(runs: Sequence[Run], notes: Sequence[str]) -> Markup | None:
+    """What a reader should know before using the models, with their names; None for nothing."""
     names: dict[str, list[str]] = {}
     for run in runs:
         for text in warnings_of(run):
             names.setdefault(text, []).append(run.name)
     items = [tag("li", tag("b", ", ".join(of)), ": ", text) for text, of in names.items()]
     items += [tag("li", note) for note in notes]
-    return tag("ul", *items, class_="warnings") if items else tag("p", "None.")
+    return tag("ul", *items, class_="warnings") if items else None
 
 
 def warnings_of(run: Run) -> list[str]:
@@ -118,10 +118,13 @@ def layers(runs: Sequence[Run]) -> Markup | None:
         choice("layer-kind", "Kind ", kinds),
         tag("output", f"{len(lines)} layers", id="layer-count", aria_live="polite"),
     ]
-    caption = "Layers: a click on a heading sorts. SQNR is of the layer's output on held-out inputs."
-    grid = tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body), id="layer-table")
-    region = tag("div", grid, class_="scroll tall", tabindex="0", role="region", aria_label="Layers")
-    return join([tag("div", *controls, class_="controls"), region])
+    note = "A click on a heading sorts. SQNR is of the layer's output on held-out inputs."
+    grid = tag(
+        "table", tag("caption", "Layers", class_="unseen"), tag("thead", head), tag("tbody", *body), id="layer-table"
+    )
+    return join(
+        [tag("div", *controls, class_="controls"), tag("p", note, class_="note"), scrolling(grid, "Layers", "tall")]
+    )
 
 
 def layer_row(model: str, line: dict[str, Any]) -> Markup:
