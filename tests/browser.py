@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from base64 import b64decode
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,13 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, (script, answer)
         return answer["result"].get("value")
+
+    def until(self, script: str, seconds: float = 20) -> None:
+        """Wait for an expression that becomes true, as after an event of the browser's."""
+        end = time.monotonic() + seconds
+        while not self.run(script):
+            assert time.monotonic() < end, f"{script} did not become true"
+            time.sleep(0.05)
 
     def click(self, query: str) -> None:
         """A click in the middle of the first such element."""
