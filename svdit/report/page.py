@@ -23,7 +23,7 @@ from svdit.report import page_facts as facts
 from svdit.report import page_plots as plots
 from svdit.report import page_tables as tables
 from svdit.report.page_heat import heat_maps
-from svdit.report.page_images import data_uri, gallery, groups
+from svdit.report.page_images import MOST, data_uri, gallery, groups
 from svdit.report.page_inputs import Inputs, Run, number, read_inputs
 from svdit.report.page_markup import Markup, join, raw, section, tag
 
@@ -98,12 +98,8 @@ def content(inputs: Inputs, galleries: list[dict[str, Any]], notes: list[str], t
     runs = inputs.runs
     psnrs = tables.psnrs_of(runs, galleries)
     warnings, table = tables.warnings(runs, notes), tables.summary(runs, psnrs)
-    means = (
-        "PSNR without ± is the mean over the images on this page. "
-        if any("±" not in t for _, t in psnrs.values())
-        else ""
-    )
-    remarks = means + "No warnings." * (not warnings)
+    means = any("±" not in text for _, text in psnrs.values())
+    remarks = "PSNR without ± is the mean over the images on this page. " * means + "No warnings." * (not warnings)
     summary = table and join([table, tag("p", remarks, class_="note") if remarks else None])
     quantized = [run for run in runs if run.report]
     pictures = [(tag("img", src=data_uri(png), alt=f"sample grid {name}"), name) for name, png in inputs.grids]
@@ -165,7 +161,7 @@ def pairs(each: dict[str, Any], headed: bool) -> Markup:
     ]
     shown = len(each["images"])
     count = f"{shown} images of each model, from the same noise as in full precision ({names[0]})."
-    left_out = f" {each['of'] - shown} of {each['of']} are left out to keep this file below {LIMIT / 1e6:g} MB."
+    left_out = f" {each['of'] - shown} of {each['of']} are left out: there are at most {MOST}, and what fits into 5 MB."
     parts = [
         tag("h3", each["model"] or names[0]) if headed else None,
         tag("p", count, left_out if shown < each["of"] else None, class_="note"),

@@ -70,29 +70,21 @@ def facts(entries: Mapping[str, object]) -> Markup:
 
 def times(runs: Sequence[Run]) -> Markup | None:
     """Seconds by phase, with the processor."""
-    rows = []
-    for run in runs:
-        seconds = {k: number(v) for k, v in part(run.report, "seconds").items()}
-        rows += [
-            [run.name, STEPS.get(k, k), f"{v:.1f}", run.report.get("machine") or NONE]
-            for k, v in seconds.items()
-            if v and v >= 0.05
-        ]
-        evaluation = number(run.evaluation.get("seconds"))
-        if evaluation is not None:
-            rows.append(
-                [
-                    run.name,
-                    STEPS["evaluate"],
-                    f"{evaluation:.1f}",
-                    part(run.evaluation, "versions").get("machine") or NONE,
-                ]
-            )
-    return (
-        join([tag("h3", "Time"), table(["model", "step", "seconds", "processor"], rows, "Time", visible=False)])
-        if rows
-        else None
-    )
+    spent = [
+        (run.name, phase, number(seconds), machine)
+        for run in runs
+        for phase, seconds, machine in (
+            *((phase, seconds, run.report.get("machine")) for phase, seconds in part(run.report, "seconds").items()),
+            ("evaluate", run.evaluation.get("seconds"), part(run.evaluation, "versions").get("machine")),
+        )
+    ]
+    rows = [
+        (name, STEPS.get(phase, phase), f"{s:.1f}", machine or NONE)
+        for name, phase, s, machine in spent
+        if s and s >= 0.05
+    ]
+    columns = ("model", "step", "seconds", "processor")
+    return join([tag("h3", "Time"), table(columns, rows, "Time", visible=False)]) if rows else None
 
 
 def details(title: str, content: Markup) -> Markup:

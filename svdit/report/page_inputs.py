@@ -181,9 +181,14 @@ def add_metrics(runs: list[Run], place: Path) -> None:
     evaluation = read_report(place)
     measured = Path(str(part(part(evaluation, "inputs"), "fake").get("path", "")))
     folder = place.resolve().parent.name
-    names = [name for name in (measured.stem, folder, folder.removesuffix("-evaluation")) if name]
+    names = [name for name in (measured.name.removesuffix(".npz"), folder, folder.removesuffix("-evaluation")) if name]
     own = [run for run in runs if run.source and run.source.path.resolve() == measured.resolve()]
-    named = [run for name in names for run in runs if run.name == name or (run.source and run.source.path.stem == name)]
+    named = [
+        run
+        for name in names
+        for run in runs
+        if name in (run.name, run.source and run.source.path.name.removesuffix(".npz"))
+    ]
     run = next((run for run in own + named if not run.metrics), None)
     if run is None:
         run = Run(names[0] if names else place.stem)

@@ -1,4 +1,4 @@
-"""The page's tables and texts: the summary, warnings, layers, metrics, and how each model was made."""
+"""The page's tables and texts: the summary, warnings, layers, metrics, tries."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from svdit.evaluation.compare import comparison
 from svdit.evaluation.report import NOT_COMPARABLE
+from svdit.quant.report import FEW
 from svdit.report.page_facts import NONE, brief, counted, details
 from svdit.report.page_inputs import Run, number, part
 from svdit.report.page_markup import Markup, join, scrolling, table, tag
 from svdit.report.tables import place
 
 CAP = 100.0  # dB, of identical images in a mean
-FEW = 4  # rows per input feature
 COLUMNS = {  # of the layers' table, and their class: "n" is a number
     **{"layer": None, "model": None, "bits": "n", "rank": "n", "rows": "n", "SQNR, dB": "n"},
     **{"weights": None, "activations": None, "held out": "n", "KB": "n", "weight error": "n"},
@@ -54,11 +54,12 @@ def ranks(layers: Sequence[dict[str, Any]]) -> str:
 
 def psnrs_of(runs: Sequence[Run], galleries: Sequence[dict[str, Any]]) -> dict[int, tuple[float, str]]:
     """By the run's place its PSNR and a text: measured by `evaluate`, else the mean over the images on the page."""
-    shown = {
-        name: [CAP if row["psnr"][i] == "identical" else row["psnr"][i] for row in each["images"] if row["psnr"][i]]
-        for each in galleries
-        for i, name in enumerate(each["columns"][1:])
-    }  # fmt: skip
+    shown: dict[str, list[float]] = {}
+    for each in galleries:
+        for row in each["images"]:
+            for name, psnr in zip(each["columns"][1:], row["psnr"], strict=True):
+                if psnr is not None:
+                    shown.setdefault(name, []).append(CAP if psnr == "identical" else psnr)
     found: dict[int, tuple[float, str]] = {}
     for i, run in enumerate(runs):
         entry = part(part(run.evaluation, "metrics"), "psnr")
@@ -194,7 +195,7 @@ def tries(run: Run) -> Markup | None:
          for k, unit, digits in (("bytes", 1e6, 2), ("sqnr", 1, 1), ("psnr", 1, 1)))]
         for i, entry in enumerate(run.tries)
     ]  # fmt: skip
-    caption = f"{run.name}: choices compared by the PSNR of 32 images"
+    caption = f"{run.name}: choices compared by their images"
     target = number(run.plan.get("target_psnr"))
     caption += f"; requested: {target:g} dB" if target is not None else ""
     return table(["choice", "size, MB", "predicted SQNR, dB", "PSNR, dB"], rows, caption) if rows else None
