@@ -72,9 +72,7 @@ def side_by_side(folder: Path) -> None:
         for preset in presets:
             quantized = first(folder / f"{model}-{preset}")
             difference = np.minimum(GAIN * np.abs(quantized.astype(int) - original), 255).astype(np.uint8)
-            title = (
-                f"{NAMES[model]}: {preset}, {figures(folder, f'{model}-{preset}')[1]} dB; below, difference × {GAIN}"
-            )
+            title = f"{NAMES[model]}: {preset}; below, difference × {GAIN}"
             rows.append((title, grid(np.concatenate([quantized, difference]), 20, scale=4)))
     width, space = rows[0][1].shape[1], 20  # pixels, and those for a title
     height = sum(len(pixels) + space for _, pixels in rows)

@@ -78,7 +78,7 @@ def write_set(folder: Path, pixels: np.ndarray, **fields: Any) -> Path:
 
 def write_metrics(folder: Path, measured: Path, psnr: float) -> Path:
     """A folder of `svdit evaluate`."""
-    estimate = {"value": psnr, "se": 0.25, "bias": 0.0, "leave_out": [psnr - 1, psnr + 1], "reason": None}
+    estimate = {"value": psnr, "se": 1.0, "bias": 0.0, "leave_out": [psnr - 1, psnr + 1], "reason": None}
     content = {
         **{"schema": 1, "metrics": {"psnr": estimate}, "second": {}, "difference": {}},
         "inputs": {"fake": {"path": str(measured)}},

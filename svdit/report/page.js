@@ -73,7 +73,9 @@ function column(row, columns, i) {
   open.addEventListener("click", () => enlarge(row, columns, i, open.closest(".gallery")));
   const base = picture(row.src[0], `difference of ${name} to full precision`);
   const difference = make("span", "difference", base, picture(row.src[i + 1], ""));
-  return make("div", "", open, make("span", "text", name), make("span", "text db", decibels(row.psnr[i])), difference);
+  const label = make("span", "text", name);
+  label.title = name;
+  return make("div", "", open, label, make("span", "text db", decibels(row.psnr[i])), difference);
 }
 
 function still(row, columns, gain) {

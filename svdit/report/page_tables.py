@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from svdit.evaluation.compare import comparison
+from svdit.evaluation.protocol import disagreements
 from svdit.evaluation.report import NOT_COMPARABLE
 from svdit.quant.report import FEW
 from svdit.report.page_facts import NONE, brief, counted, details
@@ -158,28 +159,38 @@ def choice(identity: str, label: str, options: Sequence[str]) -> Markup | None:
 
 
 def metrics(runs: Sequence[Run]) -> Markup | None:
-    """The metrics of all evaluated sets with errors and differences to the first, and their protocol."""
+    """The metrics of evaluated sets with errors and differences to the first, one table per protocol; the protocols."""
     evaluated = [run for run in runs if run.metrics]
     if not evaluated:
         return None
-    compared = comparison([run.metrics for run in evaluated if run.metrics], force=True)
-    body = [
-        [run.name + " *" * bool(row.differs), *map(str, compared.cells(row).values())]
-        for run, row in zip(evaluated, compared.rows, strict=True)
-    ]
+    comparable: list[list[Run]] = []
+    for run in evaluated:
+        same = (g for g in comparable if not disagreements(g[0].evaluation["protocol"], run.evaluation["protocol"]))
+        group = next(same, None)
+        if group is None:
+            comparable.append(group := [])
+        group.append(run)
     notes = ["± is one standard error, by the jackknife over images; in brackets the difference to the first row."]
-    notes += [f"* {run.name} differs in {', '.join(row.differs)}: not comparable with the first row."
-              for run, row in zip(evaluated, compared.rows, strict=True) if row.differs]  # fmt: skip
+    if len(comparable) > 1:
+        notes.append("Sets in different tables have different protocols and are not comparable.")
     if not all(run.evaluation["protocol"].get("comparable") for run in evaluated):
         notes.append(f"{NOT_COMPARABLE[0].upper()}{NOT_COMPARABLE[1:]}.")
     keys = list(dict.fromkeys(key for run in evaluated for key in run.evaluation["protocol"]))
     rows = [[key.replace("_", " "), *protocol_row(evaluated, key)] for key in keys]
     protocol = [row for row in rows if set(row[1:]) != {NONE}]
     return join([
-        table(["set", *compared.keys], body, "Metrics", visible=False),
+        *map(metrics_table, comparable),
         *(tag("p", note, class_="note") for note in notes),
         details("Protocol", table(["field", *(run.name for run in evaluated)], protocol, "Protocol", visible=False)),
     ])  # fmt: skip
+
+
+def metrics_table(runs: Sequence[Run]) -> Markup:
+    """The metrics of sets of one protocol."""
+    compared = comparison([run.metrics for run in runs if run.metrics], force=True)
+    cells = [map(str, compared.cells(row).values()) for row in compared.rows]
+    rows = [[run.name, *values] for run, values in zip(runs, cells, strict=True)]
+    return table(["set", *compared.keys], rows, "Metrics", visible=False)
 
 
 def protocol_row(runs: Sequence[Run], key: str) -> list[str]:

@@ -93,9 +93,29 @@ def test_every_kind_of_path_leads_to_the_same_page(root: Path, html: str) -> Non
 
 def test_the_summary_has_sizes_and_measured_quality(html: str) -> None:
     table = {row[0]: row[1:] for row in rows(html, "summary")}
-    assert table["w8a8"] == ["2.00", "4.00×", "28.0 ± 0.2", "INT8", "INT8", "8", "38.0", "9.5"]
+    assert table["w8a8"] == ["2.00", "4.00×", "28.0 ± 1.0", "INT8", "INT8", "8", "38.0", "9.5"]
     assert table["w4a4"][3] == "INT4 g64"
     assert "full" not in table
+
+
+def test_metrics_have_errors_differences_and_their_protocol(html: str) -> None:
+    assert rows(html, "metrics") == [
+        ["set", "psnr"], ["w4a4", "22.0 ± 1.0"], ["w8a8", "28.0 ± 1.0 (+6.0 ± 1.4)"],
+    ]  # fmt: skip
+    assert "not comparable" not in html
+    assert '<th scope="row">n fake</th><td>12</td><td>12</td>' in html
+
+
+def test_sets_of_other_protocols_have_tables_of_their_own(root: Path, tmp_path: Path) -> None:
+    for name in ("w8a8", "w4a4"):
+        content = json.loads((root / f"{name}-evaluation" / "metrics.json").read_text())
+        content["protocol"]["n_fake"] = 4 if name == "w8a8" else 5
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(content))
+    html = page.build([tmp_path]).html
+    assert rows(html, "metrics") == [["set", "psnr"], ["w4a4", "22.0 ± 1.0"]]
+    assert "different protocols and are not comparable" in html
+    assert "28.0 ± 1.0</td>" in html
 
 
 def test_psnr_of_each_image_and_identical_ones(html: str) -> None:
