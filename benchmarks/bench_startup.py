@@ -1,6 +1,6 @@
 """Where the time of `sample.py` goes that is not denoising: a table of phases, wall and processor seconds.
 
-    python benchmarks/bench_startup.py [--threads 2] [--repeats 3] [--record]
+    python benchmarks/bench_startup.py [--threads 2] [--repeats 3] [--checkout DIR] [--record NAME]
 
 One image of a random W8A8 DiT-XL/2 at 256 px, one sampling step, a random VAE of Stable Diffusion's size. Every repeat
 is a new process that runs the command with clocks around the functions in `PHASES`; a phase's time excludes that of
@@ -96,13 +96,14 @@ def child(started: float, argv: list[str]) -> None:
     print(json.dumps({"threads": torch.get_num_threads(), "seconds": clock.seconds}))
 
 
-def run(folder: Path, threads: int) -> dict[str, list[float]]:
-    """The phases of a new process."""
+def run(folder: Path, threads: int, root: Path) -> dict[str, list[float]]:
+    """The phases of a new process that runs the code of a checkout."""
     argv = ["--ckpt", str(folder / "w8a8.safetensors"), "--vae", str(folder / "vae"), "--device", "cpu", "--quiet"]
     argv += ["--sampler", "ddim", "--num-sampling-steps", "1", "--classes", "207", "--output", str(folder / "a.png")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, "--child", repr(time.time()), *argv]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)}
+    script = root / "benchmarks" / "bench_startup.py"
+    command = [sys.executable, str(script), "--child", repr(time.time()), *argv]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["seconds"]
 
 
@@ -122,27 +123,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keep the model here, for the next run")
-    parser.add_argument("--record", action="store_true", help="append the totals to results.csv")
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="of the code to measure; default: this one")
+    parser.add_argument("--record", metavar="NAME", help="append the phases to results.csv under the version's name")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         if not (folder / "w8a8.safetensors").exists():
             prepare(folder)
-        runs = [run(folder, args.threads) for _ in range(args.repeats)]
+        runs = [run(folder, args.threads, args.checkout.resolve()) for _ in range(args.repeats)]
     table = {phase: [min(each[phase][i] for each in runs) for i in range(2)] for phase in runs[0]}
+    others = [seconds for phase, seconds in table.items() if not phase.startswith("denoise")]
+    table["all but denoising"] = [sum(seconds) for seconds in zip(*others, strict=True)]
     print(f"{'phase':50} {'wall, s':>9} {'processor, s':>13}")
-    overhead = [0.0, 0.0]
     for phase, seconds in table.items():
         print(f"{phase:50} {seconds[0]:9.2f} {seconds[1]:13.2f}")
-        if not phase.startswith("denoise"):
-            overhead = [a + b for a, b in zip(overhead, seconds, strict=True)]
-    print(f"{'all but denoising':50} {overhead[0]:9.2f} {overhead[1]:13.2f}")
     if args.record:
         from record import record
 
-        note = f"sample.py, W8A8 DiT-XL/2, one image of 256 px, {args.threads} threads"
-        record("startup", "all but denoising, wall", overhead[0], "s", note)
-        record("startup", "all but denoising, processor", overhead[1], "s", note)
+        setting = f"W8A8 DiT-XL/2, one image of 256 px, {args.threads} threads"
+        for phase, (wall, processor) in table.items():
+            record("startup", f"{args.record}: {phase}", wall, "s", f"{processor:.2f} s of processors; {setting}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 RESULTS = Path(__file__).with_name("results.csv")
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = (DOCS / "quantization.md", DOCS / "evaluation.md", DOCS / "performance.md")
+PAGES = tuple(DOCS / f"{name}.md" for name in ("quantization", "evaluation", "performance"))
 MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r", (?:amx|avx\w+|neon\w+|portable)\b"  # in notes
 Row = dict[str, str]
@@ -156,6 +156,19 @@ def families_by_time(rows: Rows) -> str:
     return markdown(["tenths", *tenths], cells, source(measured, "families.py times", setting_of(measured.values())))
 
 
+def startup(rows: Rows) -> str:
+    """The phases of `sample.py` in each version: wall time, and in brackets that of all processors."""
+    measured = latest(rows, "startup")
+    versions, phases = (dict.fromkeys(name.split(": ")[i] for name in measured) for i in range(2))
+    lines = [[phase, *(seconds(measured.get(f"{version}: {phase}")) for version in versions)] for phase in phases]
+    return markdown(["s", *versions], lines, source(measured, "bench_startup.py", setting_of(measured.values())))
+
+
+def seconds(row: Row | None) -> str:
+    """Wall time, and that of processors from the note."""
+    return "–" if row is None else f"{float(row['value']):.2f} ({extract('^([0-9.]+)', row['note'])})"
+
+
 def models_of(measured: Iterable[str]) -> list[str]:
     """The models that the names of measurements start with, DiT first."""
     return sorted({name.split(" ")[0] for name in measured}, key=("DiT", "SiT", "JiT").index)
@@ -247,6 +260,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "guidance interval": lambda rows: listing(rows, "guidance interval", "bench_sampling.py --digits"),
     "backends": lambda rows: listing(rows, "digits backends", "bench_end_to_end.py backends"),
     "sampling": lambda rows: listing(rows, "sampling", "bench_sampling.py"),
+    "startup": startup,
 }
 
 
