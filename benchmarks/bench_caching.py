@@ -1,17 +1,19 @@
 """Speed against quality of cache plans on the digits, beside schedules that skip every block in whole steps.
 
     python benchmarks/bench_caching.py [--models digits digits-sit digits-jit] [--plot FILE.png]
+    python benchmarks/bench_caching.py --large      # only time, of DiT-XL/2 with random weights
 
-Speed-ups are counted in block evaluations, and time is measured beside them. PSNR is paired: to the images of the same
-model without caching, and to those in full precision. The schedules run every n-th step and reuse its features, or
-extrapolate them linearly in time from the last two evaluations (Taylor expansion of first order). Images are none of
-those that plans are measured on. A full run takes half an hour on one core.
+Speed-ups are counted in block evaluations; that of plans is also measured in time, in the same rounds as sampling
+without caching. PSNR is paired: to the images of the same model without caching, and to those in full precision. The
+schedules run every n-th step and reuse its features, or extrapolate them linearly in time from the last two evaluations
+(Taylor expansion of first order). Images are none of those that plans are measured on. A full run takes ten minutes on
+one core.
 """
 
 import argparse
 import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,9 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib import pyplot
+from random_models import quantized as random_quantized
 from record import record
+from timing import measure, ratio
 from torch import Tensor
 
 from svdit.checkpoints.store import load_model
@@ -27,35 +31,41 @@ from svdit.cli import command
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.evaluation.paired import psnr
 from svdit.images import to_uint8
-from svdit.model.caching import CachePlan, Evaluate, cached
+from svdit.model.caching import CachePlan, cached
 from svdit.model.dit import DiT
 from svdit.runtime.accelerate import accelerate
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate
 from svdit.sampling.caching import Planner, groups_of
 
 STEPS = {"dit": ("ddim", "50"), "sit": ("heun", "26"), "jit": ("heun", "25")}  # as benchmarks/digits_quality.py
-SPEEDUPS, EVERY = (1.5, 2.0, 3.0, 4.0, 6.0), (2, 3, 4, 6)
-SEED = 0
+NAMES = {"dit": "DiT", "sit": "SiT", "jit": "JiT"}
+SPEEDUPS, EVERY = (2.0, 3.0, 4.0, 6.0), (2, 3, 4, 6)
+SEED, BATCH = 0, 8  # BATCH images are timed
 BELOW: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "color": "gray"}
-STYLES = {"plan": "o-", "reuse": "s:", "taylor": "^--"}
+STYLES = {"plan": "o-", "Taylor": "^--", "reuse": "s:"}
 
 
 class Point(NamedTuple):
     """What one way to skip blocks reaches; PSNRs in dB, to the same model without caching and to full precision."""
 
     method: str
+    nominal: float
     speedup: float
     own: float
     full: float
-    seconds: float
 
 
-def images(model: DiT, config: SamplingConfig, count: int, evaluate: Evaluate) -> tuple[np.ndarray, float]:
-    """Images (N, H, W, 3) and the seconds they took."""
+def sampled(model: DiT, config: SamplingConfig, count: int, plan: CachePlan | None = None) -> Tensor:
+    """Images or latents (N, C, H, W)."""
     noise = image_noise(SEED, range(count), model.input_shape, torch.device("cpu"))
-    labels, start = image_labels(SEED, range(count), model.config.num_classes), time.perf_counter()
-    x = generate(model, labels, config, noise=noise, evaluate=evaluate)
-    return to_uint8(x, model.config.uint8), time.perf_counter() - start
+    labels = image_labels(SEED, range(count), model.config.num_classes)
+    evaluate = cached(model, plan, model.config.depth) if plan else model
+    return generate(model, labels, config, noise=noise, evaluate=evaluate)
+
+
+def images(model: DiT, config: SamplingConfig, count: int, plan: CachePlan | None = None) -> np.ndarray:
+    """Images (N, H, W, 3)."""
+    return to_uint8(sampled(model, config, count, plan), model.config.uint8)
 
 
 def times_of(model: DiT, config: SamplingConfig) -> list[float]:
@@ -78,27 +88,40 @@ def every(n: int, method: str, times: list[float], stages: int, groups: tuple[in
             runs, latest = runs + "1", [i, *latest[:1]]
             continue
         runs, slope = runs + "0", 0.0
-        if method == "taylor" and len(latest) == 2:
+        if method == "Taylor" and len(latest) == 2:
             slope = (times[i] - times[latest[0]]) / (times[latest[0]] - times[latest[1]])
         pairs.append((1.0 + slope, -slope))
     record, count = {"speedup": len(runs) / runs.count("1")}, len(groups)
     return CachePlan(groups, (runs,) * count, (tuple(pairs),) * count, record=record)
 
 
-def points(model: DiT, reference: np.ndarray, config: SamplingConfig, args: Any) -> Iterator[Point]:
-    """Every plan and schedule of a model; `reference` has the images in full precision."""
-    own, seconds = images(model, config, args.images, model)
-    yield Point("none", 1.0, 100.0, mean_psnr(own, reference), seconds)
+def schedules(model: DiT, config: SamplingConfig) -> Iterator[tuple[str, float, CachePlan]]:
+    """Every schedule with its method and n."""
     times = times_of(model, config)
     stages = -(-len(times) // len(config.schedule(model.config)))
     groups = groups_of(model.config, 1)  # two, where the second begins with more tokens
-    plans = [(method, every(n, method, times, stages, groups)) for n in EVERY for method in ("reuse", "taylor")]
-    planner = Planner(model, config, images=args.measured)
-    plans += [("plan", planner.plan(speedup)) for speedup in args.speedups]
-    for method, plan in plans:
-        skipped, seconds = images(model, config, args.images, cached(model, plan, model.config.depth))
-        fidelity = mean_psnr(skipped, own), mean_psnr(skipped, reference)
-        yield Point(method, plan.record["speedup"], *fidelity, seconds)
+    yield from ((method, n, every(n, method, times, stages, groups)) for n in EVERY for method in ("reuse", "Taylor"))
+
+
+def points(
+    model: DiT, config: SamplingConfig, reference: np.ndarray, count: int, plans: dict[float, CachePlan]
+) -> Iterator[Point]:
+    """Every schedule and plan of a model; `reference` has the images in full precision."""
+    own = images(model, config, count)
+    yield Point("none", 1.0, 1.0, 100.0, mean_psnr(own, reference))
+    planned = [("plan", nominal, plan) for nominal, plan in plans.items()]
+    for method, nominal, plan in [*schedules(model, config), *planned]:
+        skipped = images(model, config, count, plan)
+        yield Point(method, nominal, plan.record["speedup"], mean_psnr(skipped, own), mean_psnr(skipped, reference))
+
+
+def speedups(
+    model: DiT, config: SamplingConfig, plans: dict[float, CachePlan], rounds: int, count: int = BATCH
+) -> dict[float, float]:
+    """How many times faster sampling is with each plan, in the same rounds."""
+    runs = {str(nominal): partial(sampled, model, config, count, plan) for nominal, plan in plans.items()}
+    times = measure({"none": partial(sampled, model, config, count), **runs}, rounds)
+    return {nominal: ratio(times, "none", str(nominal)) for nominal in plans}
 
 
 def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -113,24 +136,25 @@ def quantized(name: str, folder: Path) -> DiT:
     return accelerate(load_model(path))
 
 
-def draw(curves: dict[str, list[Point]], path: Path) -> None:
-    """Speed-up against PSNR, a column for each model and precision; above to itself, below to full precision."""
+def draw(curves: dict[tuple[str, str], list[Point]], path: Path) -> None:
+    """Speed-up against PSNR, a column for each model: fp32 above, W8A8 below, both to full precision."""
     matplotlib.use("agg")
-    shape = {"nrows": 2, "ncols": len(curves), "figsize": (3.6 * len(curves), 6.4)}
+    models = list(dict.fromkeys(model for model, _ in curves))
+    shape = {"nrows": 2, "ncols": len(models), "figsize": (3.6 * len(models), 6.4)}
     figure, axes = pyplot.subplots(**shape, sharex=True, squeeze=False)
-    for column, (name, found) in enumerate(curves.items()):
-        for row, key in enumerate(("own", "full")):
-            for method, style in STYLES.items():
-                line = sorted((p.speedup, getattr(p, key)) for p in found if p.method == method)
-                axes[row][column].plot(*zip(*line, strict=True), style, label=method)
-            axes[row][column].grid(alpha=0.3)
-        axes[0][column].set_title(name)
-        axes[1][column].set_xlabel("speed-up in block evaluations")
-        if "W8A8" in name:
-            axes[1][column].axhline(found[0].full, color="gray", linewidth=1)
-            axes[1][column].annotate("no caching", (1, found[0].full), (-4, -12), **BELOW)
-    axes[0][0].set_ylabel("PSNR to no caching, dB")
-    axes[1][0].set_ylabel("PSNR to full precision, dB")
+    for (model, precision), found in curves.items():
+        part = axes[int(precision != "fp32"), models.index(model)]
+        for method, style in STYLES.items():
+            line = sorted((p.speedup, p.own if precision == "fp32" else p.full) for p in found if p.method == method)
+            part.plot(*zip(*line, strict=True), style, label=method)
+        part.set_title(f"{model}, {precision}")
+        part.grid(alpha=0.3)
+        if precision != "fp32":
+            part.axhline(found[0].full, color="gray", linewidth=1)
+            part.annotate("no caching", (1, found[0].full), (-4, -12), **BELOW)
+            part.set_xlabel("speed-up in block evaluations")
+    for part in axes[:, 0]:
+        part.set_ylabel("PSNR to full precision, dB")
     axes[0][-1].legend(loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -139,36 +163,59 @@ def draw(curves: dict[str, list[Point]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["digits", "digits-sit", "digits-jit"])
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--measured", type=int, default=8, help="images that plans are measured on")
     parser.add_argument("--speedups", type=float, nargs="+", default=SPEEDUPS)
+    parser.add_argument("--rounds", type=int, default=7, help="of timing")
+    parser.add_argument("--large", action="store_true", help="only the time of DiT-XL/2 with random weights")
     parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "caching.png")
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
+    if args.large:
+        large(args)
+        return
     torch.set_num_threads(1)
-    curves: dict[str, list[Point]] = {}
+    curves: dict[tuple[str, str], list[Point]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.models:
             full = load_model(name)
             sampler, steps = STEPS[full.config.family]
             config = default_sampling(full.config, sampler=sampler, steps=steps, cfg_scale=1.5)
-            reference, _ = images(full, config, args.images, full)
+            reference = images(full, config, args.images)
+            setting = f"{args.images} digits, {sampler} {steps}, cfg 1.5"
             for precision, model in (("fp32", full), ("W8A8", quantized(name, Path(folder)))):
-                curve = curves[f"{name}, {precision}"] = []
-                for point in points(model, reference, config, args):
-                    curve.append(point)
-                    note(f"{name} {precision}", point, curve[0].seconds, not args.no_record)
+                kind = NAMES[full.config.family], precision
+                planner = Planner(model, config, images=args.measured)
+                plans = {speedup: planner.plan(speedup) for speedup in args.speedups}
+                curves[kind] = list(points(model, config, reference, args.images, plans))
+                note(", ".join(kind), curves[kind], setting, args)
+                for nominal, faster in speedups(model, config, plans, args.rounds).items():
+                    keep(f"{', '.join(kind)}, plan {nominal:g}×, time", faster, "×", f"{BATCH} images; {setting}", args)
     draw(curves, args.plot)
 
 
-def note(name: str, point: Point, seconds: float, recorded: bool) -> None:
-    """Print and record one point."""
-    what = f"{name}, {point.method} at {point.speedup:.2f}×"
-    text = f"{point.full:.2f} dB to full precision; {seconds / point.seconds:.2f}× in time"
-    if recorded:
-        record("caching", what, point.own, "dB", text)
+def note(kind: str, curve: list[Point], setting: str, args: argparse.Namespace) -> None:
+    """Record the points of one model."""
+    for point in curve[1:]:
+        text = f"{point.speedup:.2f}× in block evaluations; {point.full:.2f} dB to full precision; {setting}"
+        keep(f"{kind}, {point.method} {point.nominal:g}×", point.own, "dB", text, args)
+
+
+def large(args: argparse.Namespace) -> None:
+    """Time of DiT-XL/2 at W8A8, where blocks run at every second or fourth of 12 steps."""
+    model = accelerate(random_quantized("W8A8"))
+    config = default_sampling(model.config, sampler="ddim", steps="12", cfg_scale=1.5)
+    plans = {n: plan for method, n, plan in schedules(model, config) if method == "Taylor" and n in (2, 4)}
+    for n, faster in speedups(model, config, plans, 3, 1).items():
+        keep(f"DiT-XL/2, W8A8, every {n}", faster, "×", "1 image; random weights, ddim 12", args, "caching large")
+
+
+def keep(name: str, value: float, unit: str, text: str, args: argparse.Namespace, of: str = "caching") -> None:
+    """Record one number of a benchmark, or print it only."""
+    if args.no_record:
+        print(f"{name:40} {value:7.2f} {unit:4} {text}", flush=True)
     else:
-        print(f"{what:40} {point.own:7.2f} dB  {text}", flush=True)
+        record(of, name, value, unit, text)
 
 
 if __name__ == "__main__":

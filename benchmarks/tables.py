@@ -12,7 +12,7 @@ from pathlib import Path
 RESULTS = Path(__file__).with_name("results.csv")
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = tuple(DOCS / f"{name}.md" for name in ("quantization", "evaluation", "performance"))
+PAGES = tuple(DOCS / f"{name}.md" for name in ("quantization", "evaluation", "performance", "caching"))
 MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r", (?:amx|avx\w+|neon\w+|portable)\b"  # in notes
 Row = dict[str, str]
@@ -156,6 +156,28 @@ def families_by_time(rows: Rows) -> str:
     return markdown(["tenths", *tenths], cells, source(measured, "families.py times", setting_of(measured.values())))
 
 
+def caching(rows: Rows) -> str:
+    """PSNR of each model and way to skip blocks, by speed-up in block evaluations; the time of plans below them."""
+    measured = latest(rows, "caching")
+    sizes, methods = ("2×", "3×", "4×", "6×"), ("plan {}", "plan {}, time", "Taylor {}", "reuse {}")
+    models = dict.fromkeys(name.rpartition(", plan 2×, time")[0] for name in measured if name.endswith("plan 2×, time"))
+    lines = []
+    for model in models:
+        for method in methods:
+            cells = [cached(measured[f"{model}, {method.format(size)}"], size) for size in sizes]
+            lines.append([model, method.replace(" {}", ""), *cells])
+    header = ["model", "PSNR in dB, or speed-up in time", *sizes]
+    return markdown(header, lines, source(measured, "bench_caching.py", setting_of(measured.values())))
+
+
+def cached(row: Row, nominal: str) -> str:
+    """A speed-up in time; or a PSNR, with the speed-up in block evaluations where it is not the nominal one."""
+    if row["unit"] == "×":
+        return f"{float(row['value']):.2f}×"
+    speedup = f"{float(extract('^([0-9.]+)×', row['note'])):.2g}×"
+    return f"{float(row['value']):.1f}" + (f" ({speedup})" if speedup != nominal else "")
+
+
 def startup(rows: Rows) -> str:
     """The phases of `sample.py` in each version: wall time, and in brackets that of all processors."""
     measured = latest(rows, "startup")
@@ -248,6 +270,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "families": families,
     "families by time": families_by_time,
     "conditioning": conditioning,
+    "caching": caching,
     "synthetic": synthetic,
     "cost": lambda rows: listing(rows, "cost", "bench_cost.py"),
     # Differences paired by seed are not in results.csv: digits_evaluation.py writes this table and updates the page.
