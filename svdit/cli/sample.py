@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> Result:
         with setup.uncollected():
             job = load(args)
         draw(job, args.seed, args.output)
-    data = {"output": args.output, "classes": job.labels, "seed": args.seed}
+    data = {"output": args.output, "classes": job.labels, "checkpoint": job.record["checkpoint"], "seed": args.seed}
     return Result(data | asdict(job.config) | job.record, [args.output])
 
 
