@@ -15,7 +15,7 @@ from svdit.model.dit import DiT
 from svdit.model.zoo import DiT_models
 from svdit.quant.config import QuantConfig, Rule, recipe_for
 from svdit.quant.quantize import quantize_
-from svdit.report import diagnose
+from svdit.report import diagnose, page
 
 
 def test_the_report_has_the_numbers_of_its_figures(tiny: DiT, tmp_path: Path) -> None:
@@ -38,6 +38,11 @@ def test_the_report_has_the_numbers_of_its_figures(tiny: DiT, tmp_path: Path) ->
     assert len(measured["activations"]) == 4
     sizes = [size for size, _ in measured["curve"]]
     assert sizes[0] <= measured["chosen"][0] <= 460_000 < sizes[-1]
+    assert {(bits, rank) for bits, rank, _, _ in measured["uniform"]} >= {(2, 0), (4, 8), (8, 0)}
+    assert all(sizes[0] <= size for _, _, size, _ in measured["uniform"])
+    html = page.build([output]).html  # of a report that was not written by hand
+    assert all(f'id="{part}"' in html for part in ("summary", "size", "layers", "time", "making"))
+    assert f"{len(names)} layers</output>" in html
 
 
 def test_without_guidance_there_are_no_unconditional_rows(tiny: DiT) -> None:
