@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from ctypes import POINTER, Structure, addressof, c_int, c_int64, c_void_p, sizeof
 from functools import cache
 from itertools import groupby
+from math import prod
 from operator import itemgetter
 from typing import Any
 
@@ -101,13 +102,12 @@ class Waiting:
         self.used = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The buffer that follows (…) of `dtype`, a new one where it is of another shape or type."""
-        buffer = self.buffers[self.used] if self.used < len(self.buffers) else None
-        if buffer is None or buffer.shape != shape or buffer.dtype != dtype:
-            buffer = torch.empty(shape, dtype=dtype, device="cpu")
-            self.buffers[self.used : self.used + 1] = [buffer]
+        """A tensor (…) of `dtype` in the buffer that follows; in a new one where that is smaller."""
+        size = prod(shape) * dtype.itemsize
+        if self.used == len(self.buffers) or self.buffers[self.used].numel() < size:
+            self.buffers[self.used : self.used + 1] = [torch.empty(size, dtype=torch.uint8, device="cpu")]
         self.used += 1
-        return buffer
+        return self.buffers[self.used - 1][:size].view(dtype).view(shape)
 
     def run(self) -> None:
         """All calls, those of the same kernels as one. Raises MemoryError as `Kernels.call`."""
