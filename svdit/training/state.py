@@ -5,17 +5,15 @@ the number of the example.
 """
 
 import copy
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from svdit.errors import UnreadableError, UserError
-from svdit.files import atomic_path, check_zip, reading
+from svdit.errors import UserError
 from svdit.model.dit import DiT
-from svdit.storage import pickles
+from svdit.storage.states import cloned, read_state, write_state
 
 CONTENT = {"model": dict, "ema": dict, "opt": dict, "step": int, "seconds": float, "binding": dict}
 
@@ -47,44 +45,21 @@ def save(state: State, path: Path, binding: dict[str, Any]) -> None:
         "seconds": state.seconds,
         "binding": binding,
     }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
+    write_state(path, content)
 
 
 def restore_(state: State, path: Path, binding: dict[str, Any]) -> None:
     """Load the file into `state`, in place. Raises UserError for a damaged or foreign file, or other options."""
-    content = _read(path)
+    content = read_state(path, CONTENT, "train", "choose another folder")
     for key, value in binding.items():
         if (before := content["binding"].get(key, value)) != value:  # earlier versions recorded less
             raise UserError(f"{path} was trained with {key} {before}, not {value}; use the same, or another folder")
     try:
         state.model.load_state_dict(content["model"])
         state.ema.load_state_dict(content["ema"])
-        state.optimizer.load_state_dict(_cloned(content["opt"]))  # it would keep tensors that map the file
+        state.optimizer.load_state_dict(cloned(content["opt"]))  # it would keep tensors that map the file
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"{path} does not fit the model ({str(error).splitlines()[0]}); choose another folder"
         ) from None
     state.step, state.seconds = content["step"], content["seconds"]
-
-
-def _cloned(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _cloned(value) for key, value in tree.items()}
-    return tree.clone() if isinstance(tree, torch.Tensor) else tree
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The content, whose checksums match. Raises UserError for other files."""
-    try:
-        with reading(path):
-            content = pickles.load(path)
-            check_zip(path)  # torch does not compare them
-    except UnreadableError:
-        raise
-    except (UserError, zipfile.BadZipFile) as error:
-        reason = str(error).rpartition("; ")[0] or f"{path} is damaged: {error}"
-        raise UserError(f"{reason}; move it away to start again, or choose another folder") from None
-    if not isinstance(content, dict) or any(not isinstance(content.get(key), kind) for key, kind in CONTENT.items()):
-        raise UserError(f"{path} was not written by `svdit train`; choose another folder")
-    return content
