@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": GROUND,
     "training": GROUND | {"model", "diffusion"},
     "runtime": GROUND | {"model", "quant", "kernels"},
+    "recovery": GROUND | {"model", "diffusion", "kernels", "quant", "sampling"},
     "report": GROUND | {"model", "diffusion", "kernels", "quant", "sampling", "evaluation"},
     "compat": {"quant", "model"},
 }

@@ -1,13 +1,15 @@
 """`svdit verify`: is a quantized checkpoint what its header says, made from this source?"""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdit.cli.arguments import Parser, path
 from svdit.cli.result import Result
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from svdit.model.dit import DiT
@@ -25,37 +27,49 @@ def parser() -> Parser:
 
 
 def run(args: argparse.Namespace) -> Result:
-    """Recompute the weight error of every layer. Raises UserError at the first that differs from the record."""
-    from svdit.checkpoints.infer import UNSEEN
-    from svdit.checkpoints.io import fingerprint
-    from svdit.checkpoints.store import load_model, locate, read_header
+    """Recompute the errors of every layer. Raises UserError at the first that differs from the record."""
+    from svdit.checkpoints.store import load_model, locate
 
     path, source = locate(args.file), locate(args.against)
-    provenance = (read_header(path) or {}).get("provenance", {})
-    recorded = provenance.get("quantization", {}).get("weight_errors")
-    if recorded is None:
-        raise UserError(f"{path} records no weight errors; pass a file made by `svdit quantize`")
-    digest, expected = fingerprint(source), provenance["source"]["sha256"]
-    if digest != expected:
-        raise UserError(f"{source} is not the source of {path}: its sha256 is {digest[:16]}…, not {expected[:16]}…")
+    provenance = provenance_of(path, source)
+    recorded = provenance["quantization"]["weight_errors"]
+    biases = provenance.get("recovery", {}).get("bias_errors", {})
     model = load_model(path)
-    unrecorded = {key: getattr(model.config, key) for key in ("num_classes", "family", *UNSEEN)}  # by other tools
-    errors = weight_errors(model, load_model(source, **unrecorded))
+    errors = layer_errors(model, load_model(source, **unrecorded(model)))
     for name in sorted(set(errors) | set(recorded)):
-        error, record = errors.get(name), recorded.get(name)
+        error, record = errors[name].weight if name in errors else None, recorded.get(name)
         if error is None or record is None or not abs(error - record) <= TOLERANCE * record:
             raise UserError(
                 f"{name} of {path} has weight error {error}, but {record} is recorded; do not use this file"
             )
-    layers = [{"name": name, "weight_error": error} for name, error in errors.items()]
+        bias = biases.get(name, 0.0)  # of a recovered layer
+        if not abs(errors[name].bias - bias) <= TOLERANCE * max(1.0, bias):
+            raise UserError(f"the bias of {name} does not follow from the source and in_shift; do not use this file")
+    layers = [{"name": name, "weight_error": error.weight} for name, error in errors.items()]
     data = {"file": path, "source": source, "layers": layers, "matches": True}
     text = f"{path.name}: {len(errors)} quantized layers match the record, all else equals {source.name}"
     return Result(data, [text])
 
 
-def close(x: "Tensor", y: "Tensor") -> bool:
-    """Whether two tensors (O,) differ by rounding only."""
-    return bool((x - y).norm() <= TOLERANCE * y.norm())
+def provenance_of(path: "Path", source: "Path") -> dict[str, Any]:
+    """What a quantized file records. Raises UserError where `svdit quantize` did not make it from the source."""
+    from svdit.checkpoints.io import fingerprint
+    from svdit.checkpoints.store import read_header
+
+    provenance: dict[str, Any] = (read_header(path) or {}).get("provenance", {})
+    if "weight_errors" not in provenance.get("quantization", {}):
+        raise UserError(f"{path} records no weight errors; pass a file made by `svdit quantize`")
+    digest, expected = fingerprint(source), provenance["source"]["sha256"]
+    if digest != expected:
+        raise UserError(f"{source} is not the source of {path}: its sha256 is {digest[:16]}…, not {expected[:16]}…")
+    return provenance
+
+
+def unrecorded(model: "DiT") -> dict[str, Any]:
+    """What files of other tools do not record of a model, as options of `load_model`."""
+    from svdit.checkpoints.infer import UNSEEN
+
+    return {key: getattr(model.config, key) for key in ("num_classes", "family", *UNSEEN)}
 
 
 def expected_bias(layer: "SVDLinear", linear: "nn.Linear") -> "Tensor":
@@ -65,8 +79,15 @@ def expected_bias(layer: "SVDLinear", linear: "nn.Linear") -> "Tensor":
     return bias if layer.in_shift is None else bias + weight @ layer.in_shift
 
 
-def weight_errors(model: "DiT", source: "DiT") -> dict[str, float]:
-    """‖W − W'‖ / ‖W‖ of every quantized layer. Raises UserError if anything else differs from the source."""
+class Errors(NamedTuple):
+    """‖W − W'‖ / ‖W‖ of a layer, and the same of its bias."""
+
+    weight: float
+    bias: float
+
+
+def layer_errors(model: "DiT", source: "DiT") -> dict[str, Errors]:
+    """The errors of every quantized layer. Raises UserError if anything else differs from the source."""
     import torch
 
     from svdit.quant.linear import quantized_layers
@@ -80,7 +101,7 @@ def weight_errors(model: "DiT", source: "DiT") -> dict[str, float]:
     errors = {}
     for name, layer in layers.items():
         linear = linear_of(source, name)
-        if layer.bias is not None and not close(layer.bias, expected_bias(layer, linear)):
-            raise UserError(f"the bias of {name} does not follow from the source and in_shift; do not use this file")
-        errors[name] = relative_error(layer.effective_weight().detach(), linear.weight.detach().float())
+        weight = relative_error(layer.effective_weight().detach(), linear.weight.detach().float())
+        bias = 0.0 if layer.bias is None else relative_error(layer.bias.detach(), expected_bias(layer, linear))
+        errors[name] = Errors(weight, bias)
     return errors

@@ -19,6 +19,7 @@ from worlds import Run
 
 from svdit.checkpoints.store import save_model
 from svdit.cli import COMMANDS, command
+from svdit.files import sha256
 from svdit.images import write_png
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -188,6 +189,22 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("{tiny} --quiet yes", "unrecognized arguments: yes"),
         ("nowhere.pt --json --quiet", "nowhere.pt", "pass a file"),
     ],
+    "recover --output new.safetensors": [
+        ("{quantized}", "required: --against"),
+        ("nowhere.pt --against {tiny}", "nowhere.pt", "pass a file"),
+        ("{branchless} --against nowhere.pt", "nowhere.pt", "pass a file"),
+        ("{tiny} --against {tiny}", "records no weight errors", "svdit quantize"),
+        ("{quantized} --against {tiny}", "is not the source of", "its sha256 is"),
+        ("{tiny} --against {quantized}", "records no weight errors", "svdit quantize"),
+        ("{branchless} --against {tiny}", "no low-rank branch", "w4a8"),
+        ("{branchless} --against {tiny} --output {branchless}", "also the input", "choose another name"),
+        ("{branchless} --against {tiny} --output {tiny}", "also the input", "choose another name"),
+        ("{branchless} --against {tiny} --output new.bin", "new.bin", ".safetensors or .pt"),
+        ("{branchless} --against {tiny} --steps 0", "'0' is not an integer from 1 to 100000"),
+        ("{branchless} --against {tiny} --batch-size 0", "'0' is not an integer from 1 to 65536"),
+        ("{branchless} --against {tiny} --device cpu:7", "'cpu:7' is not supported; choose cpu"),
+        ("{text} --against {tiny}", "text", "not a checkpoint"),
+    ],
     "cache": [
         ("nowhere.pt --speedup 2", "nowhere.pt", "pass a file"),
         ("{tiny}", "required: --speedup"),
@@ -305,6 +322,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     quantize_(model, dit_config(recipe_for("rtn")))
     provenance = {"source": {"file": "x", "sha256": "0" * 64}, "quantization": {"weight_errors": {}}}
     save_model(model, root / "quantized.safetensors", name="tiny", provenance=provenance)
+    provenance["source"]["sha256"] = sha256(tiny)
+    save_model(model, root / "branchless.safetensors", name="tiny", provenance=provenance)
     (root / "tiny.png").write_bytes(tiny.read_bytes())
     (root / "alias.safetensors").symlink_to(tiny)
     (root / "hard.safetensors").hardlink_to(tiny)
@@ -327,7 +346,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "linked" / "class").symlink_to(root / "real")
     special = {"fifo": "fifo.png", "link_to_real": "link", "tiny": "tiny.safetensors", "long": "a" * 5000}
     special |= {f"{name}_npz": f"{name}.npz" for name in ("real", "text", "alias")}
-    special |= {"quantized": "quantized.safetensors", "alias": "alias.safetensors", "hard": "hard.safetensors"}
+    special |= {name: f"{name}.safetensors" for name in ("quantized", "branchless")}
+    special |= {"alias": "alias.safetensors", "hard": "hard.safetensors"}
     special |= {"tiny_png": "tiny.png", "folder_pt": "folder.pt"}
     return {
         name: str(root / special.get(name, name))
@@ -366,7 +386,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(
 ) -> None:
     base, line, *parts = row
     name, *argv = words(f"{base} {line}", inputs)
-    if name in ("sample", "generate", "quantize", "train") and "--device" not in argv:
+    if name in ("sample", "generate", "quantize", "recover", "train") and "--device" not in argv:
         argv += ["--device", "cpu"]
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as stop:
