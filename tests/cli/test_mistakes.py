@@ -274,6 +274,16 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("{fifo}", "neither a file nor a folder"),
         ("{text} --metrics ''", "'' has an empty name"),
     ],
+    "report --output new.html": [
+        ("", "required: RUN"),
+        ("nowhere", "there is no file or folder nowhere", "pass a .report.json"),
+        ("''", "'' is not a path"),
+        ("{empty}", "contains no report, set or metrics", "pass a .report.json"),
+        ("{text}", "text is no report", "pass a .report.json"),
+        ("{tiny}", "there is no", "tiny.report.json beside", "quantize it again"),
+        ("{fifo}", "neither a file nor a folder"),
+        ("{real_npz} --output new.txt", "new.txt", "ends in .html"),
+    ],
     "selftest": [
         ("--adm-samples {real_npz}", "real.npz", "pass --adm-reference together with it"),
         ("--adm-samples '' --adm-reference ''", "'' is not a path"),
