@@ -24,7 +24,7 @@ from svdit.evaluation.features import (
     features_folder,
     full_precision,
 )
-from svdit.evaluation.figures import caption, overview, shown, worst_pairs
+from svdit.evaluation.figures import PAIRS_CAPTION, caption, overview, shown, worst_pairs
 from svdit.evaluation.inputs import Inputs, open_inputs
 from svdit.evaluation.jackknife import Blocks, Estimate, Estimates, assign_blocks
 from svdit.evaluation.metrics import METRICS, RANDOM, Data, compute_metrics
@@ -60,7 +60,8 @@ def evaluate(
             scores = pair_scores(image_set, inputs.counterparts, distances, options.progress)
             values |= paired_metrics(scores, blocks)
             if image_set is inputs.fake:
-                images["grid_pairs"] = worst_pairs(image_set, inputs.counterparts, scores["psnr"])
+                pairs = worst_pairs(image_set, inputs.counterparts, scores["psnr"])
+                images["grid_pairs"] = caption(pairs, PAIRS_CAPTION)
     return report(inputs, network, options, estimates, images, time.perf_counter() - started)
 
 

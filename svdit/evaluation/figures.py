@@ -12,6 +12,7 @@ from svdit.images import Pixels, grid
 SHOWN, COLUMNS, PAIRS = 64, 8, 8
 MIN_SIDE = 64  # smaller images are enlarged by an integer factor
 GAIN = 8  # of the difference
+PAIRS_CAPTION = f"full precision; generated, lowest PSNR first; difference x {GAIN}"  # Pillow's font is ASCII
 
 
 def shown(count: int) -> list[int]:

@@ -5,6 +5,7 @@ The x axis is the block, with one colour and marker per kind of layer; layers ou
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -57,9 +58,11 @@ def draw(folder: Path, lines: Sequence[LayerReport], measured: dict[str, Any]) -
 
 
 def layers(lines: Sequence[LayerReport], sqnr: dict[str, float | None]) -> Figure:
-    """Output SQNR of every layer above, its size below."""
+    """Output SQNR of every layer above, its size below; between them bits and rank, if they differ within a kind."""
     at = positions([line.name for line in lines])
-    figure, ((top,), (bottom,)) = blank(2, 1, 4 + 0.2 * max(16, *at.values()), 6, sharex=True)
+    mixed = any(len({(line.weight, line.rank) for line in members}) > 1 for members in by_kind(lines).values())
+    figure, axes = blank(2 + mixed, 1, 4 + 0.2 * max(16, *at.values()), 6 + 2 * mixed, sharex=True)
+    top, bottom = axes[0, 0], axes[-1, 0]
     before, height = dict.fromkeys(at.values(), 0.0), dict.fromkeys(at.values(), 0.0)
     for line in lines:
         before[at[line.name]] += line.bytes_before / 1e6
@@ -68,6 +71,9 @@ def layers(lines: Sequence[LayerReport], sqnr: dict[str, float | None]) -> Figur
         x, sizes = [at[line.name] for line in members], [line.bytes_after / 1e6 for line in members]
         top.plot(x, [sqnr[line.name] for line in members], color=colour, marker=marker, ms=4.5, lw=1, label=kind)
         bottom.bar(x, sizes, 0.6, [height[i] for i in x], color=colour)
+        if mixed:
+            beside = 0.12 * (list(by_kind(lines)).index(kind) - (len(by_kind(lines)) - 1) / 2)
+            formats(axes[1, 0], [i + beside for i in x], members, colour, marker)
         for i, size in zip(x, sizes, strict=True):
             height[i] += size
     top.set(title="Output SQNR and size per layer", ylabel="output SQNR, dB")
@@ -77,6 +83,18 @@ def layers(lines: Sequence[LayerReport], sqnr: dict[str, float | None]) -> Figur
     for axis in (top, bottom):
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
+
+
+def formats(axis: Axes, x: Sequence[float], members: Sequence[LayerReport], colour: str, marker: str) -> None:
+    """The bits of the weights of a kind of layer, and the rank of each branch as a number."""
+    found = [re.match(r"[A-Z]+(\d+)", line.weight) for line in members]
+    bits = [int(match[1]) if match else float("nan") for match in found]
+    axis.plot(x, bits, color=colour, marker=marker, ms=4.5, lw=0)
+    for at, bit, line in zip(x, bits, members, strict=True):
+        if line.rank:
+            axis.annotate(str(line.rank), (at, bit), (0, 4), textcoords="offset points", ha="center", fontsize=6)
+    axis.set(ylabel="bits of the weights; rank", ylim=(1.5, 9))
+    axis.grid(alpha=0.3)
 
 
 TIMES = {  # axis label of a model's time

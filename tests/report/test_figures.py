@@ -1,5 +1,6 @@
 """The report's figures show the report's numbers, for 28 blocks, one block, and layers outside the blocks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,15 @@ def test_layers_are_at_their_blocks_with_their_sqnr_and_size() -> None:
         middle = bar.get_x() + bar.get_width() / 2
         tops[middle] = max(tops.get(middle, 0), bar.get_y() + bar.get_height())
     assert tops == pytest.approx({0: 15e-6, 1: 40e-6, 2: 65e-6, 3.5: 16e-6})
+
+
+def test_mixed_formats_show_bits_and_rank_of_every_layer() -> None:
+    lines = [replace(line(name), weight=f"INT{2 + i % 3} g64", rank=8 * (i % 2)) for i, name in enumerate(names(3))]
+    top, middle, bottom = figures.layers(lines, numbers(3)["sqnr"]).axes
+    shown = {(round(x), y) for drawn in middle.get_lines() for x, y in zip(*drawn.get_data(), strict=True)}
+    assert shown == {(i // 5, 2 + i % 3) for i in range(15)} | {(4, 2)}  # kinds are beside each other
+    assert [text.get_text() for text in middle.texts] == ["8"] * 8
+    assert (len(top.get_lines()), bottom.get_ylabel()) == (6, "size, MB")
 
 
 def test_the_heat_map_is_the_errors_by_kind_and_block() -> None:
