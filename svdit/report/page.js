@@ -98,7 +98,7 @@ function wipe(element, value) {
 
 /** A window with one image in full precision, quantized, and their difference, and a slider of its own. */
 function enlarge(row, columns, i, gallery) {
-  const dialog = make("dialog");
+  const dialog = make("dialog", one(".small", gallery) ? "small" : "");
   const close = make("button", "", "Close");
   close.type = "button";
   close.addEventListener("click", () => dialog.close());
@@ -121,6 +121,7 @@ function enlarge(row, columns, i, gallery) {
 
 function fill(gallery, data) {
   const tiles = one(".tiles", gallery);
+  tiles.classList.toggle("small", data.small);
   tiles.style.setProperty("--tile", `${Math.min(60, 5.6 * data.columns.length)}rem`);
   const figures = data.images.map(row => ({ row, figure: tile(row, data.columns, String(data.gain)) }));
   const [wiper, gain, label, order] = [".wipe", ".gain", ".class", ".order"].map(query => one(query, gallery));

@@ -15,6 +15,7 @@ from svdit.images import Pixels, encode_png
 from svdit.report.page_inputs import Run
 
 MOST = 200  # images on a page, of each model
+SMALL = 128  # pixels; smaller images are enlarged without smoothing
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def gallery(group: Group, limit: int) -> dict[str, Any]:
             break
     columns = [run.name for run in runs]
     model = group.reference.manifest.get("model")
-    return {"model": model, "columns": columns, "images": rows, "of": len(names), "gain": gain_for(rows)}
+    small = max(group.reference.source.read(0).shape[:2]) < SMALL if group.reference.source else False
+    shown = {"model": model, "columns": columns, "images": rows, "of": len(names)}
+    return {**shown, "gain": gain_for(rows), "small": small}
 
 
 def gain_for(rows: Sequence[dict[str, Any]]) -> int:

@@ -337,3 +337,10 @@ def test_long_curves_are_thinned_with_both_ends() -> None:
     curve = [(float(i), 1.0 / i) for i in range(1, 2001)]
     few = thinned(curve)
     assert few[0] == curve[0] and few[-1] == curve[-1] and 40 < len(few) <= 80
+
+
+@pytest.mark.parametrize(("side", "small"), [(8, True), (128, False)])
+def test_large_images_are_smoothed_and_small_ones_are_not(side: int, small: bool, tmp_path: Path) -> None:
+    for name, quantization in (("full", None), ("q", {"preset": "rtn"})):
+        pages.write_set(tmp_path / name, pages.images(side, 2), quantization=quantization)
+    assert shown(page.build([tmp_path]).html)[0]["small"] is small
