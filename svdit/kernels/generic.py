@@ -102,13 +102,12 @@ def less_zero_points(layer: Layer, y: Tensor, hat: Tensor) -> Tensor:
     return y if offsets is None else y - ref.grouped(hat, layer.form("residual")).sum(-1) @ offsets.T
 
 
-def shift_in_bias(layer: Layer, pack: Callable[[Layer], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """`pack(layer)`, for float activations without a subtraction per call: for zeros it computes the bias to use."""
-    packed = pack(layer)
+def shift_in_bias(layer: Layer, compute: Callable[[Tensor], Tensor]) -> Layer:
+    """The layer, for float activations, without a subtraction per call: its bias is what it `compute`s for zeros."""
     if layer.in_shift is None:
-        return packed
-    bias = packed(layer.in_shift.new_zeros(1, layer.shape[1]))[0]
-    return pack(replace(layer, tensors={**layer.without("in_shift").tensors, "bias": bias}))
+        return layer
+    bias = compute(layer.in_shift.new_zeros(1, layer.shape[1]))[0]
+    return replace(layer, tensors={**layer.without("in_shift").tensors, "bias": bias})
 
 
 def with_float_factors(layer: Layer, dtype: torch.dtype = torch.float32) -> Layer:

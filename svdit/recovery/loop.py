@@ -106,7 +106,7 @@ def prepare(student: DiT, teacher: DiT, walk: Walk) -> dict[str, TrainableLinear
     """Make the layers of the student trainable, in place. Raises UserError for one without a low-rank branch."""
     check_trainable(student)
     calls = calls_of(teacher, walk, 0)
-    parts = torch.split(torch.arange(len(calls.t)), 2 * walk.batch_size)
+    parts = torch.split(torch.arange(len(calls.t), device="cpu"), 2 * walk.batch_size)
     return trainable_(student, observe(student, teacher, lambda: [student(*(x[i] for x in calls[:3])) for i in parts]))
 
 

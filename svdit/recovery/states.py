@@ -96,17 +96,18 @@ class Recorder:
     def factors(self, rows: int) -> Tensor:
         """What guidance does to the squared errors of a call's rows (N,): s² and (s − 1)²."""
         if rows == self.images:
-            return torch.ones(rows)
-        return torch.tensor([self.scale**2, (self.scale - 1) ** 2]).repeat_interleave(self.images)
+            return torch.ones(rows, device="cpu")
+        squares = torch.tensor([self.scale**2, (self.scale - 1) ** 2], device="cpu")
+        return squares.repeat_interleave(self.images)
 
     def flat(self) -> Calls:
         """All calls as rows."""
         x, t, y, outputs = (torch.cat(column) for column in zip(*self.calls, strict=True))
         rows = [len(call[0]) for call in self.calls]
         factor = torch.cat([self.factors(count) for count in rows])
-        halves = torch.cat([torch.arange(count) >= self.images for count in rows])
-        place = torch.tensor(self.tenths).repeat_interleave(torch.tensor(rows)) + TENTHS * halves
-        return Calls(x, t, y, outputs[:, : x.shape[1]], factor.to(x), place)
+        halves = torch.cat([torch.arange(count, device="cpu") >= self.images for count in rows])
+        tenths = torch.tensor(self.tenths, device="cpu").repeat_interleave(torch.tensor(rows, device="cpu"))
+        return Calls(x, t, y, outputs[:, : x.shape[1]], factor.to(x), tenths + TENTHS * halves)
 
 
 def record(model: DiT, walk: Walk, indices: range) -> Calls:
@@ -131,7 +132,7 @@ def measure(student: DiT, teacher: DiT, walk: Walk, indices: range) -> Weights:
     indices = walk.batches(indices)[0]
     recorder = Recorder(teacher, walk, len(indices))
     images = walk.images(teacher, indices, recorder)
-    weight, share = torch.zeros(TENTHS), torch.zeros(2, TENTHS)
+    weight, share = torch.zeros(TENTHS, device="cpu"), torch.zeros(2, TENTHS, device="cpu")
     for tenth in set(recorder.tenths):
         mixed = Mixed(student, recorder, tenth)
         error = (walk.images(teacher, indices, mixed) - images).square().mean()
@@ -145,7 +146,7 @@ class Mixed:
 
     def __init__(self, student: DiT, recorder: Recorder, tenth: int) -> None:
         self.student, self.recorder, self.tenth = student, recorder, tenth
-        self.number, self.errors = 0, torch.zeros(2)  # of calls; sums of the halves' squared errors
+        self.number, self.errors = 0, torch.zeros(2, device="cpu")  # of calls; sums of the halves' squared errors
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C or 2C, H, W)"""

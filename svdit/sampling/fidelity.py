@@ -1,5 +1,6 @@
 """How near a model's images are to those of another one, from the same noise that nothing else has seen."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -37,7 +38,7 @@ class Fidelity:
         targets, pixels = self.targets, model.config.in_channels in (1, 3)
         error = float((torch.cat(list(self._draw(model))) - targets).double().square().mean())
         peak = 4.0 if pixels else float(targets.double().square().mean())
-        return min(CAP, float(10 * torch.tensor(peak / max(error, 1e-30), dtype=torch.float64).log10()))
+        return min(CAP, 10 * math.log10(peak / max(error, 1e-30)))
 
     def _draw(self, model: DiT) -> Iterator[Tensor]:
         steps, starts = len(self.config.schedule(model.config)), range(0, self.images, BATCH)

@@ -18,11 +18,13 @@ from svdit.evaluation import inception
 from svdit.evaluation.selftest import Check
 from svdit.images import write_png
 from svdit.progress import Task
+from svdit.recovery import loop
 
 LINES = {
     "sample": "--ckpt {tiny} --num-sampling-steps 2 --output {out}/a.png --device cpu",
     "generate": "--ckpt {tiny} --num-sampling-steps 2 --num-fid-samples 3 --sample-dir {out}/set --device cpu",
     "quantize": "--ckpt {tiny} --calib-images 2 --calib-steps 2 --target-size 1 --output {out}/q.pt --device cpu",
+    "recover": "{branched} --against {tiny} --steps 1 --output {out}/r.pt --device cpu",
     "cache": "{tiny} --speedup 1.5 --num-sampling-steps 3 --images 1 --output {out}/c.pt --device cpu",
     "inspect": "{quantized}",
     "verify": "{quantized} --against {tiny}",
@@ -38,6 +40,7 @@ PARTS = {  # of the work of each command, which can take minutes
     "sample": {"sampling": "2 steps"},
     "generate": {"checking set": "0 images", "generating": "3 images", "writing set.npz": "3 images"},
     "quantize": {"calibrating": "4 steps", "choosing formats": "6 layers", "quantizing": "6 layers"},
+    "recover": {"recovering": "1 steps"},
     "cache": {"measuring": "7 trajectories"},
     "evaluate": {
         **dict.fromkeys(("checking fake", "checking real", "reading fake", "reading real"), "4 images"),
@@ -55,6 +58,7 @@ KEYS = {  # of the objects, as in docs/scripting.md
     "time_shift sde_form sde_norm last_step last_step_size caching",
     "generate": "folder npz manifest images storage",
     "quantize": "output report figures layers bytes_before bytes_after seconds skipped warnings",
+    "recover": "output report figure file sha256 seed steps images before after seconds",
     "cache": "output groups runs speedup snr held_out_snr images seed",
     "inspect": "file bytes name config class_names layers backend fallbacks caching provenance",
     "verify": "file source layers matches",
@@ -83,6 +87,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svdit.evaluation.selftest.formulas", lambda: iter([Check("one", 1.0, 1.0, 0.0)]))
     monkeypatch.setattr("svdit.training.loop.sample_grid", lambda *arguments: None)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.touch())
+    for constant, value in {"IMAGES": 2, "WALKS": 2, "STEPS": (3,), "ROWS": 8, "EVERY": 1}.items():
+        monkeypatch.setattr(loop, constant, value)
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +97,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("console")
     tiny = saved(root / "tiny.safetensors")
     command("quantize", ["--ckpt", tiny, "--preset", "rtn", "--no-figures", "--output", str(root / "q.safetensors")])
+    branched = f"--ckpt {tiny} --preset svdquant --rank 2 --calib-images 2 --calib-steps 2 --no-figures --device cpu"
+    command("quantize", [*branched.split(), "--output", str(root / "b.safetensors")])
     for seed, name in enumerate(("real", "fake")):
         for i, image in enumerate(np.random.RandomState(seed).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)):
             write_png(root / name / f"{i}.png", image)
     paired = ["--fake_dir", str(root / "fake"), "--paired_dir", str(root / "real"), "--metrics", "paired"]
     command("evaluate", [*paired, "--device", "cpu", "--output", str(root / "report")])
-    files = {"tiny": Path(tiny), "quantized": root / "q.safetensors"}
+    files = {"tiny": Path(tiny), "quantized": root / "q.safetensors", "branched": root / "b.safetensors"}
     return files | {name: root / name for name in ("real", "fake", "report")}
 
 
@@ -137,6 +145,7 @@ def test_quiet_prints_the_result_only(
         "sample": ["a.png"],
         "generate": ["set", "set.npz"],
         "quantize": ["q.pt", "q.report.json", "q.report"],
+        "recover": ["r.pt", "r.recovery.json", "r.recovery.png"],
         "cache": ["c.pt"],
         "report": ["page.html"],
         "train": ["run/ema.safetensors"],
@@ -197,6 +206,10 @@ AGREES: dict[str, Callable[[dict[str, Any], Path, dict[str, Path]], bool]] = {  
     "verify": lambda data, out, files: (
         data["matches"] is True
         and {layer["name"]: layer["weight_error"] for layer in data["layers"]} == layer_errors(files["quantized"])
+    ),
+    "recover": lambda data, out, files: (
+        json.loads((out / "r.recovery.json").read_text()).items()
+        >= {key: data[key] for key in ("before", "after", "steps")}.items()
     ),
     "cache": lambda data, out, files: (
         data["runs"] == (read_header(out / "c.pt") or {})["caching"]["runs"] and data["speedup"] >= 1.5

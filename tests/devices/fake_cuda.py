@@ -253,6 +253,7 @@ class ThisThread(ThreadPoolExecutor):
 
 REPLACED: list[tuple[Any, str, Any]] = [  # which tensors' own methods do not call
     (torch, "Generator", generator),
+    (torch.cuda, "get_device_name", lambda device: "a fake GPU"),
     (torch, "save", file_function(torch.save)),
     (torch, "load", file_function(torch.load)),
     (nn.Module, "_apply", apply),

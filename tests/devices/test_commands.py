@@ -14,6 +14,7 @@ from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command, quantize_plan
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS
+from svdit.recovery import loop
 from svdit.sampling import calibration
 
 FAST = "--calib-images 2 --calib-steps 2"
@@ -57,6 +58,18 @@ def test_quantize_and_verify(kind: str, source: Path, tmp_path: Path) -> None:
     cpu, cuda = on_both("quantize", f"--ckpt {source} {QUANTIZE[kind]}", "--output .safetensors", tmp_path, grad=True)
     assert cuda.read_bytes() == cpu.read_bytes()
     command("verify", [str(cuda), "--against", str(source)])
+
+
+def test_recover(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for constant, value in {"IMAGES": 2, "WALKS": 2, "STEPS": (3,), "ROWS": 8, "EVERY": 1}.items():
+        monkeypatch.setattr(loop, constant, value)
+    file, output = tmp_path / "q.safetensors", tmp_path / "r.safetensors"
+    preset = f"--preset svdquant --rank 2 --no-figures {FAST} --skip *.attn.*"
+    command("quantize", ["--ckpt", str(source), *preset.split(), "--device", "cpu", "--output", str(file)])
+    argv = [str(file), "--against", str(source), "--steps", "2", "--device", "cuda", "--output", str(output)]
+    with FakeCuda(grad=True):
+        command("recover", argv)
+    command("verify", [str(output), "--against", str(source)])
 
 
 def test_images_decide_on_a_gpu(source: Path, tmp_path: Path) -> None:

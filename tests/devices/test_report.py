@@ -8,7 +8,7 @@ from conftest import randomize
 from devices.fake_cuda import FakeCuda, value
 from torch import nn
 
-from svdit.cli.verify import expected_bias, weight_errors
+from svdit.cli.verify import expected_bias, layer_errors
 from svdit.model.dit import DiT, DiTConfig
 from svdit.quant.config import QuantConfig, Rule, dit_config, rank_ratio_config, recipe_for
 from svdit.quant.quantize import quantize_
@@ -39,10 +39,10 @@ def test_measurements_and_verification(preset: str, monkeypatch: pytest.MonkeyPa
     if preset != "rank ratio":
         config = dit_config(recipe_for(preset, smoothing=7))
     lines = quantize_(model, config, calibration_loop(images=2, steps=2)).layers
-    expected = diagnose.measure(model, original, lines, 1.5, 0), weight_errors(model, original)
+    expected = diagnose.measure(model, original, lines, 1.5, 0), layer_errors(model, original)
     with FakeCuda():
         model.to("cuda"), original.to("cuda")
-        assert weight_errors(model, original) == expected[1]
+        assert layer_errors(model, original) == expected[1]
         found = diagnose.measure(model, original, lines, 1.5, 0)
     spectra, expected_spectra = (numbers.pop("spectra") for numbers in (found, expected[0]))
     assert found == expected[0]

@@ -13,6 +13,11 @@ from svdit.storage import ahead
 TENSORS = {"b": torch.arange(7, dtype=torch.float32), "a": torch.ones(2, 3, dtype=torch.int8), "c": torch.tensor(1.5)}
 
 
+@pytest.fixture(autouse=True)
+def _no_other_futures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "futures", {})
+
+
 def written(path: Path, tensors: dict[str, torch.Tensor] = TENSORS) -> Path:
     io.write(path, tensors, {"name": "Größe", "config": {"z": 1, "a": [0.1, None]}})
     return path
@@ -55,7 +60,6 @@ def test_a_file_that_changed_is_hashed_again(tmp_path: Path) -> None:
     assert ahead.started(path) is None
     with io.verified(path) as contents:
         assert contents.tensors.keys() == {"a"}
-    ahead.futures.clear()
 
 
 @pytest.mark.parametrize(

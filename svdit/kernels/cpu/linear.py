@@ -7,7 +7,6 @@ rounded to bf16, unless they are stored so: 2^−9 relative per element.
 
 from collections.abc import Callable
 from ctypes import Structure
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -246,7 +245,7 @@ def weigh(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels, scal
 def weight_only(layer: Layer, kernels: Kernels) -> Linear:
     """Quantized weights, float activations: rows of weights are decoded where they are used, and stay small."""
     require(layer)
-    return composed(generic.shift_in_bias(layer, partial(_weighed, kernels=kernels)))
+    return composed(_weighed(generic.shift_in_bias(layer, _weighed(layer, kernels)), kernels))
 
 
 def _weighed(layer: Layer, kernels: Kernels) -> Callable[[Tensor], Tensor]:

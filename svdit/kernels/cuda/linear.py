@@ -6,8 +6,8 @@ the interpreter cannot multiply. Tensors are checked before every launch, also u
 """
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -196,11 +196,7 @@ class IntegerLinear:
 
 def weight_only(layer: Layer) -> Linear:
     """Quantized weights, float activations, in fp32: for adaLN, whose weights are read for a few rows."""
-    return composed(generic.shift_in_bias(layer, _weighed))
-
-
-def _weighed(layer: Layer) -> Callable[[Tensor], Tensor]:
-    """x (…, I) to (…, O) by a weight-only layer."""
+    layer = generic.shift_in_bias(layer, partial(ref.linear, layer))
     (O, I), form, values = layer.shape, layer.form("residual"), ref.layer_scales(layer).values()
     width, grouped = padded(I, 2 * HALF), values.shape[1] > 1
     weight, scales = stored_codes(layer, width), spread(values, I, width) if grouped else values.flatten().contiguous()
@@ -218,4 +214,4 @@ def _weighed(layer: Layer) -> Callable[[Tensor], Tensor]:
             )  # fmt: skip
         return generic.less_zero_points(rest, out, rows).view(*hat.shape[:-1], O)
 
-    return lambda x: ref.linear(rest, x, product)
+    return composed(lambda x: ref.linear(rest, x, product))
