@@ -103,7 +103,7 @@ def less_zero_points(layer: Layer, y: Tensor, hat: Tensor) -> Tensor:
 
 
 def shift_in_bias(layer: Layer, compute: Callable[[Tensor], Tensor]) -> Layer:
-    """The layer, for float activations, without a subtraction per call: its bias is what it `compute`s for zeros."""
+    """The layer, for float activations, without a subtraction: its bias (O,) is what it `compute`s for zeros (1, I)."""
     if layer.in_shift is None:
         return layer
     bias = compute(layer.in_shift.new_zeros(1, layer.shape[1]))[0]
