@@ -16,9 +16,10 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def public(tree: ast.Module) -> Iterator[ast.ClassDef | Function]:
-    """Public functions, classes and their methods."""
+    """Public functions, classes and their methods; of an overloaded one the definition."""
     for node in tree.body:
-        if isinstance(node, (ast.ClassDef, Function)) and not node.name.startswith("_"):
+        overload = "overload" in [getattr(decorator, "id", "") for decorator in getattr(node, "decorator_list", [])]
+        if isinstance(node, (ast.ClassDef, Function)) and not node.name.startswith("_") and not overload:
             yield node
             if isinstance(node, ast.ClassDef):
                 yield from (f for f in node.body if isinstance(f, Function) and not f.name.startswith("_"))
@@ -51,8 +52,9 @@ def silent_raises(tree: ast.Module) -> list[str]:
 
 
 def raises_user_error(function: Function) -> bool:
-    """Whether a `raise UserError(...)` is inside."""
-    return any(isinstance(node, ast.Raise) and "UserError(" in ast.unparse(node) for node in ast.walk(function))
+    """Whether a `raise UserError(...)` is inside, or one of the `unknown` that makes it."""
+    raised = (ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.Raise))
+    return any(re.search(r"\b(UserError|unknown)\(", text) for text in raised)
 
 
 def lengths(tree: ast.Module) -> list[int]:

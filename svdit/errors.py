@@ -6,6 +6,8 @@
 import errno
 import os
 import re
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from svdit import restarts
 
@@ -53,6 +55,19 @@ OF_TORCH = {  # RuntimeErrors by their text: what happened and what to do
 
 class UserError(Exception):
     """The message is one sentence: what was wrong, the value, and what to do."""
+
+
+def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
+    """The error for a name that is none of the choices: "there is no preset 'w8a'; choose one of w8a8, …"."""
+    names = list(choices)
+    return UserError(f"there is no {kind} {value!r}; choose one of {', '.join(names)}{nearest(value, names)}")
+
+
+def nearest(value: object, choices: Iterable[str]) -> str:
+    """The end of such a sentence: "; did you mean w8a8?", or "" where no choice is near."""
+    names = {choice.lower(): choice for choice in choices}
+    near = get_close_matches(value.lower(), names, 1) if isinstance(value, str) else []
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 class UnreadableError(UserError):

@@ -21,7 +21,7 @@ from svdit.checkpoints.infer import config_from_shapes
 from svdit.checkpoints.padding import STEP, padded, padded_width
 from svdit.checkpoints.restore import cache_plan, distinct, naming, restore_, unfolded
 from svdit.checkpoints.statistics import MULTIPLIER, beside, latent_statistics, of_batch_norm
-from svdit.errors import UserError
+from svdit.errors import UserError, nearest
 from svdit.fields import from_json
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS, config_for
@@ -143,7 +143,8 @@ def locate(path: str | Path) -> Path:
         return in_folder(path)
     check_regular(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; pass a file or one of: {', '.join(embedded) or 'none'}")
+        hint = nearest(str(path), embedded)
+        raise UserError(f"there is no checkpoint {path}; pass a file or one of: {', '.join(embedded) or 'none'}{hint}")
     return path
 
 
@@ -245,7 +246,7 @@ def config_from_header(header: io.Header, path: Path) -> DiTConfig:
     """The configuration in a header. Raises UserError, naming the file, for unusable values."""
     if "config" not in header:
         problem = "a header without a usable configuration: it is not a DiT's"
-        raise UserError(f"{path} has {problem}; pass the file of a DiT, or call svdit.load_quantized(module, path)")
+        raise UserError(f"{path} has {problem}; pass the file of a DiT, or call svdit.load(path, module)")
     with naming(path, "a header without a usable configuration", "save or quantize the model again"):
         return from_json(DiTConfig, unfolded(header["config"], "absorbed"))
 

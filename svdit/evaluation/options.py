@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from svdit.distributed import default_device
-from svdit.errors import UserError
+from svdit.errors import UserError, unknown
 from svdit.evaluation.metrics import METRICS
 
 
@@ -34,7 +34,7 @@ class Options:
             raise UserError(f"metrics is {self.metrics!r}; choose from {', '.join(METRICS)}, or pass None for all")
         for name in self.metrics or ():
             if name not in METRICS:
-                raise UserError(f"there is no metric {name!r}; choose from {', '.join(METRICS)}")
+                raise unknown("metric", name, METRICS)
         for name in ("num_images", "batch_size", "resize_to"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from svdit.errors import UserError
+from svdit.errors import UserError, unknown
 from svdit.kernels import fused, generic
 from svdit.kernels.checks import check
 from svdit.kernels.cpu import choice, ffi
@@ -75,7 +75,7 @@ def choose(device: torch.device | str = "cpu", backend: str | None = None) -> st
     """`backend`, else SVDIT_BACKEND, else the best for `device`. Raises UserError if it is unknown or unavailable."""
     wanted = backend or os.environ.get("SVDIT_BACKEND") or "auto"
     if wanted not in ("auto", *BACKENDS):
-        raise UserError(f"there is no backend {wanted!r}; choose auto, {', '.join(BACKENDS)}")
+        raise unknown("backend", wanted, ("auto", *BACKENDS))
     if wanted == "auto":
         return next(name for name, backend in BACKENDS.items() if not backend.missing(torch.device(device)))
     if reason := BACKENDS[wanted].missing(torch.device(device)):

@@ -5,7 +5,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from svdit.errors import UserError
+from svdit.errors import unknown
 from svdit.model.config import FAMILIES, DiTConfig
 from svdit.model.dit import DiT
 
@@ -72,10 +72,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def config_for(name: str, **overrides: Any) -> DiTConfig:
     """The configuration called `name`, with `overrides` of its fields. Raises UserError for an unknown name."""
     if name not in CONFIGS:
-        raise UserError(f"there is no model called {name!r}; choose one of {', '.join(CONFIGS)}")
+        raise unknown("model", name, CONFIGS)
     known = {field.name for field in fields(DiTConfig)}
-    if unknown := set(overrides) - known:
-        raise TypeError(f"DiT has no option {', '.join(sorted(unknown))}; it has {', '.join(sorted(known))}")
+    if others := set(overrides) - known:
+        raise TypeError(f"DiT has no option {', '.join(sorted(others))}; it has {', '.join(sorted(known))}")
     return DiTConfig(**{**CONFIGS[name], **overrides})
 
 

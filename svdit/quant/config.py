@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from svdit.errors import UserError
+from svdit.errors import UserError, unknown
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 
 LowRank = Literal["none", "factors", "svd", "iterated", "correction", "alternated"]
@@ -185,7 +185,7 @@ def dit_config(
     Raises UserError for an unknown `adaln`.
     """
     if adaln not in ADALN:
-        raise UserError(f"{adaln!r} is not a format of adaLN; choose one of {', '.join(ADALN)}")
+        raise unknown("format of adaLN", adaln, ADALN)
     rules: dict[str, Recipe | None] = {"*adaLN_modulation*": ADALN[adaln]}
     if adaln == "int8" and not recipe.needs_inputs:
         rules["*adaLN_modulation*"] = PLAIN
@@ -220,6 +220,6 @@ def skipping(patterns: tuple[str, ...]) -> list[Rule]:
 
 def recipe_for(preset: str, **changes: Any) -> Recipe:
     """The recipe of a preset, with some fields replaced. Raises UserError for an unknown preset."""
-    if preset not in RECIPES:
-        raise UserError(f"{preset!r} is not a preset; choose one of {', '.join(RECIPES)}")
+    if not isinstance(preset, str) or preset not in RECIPES:
+        raise unknown("preset", preset, RECIPES)
     return replace(RECIPES[preset], **changes)

@@ -18,7 +18,7 @@ from svdit.diffusion.paths import Path
 from svdit.diffusion.samplers import SAMPLERS
 from svdit.diffusion.schedule import Schedule, make_schedule
 from svdit.diffusion.sde import FORMS, LAST_STEPS, diffusion
-from svdit.errors import UserError
+from svdit.errors import UserError, unknown
 from svdit.model.config import DiTConfig
 
 
@@ -82,7 +82,7 @@ class SamplingConfig:
             (self.last_step, "last step", LAST_STEPS),
         ):
             if value not in choices:
-                raise UserError(f"there is no {what} {value!r}; choose one of {', '.join(choices)}")
+                raise unknown(what, value, choices)
         if not (math.isfinite(self.cfg_scale) and self.cfg_scale >= 0):
             raise UserError(
                 f"the guidance scale is {self.cfg_scale}; choose 1 for no guidance, or 1.5 or 4, for example"

@@ -20,7 +20,7 @@ from torch import Tensor
 from svdit import __version__, images
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.distributed import Counter, check_shared, claimed, gather, on_first, world_size
-from svdit.errors import UserError
+from svdit.errors import UserError, nearest, unknown
 from svdit.files import exclusive, writable_folder
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT
@@ -160,7 +160,8 @@ def _sink(sink: str | Sink) -> Sink:
     if isinstance(sink, str) and sink in SINKS:
         return SINKS[sink]()
     if isinstance(sink, str | type) or not isinstance(sink, Sink):
-        raise UserError(f"there is no sink {sink!r}; choose one of {', '.join(SINKS)}, or pass an object like them")
+        choices = f"{', '.join(SINKS)}, or pass an object like them"
+        raise UserError(f"there is no sink {sink!r}; choose one of {choices}{nearest(sink, SINKS)}")
     return sink
 
 
@@ -206,7 +207,7 @@ def _check(count: int, seed: int, batch_size: int, label_policy: str) -> None:
     if not 0 <= seed < 2**64:
         raise UserError(f"the seed is {seed}; choose a number from 0 to 2^64 - 1")
     if label_policy not in LABEL_POLICIES:
-        raise UserError(f"there is no label policy {label_policy!r}; choose one of {', '.join(LABEL_POLICIES)}")
+        raise unknown("label policy", label_policy, LABEL_POLICIES)
 
 
 def _open(folder: Path, manifest: dict[str, Any], sink: Sink, locks: ExitStack) -> list[int]:
