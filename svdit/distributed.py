@@ -8,6 +8,7 @@ with session():                  # joins torchrun's process group, if there is o
 
 import gc
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -94,6 +95,21 @@ def default_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def named_device(name: str | torch.device | None) -> torch.device:
+    """The device called `name`; for None and "cuda" the GPU of this process. Raises UserError if it is unavailable."""
+    if isinstance(name, torch.device):
+        return name
+    if name is None or (name == "cuda" and torch.cuda.is_available()):
+        return default_device()
+    if not re.fullmatch(r"cpu(:0)?|cuda(:[0-9]{1,4})?", name):
+        raise UserError(f"device {name!r} is not supported; choose cpu, cuda or cuda:1, or omit it")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} is unavailable ({reason}); omit it or choose cpu") from None
 
 
 def rank() -> int:

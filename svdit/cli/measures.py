@@ -62,16 +62,14 @@ def network(args: argparse.Namespace, options: Options) -> Extractor | None:
     if not options.network_metrics:
         return None
     from svdit.distributed import barrier, rank
-    from svdit.evaluation.inception import load_extractor, random_extractor
-    from svdit.evaluation.weights import DEFAULT_CACHE, find_weights, load_weights
+    from svdit.evaluation.inception import named_extractor
+    from svdit.evaluation.weights import DEFAULT_CACHE, find_weights
 
-    if args.feature_extractor == "random":
-        return random_extractor()
-    folder = options.cache or DEFAULT_CACHE
-    if rank() == 0:  # a single process downloads
-        find_weights(args.feature_extractor_weights, folder, args.download)
+    name, weights = args.feature_extractor or "inception", args.feature_extractor_weights
+    if name == "inception" and rank() == 0:  # a single process downloads
+        find_weights(weights, options.cache or DEFAULT_CACHE, args.download)
     barrier()
-    return load_extractor(*load_weights(find_weights(args.feature_extractor_weights, folder)))
+    return named_extractor(name, weights, options.cache)
 
 
 def result(report: Report) -> Result:

@@ -4,7 +4,6 @@ Noise is drawn in the order of the published scripts, so on a GPU a seed reprodu
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from svdit.cli import outputs, sampling, setup
 from svdit.cli.arguments import Parser, output
 from svdit.cli.result import Result
-from svdit.errors import UserError
 
 if TYPE_CHECKING:
     from svdit.model.autoencoder import Autoencoder
@@ -65,13 +63,15 @@ def run(args: argparse.Namespace) -> Result:
 
 def load(args: argparse.Namespace) -> Job:
     """The model and the autoencoder that the options ask for, and all settings."""
+    from svdit.sampling.labels import class_numbers
+
     device = setup.device(args.device)
     checkpoint = setup.load_checkpoint(args, device, to_pack=True)
     outputs.check_distinct("--output", args.output, checkpoint.path)
     config, vae, _, record = sampling.settings(args, checkpoint.model, CFG_SCALE)
     record |= {"checkpoint": checkpoint.path, "caching": sampling.caching(args, checkpoint.model, config)}
     model = setup.accelerated(checkpoint.model, args)
-    labels = class_labels(args.classes, checkpoint.model)
+    labels = class_numbers(args.classes or default_classes(model.config.num_classes), model)
     return Job(model, sampling.load_vae(vae, model, device, VAE, checkpoint.path), config, labels, record)
 
 
@@ -92,21 +92,6 @@ def draw(job: Job, seed: int, output: Path) -> None:
         )
     scale = max(1, MIN_SIDE // samples.shape[1])
     images.write_png(output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
-
-
-def class_labels(classes: Sequence[str] | None, model: "DiT") -> list[int]:
-    """The numbers of classes given by name, where the checkpoint has names, or by number; None: `default_classes`.
-
-    Raises UserError for classes that the model does not have.
-    """
-    names, K = model.class_names, model.config.num_classes
-    numbers = {str(i): i for i in range(K)} | {name: i for i, name in enumerate(names)}
-    found = [numbers.get(text, numbers.get(text and (text.lstrip("0") or "0"))) for text in classes or ()]
-    if None in found:
-        named = f", named {names[0]} … {names[-1]}" if names else ""
-        unknown = (classes or ())[found.index(None)]
-        raise UserError(f"there is no class {unknown or repr(unknown)}; this model has the classes 0 to {K - 1}{named}")
-    return [label for label in found if label is not None] or default_classes(K)
 
 
 def default_classes(num_classes: int) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdit.cli.arguments import above_0, keys, number, path, ratio, scale
-from svdit.cli.setup import FACTORS, image_size
+from svdit.cli.setup import image_size
 from svdit.errors import UserError
 from svdit.printing import note
 
@@ -196,23 +196,10 @@ def passed(args: argparse.Namespace, config: DiTConfig) -> dict[str, Any]:
 def load_vae(name: str, model: DiT, device: torch.device, default: str, checkpoint: Path | None = None) -> Autoencoder:
     """The autoencoder for `model`: for "auto" that of the pipeline of `checkpoint`, if it has one, or `default`.
 
-    None in pixel space (1 or 3 channels). Raises UserError for one that does not match the model's channels, and
-    without a name for latents that are not Stable Diffusion's.
+    Raises UserError as `autoencoder_for`.
     """
     from svdit.checkpoints.folders import vae_beside
-    from svdit.model.autoencoder import SD_CHANNELS, load_autoencoder
+    from svdit.model.autoencoder import autoencoder_for
 
-    channels = model.config.in_channels
-    pixels = FACTORS.get(channels) == 1
-    if name == "auto":
-        own = vae_beside(checkpoint) if checkpoint else None
-        if own is None and not pixels and (channels != SD_CHANNELS or model.config.latent_std):
-            raise UserError(
-                f"the model has {channels} channels, which are latents of an unknown autoencoder; pass --vae with the "
-                "folder of one saved by diffusers, or a repository of Hugging Face, REPA-E/e2e-vavae-hf for example"
-            )
-        name = "none" if pixels else str(own or default)
-    if pixels != (name == "none"):
-        space, fit = ("pixels", "none") if pixels else ("latents", "ema or mse")
-        raise UserError(f"--vae is {name}, but the model has {channels} channels ({space}); choose {fit}")
-    return load_autoencoder(name, device)
+    own = vae_beside(checkpoint) if checkpoint and name == "auto" else None
+    return autoencoder_for(model.config, name, device, default=default, own=own)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,19 +106,9 @@ def add_speed(parser: argparse.ArgumentParser) -> None:
 
 def device(name: str | None) -> torch.device:
     """The device called `name`; for None and "cuda" the GPU of this process. Raises UserError if unavailable."""
-    import torch
+    from svdit.distributed import named_device
 
-    from svdit.distributed import default_device
-
-    if name is None or (name == "cuda" and torch.cuda.is_available()):
-        return default_device()
-    if not re.fullmatch(r"cpu(:0)?|cuda(:[0-9]{1,4})?", name):
-        raise UserError(f"device {name!r} is not supported; choose cpu, cuda or cuda:1, or omit --device")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} is unavailable ({reason}); omit --device or choose cpu") from None
+    return named_device(name)
 
 
 def checkpoint_path(args: argparse.Namespace) -> Path:

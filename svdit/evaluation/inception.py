@@ -11,6 +11,7 @@ one call, folds the batch norms and uses channels_last: twice the speed, feature
 
 import hashlib
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from svdit.errors import UserError
+from svdit.errors import UserError, unknown
+from svdit.evaluation.weights import DEFAULT_CACHE, find_weights, load_weights
 from svdit.extras import require
 
+EXTRACTORS = ("inception", "random")
 WIDTHS = {"pool": 2048, "spatial": 2023, "logits": 1008}
 SIZE = 299
 # fmt: off
@@ -101,6 +104,18 @@ def random_extractor(seed: int = 0, fast: bool = True) -> Extractor:
             state[name] = torch.from_numpy(normal.astype(np.float32)).view(value.shape)
     state["fc.bias"] = torch.zeros_like(state["fc.bias"])
     return Extractor(state, "random", hashlib.sha256(f"he-normal {seed}".encode()).hexdigest(), fast)
+
+
+def named_extractor(name: str, weights: str | Path | None = None, folder: Path | None = None) -> Extractor:
+    """The network called "inception", with the published weights as `find_weights` finds them, or "random".
+
+    Raises UserError for another name, and for weights that are missing or damaged.
+    """
+    if name == "random":
+        return random_extractor()
+    if name != "inception":
+        raise unknown("feature extractor", name, EXTRACTORS)
+    return load_extractor(*load_weights(find_weights(weights, folder or DEFAULT_CACHE)))
 
 
 def _empty_network() -> Any:

@@ -169,6 +169,33 @@ def load_autoencoder(name: str, device: str | torch.device = "cpu") -> Autoencod
     return Autoencoder(name, vae.to(device).eval())
 
 
+def autoencoder_for(
+    config: DiTConfig,
+    name: str = "auto",
+    device: str | torch.device = "cpu",
+    *,
+    default: str = "mse",
+    own: Path | None = None,
+) -> Autoencoder:
+    """That of `load_autoencoder` for a model; of "auto" `own`, or none in pixel space (1 or 3 channels), or `default`.
+
+    Raises UserError for one of another space than the model's, and for "auto" where the latents are not Stable
+    Diffusion's.
+    """
+    channels, pixels = config.in_channels, config.in_channels in (1, 3)
+    if name == "auto":
+        if own is None and not pixels and (channels != SD_CHANNELS or config.latent_std):
+            raise UserError(
+                f"the model has {channels} channels, which are latents of an unknown autoencoder; pass as vae the "
+                "folder of one saved by diffusers, or a repository of Hugging Face, REPA-E/e2e-vavae-hf for example"
+            )
+        name = "none" if pixels else str(own or default)
+    if pixels != (name == "none"):
+        space, fit = ("pixels", "none") if pixels else ("latents", "ema or mse")
+        raise UserError(f"the vae is {name}, but the model has {channels} channels ({space}); choose {fit}")
+    return load_autoencoder(name, device)
+
+
 def load(source: str, download: bool) -> tuple[Any, list[str]]:
     """The autoencoder and the names of missing tensors; by diffusers only where it must be, which takes seconds."""
     folder = cached(source) if download else Path(source)

@@ -21,12 +21,13 @@ from svdit.model.dit import DiT
 from svdit.sampling.config import SamplingConfig as SamplingConfig
 from svdit.sampling.config import default_sampling as default_sampling
 from svdit.sampling.config import recorded
+from svdit.sampling.labels import Labels, class_numbers
 
 
 @torch.no_grad()
 def generate(
     model: DiT,
-    labels: Sequence[int] | Tensor,
+    labels: Labels,
     config: SamplingConfig | None = None,
     *,
     seed: int = 0,
@@ -34,7 +35,7 @@ def generate(
     callback: Callback = silent,
     evaluate: Evaluate | None = None,
 ) -> Tensor:
-    """Latents (N, C, H, W), or images in [-1, 1] of a pixel-space model, float32, for N class labels.
+    """Latents (N, C, H, W), or images in [-1, 1] of a pixel-space model, float32, for N classes, by number or name.
 
     The noise of image i depends on (seed, i) alone; `noise` replaces it by another source: its first call returns the
     starting noise, later calls the sampler's. `callback(done, x)` is called after each sampling step.
@@ -44,8 +45,7 @@ def generate(
     """
     config = config or default_sampling(model.config)
     schedule, scale = config.schedule(model.config), config.scale(model.config)
-    labels = labels.tolist() if isinstance(labels, Tensor) else list(labels)
-    _check_labels(labels, model.config.num_classes)
+    labels = class_numbers(labels, model)
     device = model.pos_embed.device
     y = torch.tensor(labels, dtype=torch.int64, device=device)
     noise = noise or image_noise(seed, range(len(labels)), model.input_shape, device)
@@ -60,7 +60,7 @@ def generate(
 
 def generate_images(
     model: DiT,
-    labels: Sequence[int] | Tensor,
+    labels: Labels,
     config: SamplingConfig | None = None,
     *,
     autoencoder: Autoencoder = PIXELS,
@@ -68,12 +68,31 @@ def generate_images(
     noise: Noise | None = None,
     callback: Callback = silent,
 ) -> Pixels:
-    """As `generate`, decoded to uint8 (N, H, W, 3). Raises UserError also for a latent model without autoencoder."""
+    """As `generate_decoded`, to uint8 (N, H, W, 3). Raises UserError as it."""
+    decoded = generate_decoded(model, labels, config, autoencoder, seed=seed, noise=noise, callback=callback)
+    return to_uint8(decoded, model.config.uint8)
+
+
+def generate_decoded(
+    model: DiT,
+    labels: Labels,
+    config: SamplingConfig | None,
+    autoencoder: Autoencoder,
+    *,
+    seed: int = 0,
+    noise: Noise | None = None,
+    callback: Callback = silent,
+) -> Tensor:
+    """As `generate`, decoded to images (N, C, H, W), mostly in [-1, 1].
+
+    Raises UserError also for a latent model without autoencoder, and for NaN and Inf after decoding.
+    """
     check_autoencoder(model, autoencoder)
+    labels = class_numbers(labels, model)
     z = generate(model, labels, config, seed=seed, noise=noise, callback=callback)
     decoded = autoencoder.for_model(model.config).decode(z)
     _check_finite(decoded, labels, f" after the autoencoder {autoencoder.name}; choose another one")
-    return to_uint8(decoded, model.config.uint8)
+    return decoded
 
 
 def plan_for(model: DiT, config: SamplingConfig) -> CachePlan | None:
@@ -110,15 +129,8 @@ def check_autoencoder(model: DiT, autoencoder: Autoencoder) -> None:
     autoencoder.for_model(model.config)
 
 
-def _check_finite(x: Tensor, labels: Sequence[int] | Tensor, advice: str) -> None:
+def _check_finite(x: Tensor, labels: Sequence[int], advice: str) -> None:
     """Raises UserError for NaN and Inf in images or latents (N, C, H, W), which would become black."""
     for i, finite in enumerate(x.flatten(1).isfinite().all(1).tolist()):
         if not finite:
-            raise UserError(f"image {i} of the batch (class {int(labels[i])}) has NaN or Inf{advice}")
-
-
-def _check_labels(labels: Sequence[int], num_classes: int) -> None:
-    """Raises UserError for a label outside 0 … num_classes − 1; the null class is not a class."""
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(f"there is no class {label}; this model has the classes 0 to {num_classes - 1}")
+            raise UserError(f"image {i} of the batch (class {labels[i]}) has NaN or Inf{advice}")

@@ -20,7 +20,7 @@ from svdit import images
 from svdit.checkpoints import io
 from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command, setup
-from svdit.cli.sample import class_labels, default_classes
+from svdit.cli.sample import default_classes
 from svdit.diffusion.guidance import guided
 from svdit.diffusion.samplers import ddpm
 from svdit.diffusion.schedule import make_schedule
@@ -30,6 +30,7 @@ from svdit.model.vae import BLOCKS, CONFIG, VAE, WEIGHTS, VAEConfig
 from svdit.quant.config import RECIPES, dit_config
 from svdit.quant.quantize import quantize_
 from svdit.sampling.batch import default_sampling, generate_images
+from svdit.sampling.labels import class_numbers
 
 FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
 
@@ -70,7 +71,7 @@ def test_classes_have_names_where_the_checkpoint_has(tmp_path: Path, capsys: pyt
     """A name comes before a number: classes from folders 1, 2, 4 … are asked for as they were called."""
     model = load_model(saved(tmp_path / "tiny.safetensors"))
     model.class_names = ("1", "2", "4", "cat", "dog fish")
-    assert class_labels(["cat", "2", "1", "dog fish", "3", "0", "002"], model) == [3, 1, 0, 4, 3, 0, 1]
+    assert class_numbers(["cat", "2", "1", "dog fish", "3", "0", "002"], model) == [3, 1, 0, 4, 3, 0, 1]
     save_model(model, tmp_path / "named.safetensors")
     argv = ["--ckpt", str(tmp_path / "named.safetensors"), *FAST, "--output", str(tmp_path / "a.png")]
     command("sample", [*argv, "--classes", "cat", "4"])
@@ -106,7 +107,7 @@ def test_default_classes() -> None:
         (["--output", "{folder}/folder.png"], "which is a folder"),
         (["--output", "a.jpg"], "--output is a.jpg; choose a name that ends in .png"),
         (["--output", "{file}/a.png"], "cannot write into the folder"),
-        (["--vae", "mse"], "--vae is mse, but the model has 3 channels"),
+        (["--vae", "mse"], "the vae is mse, but the model has 3 channels"),
         (["--ckpt", "nowhere.pt"], "nowhere.pt"),
     ],
 )

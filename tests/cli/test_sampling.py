@@ -216,10 +216,10 @@ def test_the_autoencoder_follows_the_channels(
 @pytest.mark.parametrize(
     ("channels", "name", "message"),
     [
-        (1, "ema", "--vae is ema, but the model has 1 channels"),
-        (4, "none", "--vae is none"),
+        (1, "ema", "the vae is ema, but the model has 1 channels"),
+        (4, "none", "the vae is none"),
         (7, "auto", "7 channels"),
-        (32, "auto", "pass --vae"),
+        (32, "auto", "pass as vae"),
     ],
 )
 def test_an_autoencoder_that_does_not_match_is_an_error(channels: int, name: str, message: str) -> None:
