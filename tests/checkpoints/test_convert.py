@@ -6,10 +6,20 @@ import pytest
 import torch
 from conftest import randomize, relative
 
-from svdit.checkpoints.convert import REPEATED, from_diffusers, to_diffusers
+from svdit.checkpoints.convert import (
+    REPEATED,
+    from_diffusers,
+    specs_from_diffusers,
+    specs_to_diffusers,
+    to_diffusers,
+)
 from svdit.checkpoints.store import load_model
 from svdit.errors import UserError
+from svdit.kernels.formats import Format
 from svdit.model.dit import DiT
+from svdit.quant.config import dit_config, recipe_for
+from svdit.quant.linear import LinearSpec, SVDLinear, layer_specs, quantized_layers
+from svdit.quant.quantize import quantize_
 from svdit.shims import allow_cpu_torchvision
 
 allow_cpu_torchvision()
@@ -64,13 +74,52 @@ def test_round_trip_is_exact(tiny: DiT, theirs: DiTTransformer2DModel) -> None:
     assert all(torch.equal(there[key], names[key]) for key in names)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8-channel", "svdquant"])
+@pytest.mark.parametrize("factors", [None, Format(8)])
+def test_quantized_layers_round_trip(tiny: DiT, preset: str, factors: Format | None) -> None:
+    """Split into queries, keys and values and joined again; each part computes its rows of the fused layer."""
+    x, t, y = torch.randn(2, 4, 4, 4), torch.tensor([3, 700]), torch.tensor([1, 2])
+    quantize_(tiny, dit_config(recipe_for(preset, rank=4, factors=factors)), lambda model: model(x, t, y))
+    state, specs = tiny.state_dict(), layer_specs(tiny)
+    there, their_specs = to_diffusers(state), specs_to_diffusers(specs)
+    again = from_diffusers(there, 4)
+    assert again.keys() == state.keys() and specs_from_diffusers(their_specs) == specs
+    assert all(torch.equal(again[key], state[key]) for key in state)
+    qkv, D = quantized_layers(tiny)["blocks.1.attn.qkv"], tiny.config.hidden_size
+    rows = torch.randn(5, D)
+    for i, name in enumerate(("to_q", "to_k", "to_v")):
+        prefix = f"transformer_blocks.1.attn1.{name}."
+        own = {key.removeprefix(prefix): tensor for key, tensor in there.items() if key.startswith(prefix)}
+        spec = LinearSpec.from_dict(their_specs[prefix[:-1]])
+        part = SVDLinear.from_tensors(spec, D, D, own)
+        assert torch.allclose(part(rows), qkv(rows)[:, i * D : (i + 1) * D], rtol=1e-5, atol=1e-6)
+
+
+def test_separately_quantized_queries_have_no_published_layer(tiny: DiT) -> None:
+    quantize_(tiny, dit_config(recipe_for("rtn")))
+    state, specs = to_diffusers(tiny.state_dict()), specs_to_diffusers(layer_specs(tiny))
+    q = "transformer_blocks.0.attn1.to_q"
+    with pytest.raises(UserError, match=r"to_q, .*to_k, .*to_v have different formats"):
+        specs_from_diffusers({**specs, q: {**specs[q], "act": None}})
+    with pytest.raises(UserError, match="no layer other"):
+        specs_from_diffusers({**specs, "other": {}})
+    shift = {
+        f"transformer_blocks.0.attn1.{part}.in_shift": torch.ones(32) * i
+        for i, part in enumerate(("to_q", "to_k", "to_v"))
+    }
+    with pytest.raises(UserError, match=r"were quantized separately \(their in_shift differ\)"):
+        from_diffusers({**state, **shift}, 4)
+
+
 def test_unusable_diffusers_models_are_errors(theirs: DiTTransformer2DModel, tmp_path: Path) -> None:
     state = theirs.state_dict()
     with pytest.raises(UserError, match=r"lacks 'proj_out_2\.bias'"):
         from_diffusers({key: tensor for key, tensor in state.items() if key != "proj_out_2.bias"}, 6)
     with pytest.raises(UserError, match=r"1 tensors that a published one lacks \(more, …\); pass"):
         from_diffusers({**state, "more": torch.ones(1)}, 6)
-    for name in REPEATED.values():
+    for layer in REPEATED.values():
+        name = f"{layer}.weight"
         with pytest.raises(UserError, match=f"differ in {name}"):
             from_diffusers({**state, f"transformer_blocks.1.{name}": state[f"transformer_blocks.0.{name}"] + 1}, 6)
     for name in ("pos_embed.proj.weight", "transformer_blocks.0.attn1.to_k.bias"):
