@@ -7,12 +7,14 @@ from svdit.errors import UserError
 from svdit.shims import allow_cpu_torchvision
 
 EXTRAS = {  # package to the extra that installs it
+    "accelerate": "diffusers",
     "diffusers": "vae",
     "matplotlib": "report",
     "scipy": "eval",
     "sklearn": "train",
     "torch_fidelity": "eval",
     "torchvision": "eval",
+    "transformers": "diffusers",
 }
 USE_TORCHVISION = ("diffusers", "torch_fidelity", "torchvision")
 

@@ -123,6 +123,11 @@ def without_inputs(recipe: Recipe) -> Recipe:
     return replace(recipe, low_rank=low_rank, smoothing=0, search_scales=False, rounding="nearest", whiten=False)
 
 
+def uncalibrated(recipe: Recipe) -> Recipe:
+    """The recipe without what needs the layers' inputs: plain SVD, rounding to nearest, no centring or smoothing."""
+    return replace(without_inputs(recipe), centre=False)
+
+
 def pose(W: Tensor, recipe: Recipe, transform: Transform, statistics: Statistics | None) -> Problem:
     """The problem of W (O, I) after the transform."""
     if statistics is None or not recipe.needs_inputs:

@@ -1,0 +1,1 @@
+"""Other libraries' models: quantized, saved and loaded in their own ways."""
