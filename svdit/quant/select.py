@@ -66,7 +66,9 @@ def names_by_linear(model: nn.Module) -> dict[nn.Linear, list[str]]:
 
 
 def check_patterns(config: QuantConfig, names: list[str]) -> None:
-    """Raises UserError for a rule whose pattern matches none of the names, unless it is optional."""
+    """Raises UserError for a model without linears, and for patterns that match none, except of optional rules."""
+    if not names:
+        raise UserError("this model has no nn.Linear, and other layers are not quantized; pass a model with some")
     for rule in config.rules:
         if not rule.optional and not any(fnmatchcase(name, rule.pattern) for name in names):
             close = get_close_matches(rule.pattern, names, 3, 0.5) or names[-2:]
