@@ -32,7 +32,8 @@ svdit.save(model, "digits-w8a8.safetensors")
 ```
 
 Names are imported on first use: `import svdit` itself imports no torch. A mistake raises `UserError` with one sentence;
-of a misspelt name it lists the choices. The scripts in [examples](../examples) show the functions at work.
+of a misspelt name it lists the choices. The scripts in [examples](../examples) show the functions at work, and
+[unsupported.md](unsupported.md) lists what is not supported.
 """
 SECTIONS = {
     "Functions": (
@@ -104,13 +105,13 @@ def entry(name: str) -> str:
 
 
 def signature(function: ast.FunctionDef, source: str) -> str:
-    """`name(arguments) -> result`, one argument a line where it is long."""
+    """`def name(arguments) -> result: ...`, one argument a line where it is long."""
     result = f" -> {ast.get_source_segment(source, function.returns)}" if function.returns else ""
     given = list(arguments(function.args, source))
-    line = f"{function.name}({', '.join(given)}){result}"
+    line = f"def {function.name}({', '.join(given)}){result}: ..."
     if len(line) <= WIDTH:
         return line
-    return "\n".join([f"{function.name}(", *(f"    {argument}," for argument in given), f"){result}"])
+    return "\n".join([f"def {function.name}(", *(f"    {argument}," for argument in given), f"){result}: ..."])
 
 
 def arguments(given: ast.arguments, source: str) -> Iterator[str]:
