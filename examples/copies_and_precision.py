@@ -16,10 +16,9 @@ import svdit
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).eval()
 batches = torch.randn(16, 64, 64)
-config = svdit.QuantConfig((svdit.Rule("*", svdit.recipe_for("w8a8", rank=8)),))
 with torch.no_grad():
     before = model(batches)
-    svdit.quantize_(model, config, lambda m: [m(x) for x in batches])
+    svdit.quantize_(model, "w8a8", list(batches))
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 variants = {
