@@ -28,6 +28,7 @@ from svdit.evaluation.options import Options
 from svdit.evaluation.paired import PSNR_CAP
 from svdit.evaluation.report import Report
 from svdit.images import grid, to_uint8, write_png
+from svdit.integrations.rules import rules_for
 from svdit.model.autoencoder import Autoencoder, autoencoder_for
 from svdit.model.dit import DiT
 from svdit.model.zoo import CONFIGS, config_for
@@ -100,8 +101,9 @@ def quantize_(
 
     `config`: a preset; a recipe, as `recipe_for("w4a8", rank=8)` returns it; or both by patterns of layer names,
     `{"head": None, "*.mlp.*": "w4a8", "*": "w8a8"}`, of which the first that matches applies; None keeps the layer. In
-    a DiT, a preset or recipe is for the blocks: adaLN is weight-only, the embedders and the last layer are kept. In
-    other modules it is for every linear layer, so skip those that should stay.
+    a DiT, and in transformers of diffusers (docs/diffusers.md), a preset or recipe is for the blocks: adaLN is
+    weight-only, the embedders and the last layer are kept. In other modules it is for every linear layer, so skip those
+    that should stay.
     `forward_loop`: a function that runs the model on typical inputs, the same at every call, or a list of batches: a
     tensor, a tuple of arguments, or a dict of keyword arguments each. A DiT needs none: it is calibrated on its own
     sampling steps.
@@ -225,6 +227,8 @@ def _rules(model: nn.Module, config: Method, skip: str | Sequence[str]) -> Quant
     if isinstance(config, Mapping):
         recipes = {pattern: None if each is None else _recipe(each) for pattern, each in config.items()}
         return QuantConfig((*kept, *(Rule(pattern, recipe) for pattern, recipe in recipes.items())))
+    if any(kind.__module__.startswith("diffusers.") for kind in type(model).__mro__):
+        return QuantConfig((*kept, *rules_for(model, config).rules))
     if not isinstance(model, DiT):
         return QuantConfig((*kept, Rule("*", _recipe(config))))
     last_block = model.config.depth - 1 if model.config.prediction == "x0" else None

@@ -96,6 +96,14 @@ def test_a_cache_plan_ends_with_quantization(tmp_path: Path, capsys: pytest.Capt
     assert "the cache plan is omitted" in capsys.readouterr().err
 
 
+def test_a_transformer_of_diffusers_keeps_what_surrounds_its_blocks() -> None:
+    tiny = pytest.importorskip("tiny_diffusers")
+    model = tiny.MODELS["PixArt"].model()
+    report = svdit.quantize_(model, "w8a8", [tiny.MODELS["PixArt"].inputs(2, tiny.generator(i)) for i in range(4)])
+    assert {line.name.split(".")[0] for line in report.layers} == {"transformer_blocks"}
+    assert type(model.proj_out) is nn.Linear
+
+
 def test_the_first_pattern_that_matches_decides(net: Net, batches: list[Tensor]) -> None:
     rank8 = svdit.recipe_for("w4a8", rank=8)
     report = svdit.quantize_(net, {"head": None, "fc*": rank8, "*": "rtn"}, batches)
