@@ -2,7 +2,7 @@
 
     python examples/reproduce_table.py [IMAGES]
 
-With 256 images, the default, it takes minutes. The README's numbers are means of 2 or 3 calibrations on other labels.
+IMAGES is 256 by default, which needs minutes. The README's numbers are means of 2 or 3 calibrations, of other labels.
 """
 
 import sys
