@@ -48,18 +48,19 @@ def trials(settings: QuantizeSettings, planner: "Planner", model: "DiT", loop: "
     from svdit.runtime.accelerate import accelerate
     from svdit.sampling.calibration import calibration_sampling
     from svdit.sampling.fidelity import Fidelity
+    from svdit.sampling.numbers import COMPARED
 
     sampling = calibration_sampling(model.config, STEPS, settings.cfg_scale)
     memory = settings.max_memory * 1e9
     with progress("sampling in full precision", rank() == 0, "steps") as tick:
-        fidelity = Fidelity(model, sampling, seed=settings.seed, progress=tick) if rank() == 0 else None
+        fidelity = Fidelity(model, sampling, COMPARED, seed=settings.seed, progress=tick) if rank() == 0 else None
 
     def measure(plan: "Plan") -> float:
         statistics = dict(plan.statistics) if plan.statistics else None
         quantized = copy.deepcopy(model)
         with progress(f"trying {plan.nbytes / 1e6:.2f} MB", rank() == 0, "layers") as tick:
             quantize_(quantized, plan.config, loop, max_memory=memory, statistics=statistics, progress=tick)
-        psnr = on_first(lambda: fidelity.psnr(accelerate(quantized)) if fidelity else 0.0)
+        psnr = on_first(lambda: fidelity(accelerate(quantized)).pooled if fidelity else 0.0)
         if rank() == 0:
             note(f"{plan.nbytes / 1e6:.2f} MB: PSNR {psnr:.1f} dB")
         return psnr

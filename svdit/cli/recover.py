@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> Result:
     from svdit.checkpoints.store import load_model, locate
     from svdit.files import exclusive
     from svdit.progress import progress
-    from svdit.recovery.loop import IMAGES, REPORTED, Measurement, RecoverOptions, recover
+    from svdit.recovery.loop import IMAGES, RecoverOptions, recover
     from svdit.recovery.states import Walk
     from svdit.runtime.accelerate import accelerate
+    from svdit.sampling.numbers import RECOVERY_REPORTED
 
     outputs.output_file(args.output, ".safetensors", ".pt")
     device, file, source = setup.device(args.device), locate(args.file), locate(args.against)
@@ -65,14 +66,17 @@ def run(args: argparse.Namespace) -> Result:
         provenance = verify.provenance_of(file, source)
         student = load_model(file, device=device)
         teacher = load_model(source, device=device, **verify.unrecorded(student))
+        if student.cache_plan:
+            note("the cache plan is omitted: it is for the file before recovery; run `svdit cache` on the output")
         scale = provenance["quantization"].get("calibration", {}).get("cfg_scale")
         options, walk = RecoverOptions(args.steps), Walk(scale, args.seed, args.batch_size)
         binding = {"svdit": __version__, "file": fingerprint(file), **asdict(walk), **asdict(options)}
         unfinished = args.output.with_name(f"{args.output.name}.partial")
         with progress("recovering", unit="steps") as tick:
             state, layers = recover(student, teacher, walk, options, unfinished / "recovery.pt", binding, tick)
-        tensors, measurement = {n: layer.stored() for n, layer in layers.items()}, Measurement(teacher, walk, REPORTED)
-        before, after = (measurement(accelerate(changed(file, device, each))) for each in ({}, tensors))
+        tensors = {name: layer.stored() for name, layer in layers.items()}
+        fidelity = walk.fidelity(teacher, RECOVERY_REPORTED, IMAGES)
+        before, after = (fidelity(accelerate(changed(file, device, each))) for each in ({}, tensors))
         record = {"file": file.name, "sha256": binding["file"], "seed": args.seed, "steps": state.best_point.step}
         record |= {"images": IMAGES, "before": before._asdict(), "after": after._asdict()}
         save(changed(file, device, tensors), teacher, args.output, file, provenance, record)
@@ -95,6 +99,7 @@ def changed(file: Path, device: "torch.device", tensors: "Mapping[str, Mapping[s
     from svdit.recovery.layers import store_
 
     model = load_model(file, device=device)
+    model.cache_plan = None
     store_(model, tensors)
     return model
 

@@ -22,10 +22,10 @@ from svdit.diffusion.noise import stream
 from svdit.errors import UserError
 from svdit.model.dit import DiT
 from svdit.recovery.layers import TrainableLinear, check_trainable, observe, trainable_
-from svdit.recovery.state import Psnr, State, fresh, restore_, save
-from svdit.recovery.states import DRAWS, Calls, Walk, Weights, measure, of_pixels, record
+from svdit.recovery.state import State, fresh, restore_, save
+from svdit.recovery.states import DRAWS, Calls, Walk, Weights, measure, record
+from svdit.sampling.numbers import RECOVERY, RECOVERY_HELD_OUT, RECOVERY_WEIGHTS
 
-TRAINED, WEIGHED, HELD_OUT, REPORTED = 2**34, 2**35, 2**36, 2**37  # numbers of first images; sampling starts at 0
 IMAGES, WALKS = 32, 16  # of a measurement; trajectories at once to train on and to measure weights
 STEPS, REUSE = (8, 9, 10, 11, 12), 4  # sampling steps of the trajectories, in turn; training steps that share some
 ROWS = 64  # calls of a training step
@@ -39,24 +39,6 @@ class RecoverOptions:
 
     steps: int = 1000
     lr: float = 0.01
-
-
-class Measurement:
-    """PSNR to the teacher of IMAGES images, those from number `first` on."""
-
-    def __init__(self, teacher: DiT, walk: Walk, first: int) -> None:
-        self.walk, self.batches = walk, walk.batches(range(first, first + IMAGES))
-        self.targets = [walk.images(teacher, indices) for indices in self.batches]
-        # Latents have no range: their RMS is in its place, and PSNR is a signal-to-noise ratio.
-        self.peak = 4.0 if of_pixels(teacher.config) else float(torch.cat(self.targets).square().mean())
-
-    @torch.no_grad()
-    def __call__(self, model: DiT) -> Psnr:
-        """That of a model's images."""
-        pairs = zip(self.batches, self.targets, strict=True)
-        errors = [(self.walk.images(model, indices) - target).square() for indices, target in pairs]
-        squares = torch.cat(errors).flatten(1).double().mean(1).clamp(min=1e-10 * self.peak)  # equal images: 100 dB
-        return Psnr(*(10 * (self.peak / torch.stack([squares.log().mean().exp(), squares.mean()])).log10()).tolist())
 
 
 class Sampler:
@@ -83,7 +65,7 @@ class Source:
 
     def __init__(self, student: DiT, teacher: DiT, walk: Walk) -> None:
         self.teacher, self.walk = teacher, walk
-        self.weights = measure(student, teacher, walk, range(WEIGHED, WEIGHED + WALKS))
+        self.weights = measure(student, teacher, walk, range(RECOVERY_WEIGHTS, RECOVERY_WEIGHTS + WALKS))
         self.samplers: dict[int, Sampler] = {}  # the last one, by its number
 
     @torch.no_grad()
@@ -97,7 +79,7 @@ class Source:
 
 def calls_of(teacher: DiT, walk: Walk, number: int) -> Calls:
     """The teacher's calls on trajectories of their own for each number."""
-    first = TRAINED + number * WALKS
+    first = RECOVERY + number * WALKS
     return record(teacher, replace(walk, steps=STEPS[number % len(STEPS)]), range(first, first + WALKS))
 
 
@@ -126,7 +108,7 @@ def recover(
     """
     layers = prepare(student, teacher.requires_grad_(False), walk)
     source, state = Source(student, teacher, walk), fresh(layers, options.lr)
-    held_out = Measurement(teacher, walk, HELD_OUT)
+    held_out = walk.fidelity(teacher, RECOVERY_HELD_OUT, IMAGES)
     if path.exists():
         restore_(state, path, binding)
     start = time.perf_counter() - state.seconds

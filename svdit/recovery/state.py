@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from svdit.errors import UserError
 from svdit.fields import from_json
 from svdit.recovery.layers import TrainableLinear
+from svdit.sampling.fidelity import Psnr
 from svdit.storage.states import cloned, read_state, write_state
 
 Tensors = dict[str, Tensor]
@@ -24,13 +25,6 @@ CONTENT = {
     "parameters": dict, "average": dict, "best": dict, "optimizer": dict, "step": int, "seconds": float, "curve": list,
     "binding": dict,
 }  # fmt: skip
-
-
-class Psnr(NamedTuple):
-    """In dB: the mean over images, and that of the mean squared error of all."""
-
-    psnr: float
-    pooled: float
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from svdit.diffusion.noise import image_labels, image_noise
 from svdit.model.config import DiTConfig
 from svdit.model.dit import DiT
-from svdit.sampling.batch import SamplingConfig, generate
+from svdit.sampling.batch import SamplingConfig
 from svdit.sampling.calibration import calibration_sampling
 from svdit.sampling.config import SCRIPTS
+from svdit.sampling.fidelity import Fidelity, images
 
 TENTHS = 10  # parts of a trajectory with one weight each
 DRAWS = 8  # purpose of random streams; 0 to 7 are those of sampling and of training
@@ -49,15 +49,12 @@ class Walk:
 
     def images(self, model: DiT, indices: range, evaluate: Callable[..., Tensor] | None = None) -> Tensor:
         """Images (N, C, H, W), of pixels in their range; `evaluate` is called in place of the model."""
-        labels = image_labels(self.seed, indices, model.config.num_classes)
-        noise = image_noise(self.seed, indices, model.input_shape, model.pos_embed.device)
-        images = generate(model, labels, self.sampling(model.config), noise=noise, evaluate=evaluate or model)
-        return images.clamp(-1, 1) if of_pixels(model.config) else images
+        return images(model, self.sampling(model.config), indices, seed=self.seed, evaluate=evaluate)
 
-
-def of_pixels(config: DiTConfig) -> bool:
-    """Whether the model's images are pixels, not latents."""
-    return config.in_channels in (1, 3)
+    def fidelity(self, model: DiT, first: int, count: int) -> Fidelity:
+        """Measures others by the model's images `first` to `first + count - 1`."""
+        sampling = self.sampling(model.config)
+        return Fidelity(model, sampling, first, images=count, batch_size=self.batch_size, seed=self.seed)
 
 
 class Calls(NamedTuple):
@@ -101,13 +98,17 @@ class Recorder:
         return squares.repeat_interleave(self.images)
 
     def flat(self) -> Calls:
-        """All calls as rows."""
+        """All calls as rows, those of an image together: the order does not depend on the images at once."""
         x, t, y, outputs = (torch.cat(column) for column in zip(*self.calls, strict=True))
         rows = [len(call[0]) for call in self.calls]
+        number = torch.cat([torch.arange(count, device="cpu") for count in rows])  # in its call
         factor = torch.cat([self.factors(count) for count in rows])
-        halves = torch.cat([torch.arange(count, device="cpu") >= self.images for count in rows])
         tenths = torch.tensor(self.tenths, device="cpu").repeat_interleave(torch.tensor(rows, device="cpu"))
-        return Calls(x, t, y, outputs[:, : x.shape[1]], factor.to(x), tenths + TENTHS * halves)
+        place = tenths + TENTHS * (number >= self.images)
+        order = (number % self.images).argsort(stable=True)
+        on_device = order.to(x.device)
+        columns = (part[on_device] for part in (x, t, y, outputs[:, : x.shape[1]], factor.to(x)))
+        return Calls(*columns, place[order])
 
 
 def record(model: DiT, walk: Walk, indices: range) -> Calls:
@@ -128,17 +129,18 @@ class Weights(NamedTuple):
 
 
 def measure(student: DiT, teacher: DiT, walk: Walk, indices: range) -> Weights:
-    """The weights, by images of their own: at most `batch_size` of `indices`."""
-    indices = walk.batches(indices)[0]
-    recorder = Recorder(teacher, walk, len(indices))
-    images = walk.images(teacher, indices, recorder)
-    weight, share = torch.zeros(TENTHS, device="cpu"), torch.zeros(2, TENTHS, device="cpu")
-    for tenth in set(recorder.tenths):
-        mixed = Mixed(student, recorder, tenth)
-        error = (walk.images(teacher, indices, mixed) - images).square().mean()
-        weight[tenth] = error.cpu() / mixed.errors.sum().clamp(min=1e-30)
-        share[:, tenth] = weight[tenth] * mixed.errors
-    return Weights(weight.repeat(2), share.flatten())
+    """The weights, by images of their own."""
+    images, outputs = torch.zeros(TENTHS, device="cpu"), torch.zeros(2, TENTHS, device="cpu")  # squared errors
+    for batch in walk.batches(indices):
+        recorder = Recorder(teacher, walk, len(batch))
+        exact = walk.images(teacher, batch, recorder)
+        for tenth in set(recorder.tenths):
+            mixed = Mixed(student, recorder, tenth)
+            error = (walk.images(teacher, batch, mixed) - exact).square().mean()
+            images[tenth] += error.cpu() * len(batch)
+            outputs[:, tenth] += mixed.errors * len(batch)
+    weight = images / outputs.sum(0).clamp(min=1e-30)
+    return Weights(weight.repeat(2), (weight * outputs / len(indices)).flatten())
 
 
 class Mixed:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 STEPS, IMAGES = (4, 10), (1, 8)  # least and most sampling steps and images
 WORK = 1.5e12  # FLOPs in the linear layers of the blocks
-FIRST = 2**32  # index of the first image; the calibration set starts at 0
 ROWS = 16  # tokens per image and step
 FEW = 4  # layers with spectra and histograms
 HALVES = ("conditional", "unconditional")
@@ -85,10 +84,11 @@ def held_out_loop(images: int, steps: int, cfg_scale: float | None, seed: int) -
     from svdit.model.dit import DiT
     from svdit.sampling.batch import generate
     from svdit.sampling.calibration import calibration_sampling
+    from svdit.sampling.numbers import REPORTED_LAYERS
 
     def loop(model: nn.Module) -> None:
         assert isinstance(model, DiT)
-        indices = range(FIRST, FIRST + images)
+        indices = range(REPORTED_LAYERS, REPORTED_LAYERS + images)
         noise = image_noise(seed, indices, model.input_shape, model.pos_embed.device)
         labels = image_labels(seed, indices, model.config.num_classes)
         with torch.no_grad():

@@ -20,9 +20,9 @@ from svdit.model.dit import DiT, DiTConfig
 from svdit.sampling.batch import SamplingConfig, generate
 from svdit.sampling.cache_solver import Array, Measurement, Solver
 from svdit.sampling.config import recorded
+from svdit.sampling.numbers import CACHING
 
 GROUPS = (1, 2, 3)
-FIRST = 2**33  # index of the first image; sampling and calibration start at 0
 VALUES = 4096  # of each δ and image that enter the inner products
 PROBES = (0.0, 0.25, 0.5, 0.75, 1.0)  # along the trajectory
 ENDS = 2  # more evaluations that are probed before the last one, where effects fall
@@ -186,7 +186,7 @@ class Planner:
         self.settings = {"images": images, "seed": seed}
         self.own, self.others = (
             Trajectories(model, config, seed, range(first, first + images), self._tick)
-            for first in (FIRST, FIRST + images)
+            for first in (CACHING, CACHING + images)
         )
         groupings = dict.fromkeys(groups_of(model.config, count) for count in GROUPS)
         places = sum(map(len, self.own.places))

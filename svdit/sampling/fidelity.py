@@ -1,54 +1,89 @@
-"""How near a model's images are to those of another one, from the same noise that nothing else has seen."""
+"""How near a model's images are to those of another one, from the same noise."""
 
-import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from svdit.diffusion.noise import image_labels, image_noise
+from svdit.diffusion.samplers import Callback, silent
+from svdit.model.config import DiTConfig
 from svdit.model.dit import DiT
 from svdit.sampling.batch import SamplingConfig, generate
 
-FIRST = 2**37  # index of the first image
-BATCH = 16
 CAP = 100.0  # dB, of equal images
 
 
+class Psnr(NamedTuple):
+    """In dB: the mean over images, and that of the mean squared error of all."""
+
+    psnr: float
+    pooled: float
+
+
 class Fidelity:
-    """The images of a model, which others are compared with. `progress(done, total)` counts sampling steps."""
+    """The images of a model from number `first` on, which those of others are compared with, `batch_size` at once.
+
+    The range of pixels is 2. Latents have none: the root mean square of the first model's takes its place, and PSNR is
+    a signal-to-noise ratio. `progress(done, total)` counts the sampling steps of a model.
+    """
 
     def __init__(
         self,
         model: DiT,
         config: SamplingConfig,
+        first: int,
         *,
         images: int = 32,
+        batch_size: int = 16,
         seed: int = 0,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self.config, self.images, self.seed, self.progress = config, images, seed, progress
-        self.targets = torch.cat(list(self._draw(model)))
+        starts = range(first, first + images, batch_size)
+        self.batches = [range(start, min(start + batch_size, first + images)) for start in starts]
+        self.config, self.seed, self.progress = config, seed, progress
+        self.targets = list(self._draw(model))
+        self.peak = 4.0 if of_pixels(model.config) else float(torch.cat(self.targets).double().square().mean())
 
-    def psnr(self, model: DiT) -> float:
-        """PSNR in dB of the mean squared error over all images of another model.
-
-        Images have the range 2. Latents have none: the root mean square of the first model's takes its place.
-        """
-        targets, pixels = self.targets, model.config.in_channels in (1, 3)
-        error = float((torch.cat(list(self._draw(model))) - targets).double().square().mean())
-        peak = 4.0 if pixels else float(targets.double().square().mean())
-        return min(CAP, 10 * math.log10(peak / max(error, 1e-30)))
+    def __call__(self, model: DiT) -> Psnr:
+        """That of another model's images."""
+        pairs = zip(self._draw(model), self.targets, strict=True)
+        squares = torch.cat([(x - target).double().square().flatten(1).mean(1) for x, target in pairs])  # (N,)
+        squares = squares.clamp(min=self.peak / 10 ** (CAP / 10))
+        return Psnr(*(10 * (self.peak / torch.stack([squares.log().mean().exp(), squares.mean()])).log10()).tolist())
 
     def _draw(self, model: DiT) -> Iterator[Tensor]:
-        steps, starts = len(self.config.schedule(model.config)), range(0, self.images, BATCH)
-        for batch, start in enumerate(starts):
-            indices = range(FIRST + start, FIRST + min(start + BATCH, self.images))
+        """The images (N, C, H, W) of each batch."""
+        steps = len(self.config.schedule(model.config))
+        for batch, indices in enumerate(self.batches):
 
             def tick(step: int, x: Tensor, before: int = batch * steps) -> None:
-                self.progress(before + step, steps * len(starts))
+                self.progress(before + step, steps * len(self.batches))
 
-            noise = image_noise(self.seed, indices, model.input_shape, model.pos_embed.device)
-            labels = image_labels(self.seed, indices, model.config.num_classes)
-            x = generate(model, labels, self.config, noise=noise, callback=tick, evaluate=model)
-            yield x.clamp(-1, 1) if model.config.in_channels in (1, 3) else x
+            yield images(model, self.config, indices, seed=self.seed, callback=tick)
+
+
+@torch.no_grad()
+def images(
+    model: DiT,
+    config: SamplingConfig,
+    indices: range,
+    *,
+    seed: int = 0,
+    evaluate: Callable[..., Tensor] | None = None,
+    callback: Callback = silent,
+) -> Tensor:
+    """Images or latents (N, C, H, W) of these numbers, pixels in [-1, 1].
+
+    `evaluate` is called in place of the model. A cache plan is not followed.
+    """
+    labels = image_labels(seed, indices, model.config.num_classes)
+    noise = image_noise(seed, indices, model.input_shape, model.pos_embed.device)
+    x = generate(model, labels, config, noise=noise, callback=callback, evaluate=evaluate or model)
+    return x.clamp(-1, 1) if of_pixels(model.config) else x
+
+
+def of_pixels(config: DiTConfig) -> bool:
+    """Whether a model's images are pixels, not latents."""
+    return config.in_channels in (1, 3)

@@ -114,3 +114,14 @@ def test_an_interrupted_run_resumes_with_the_same_file(
     recover(files, output)
     assert len(taken) == 25 + STEPS - 20  # from the last measurement on
     assert sha256(output) == sha256(recovered)
+
+
+def test_a_cache_plan_is_omitted(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, file = files
+    cached, output = tmp_path / "cached.safetensors", tmp_path / "recovered.safetensors"
+    options = "--speedup 1.5 --sampler euler --num-sampling-steps 6 --images 1 --device cpu"
+    command("cache", [str(file), "--output", str(cached), *options.split()])
+    assert load_model(cached).cache_plan
+    recover((source, cached), output, "--steps", "1")
+    assert "the cache plan is omitted" in capsys.readouterr().err
+    assert load_model(output).cache_plan is None

@@ -11,8 +11,6 @@ from svdit.quant.budget import Plan, Planner, observed
 from svdit.quant.config import RECIPES, dit_config
 from svdit.quant.trials import TRIES, best_within, smallest_reaching
 from svdit.sampling.calibration import calibration_loop
-from svdit.sampling.config import SamplingConfig
-from svdit.sampling.fidelity import CAP, Fidelity
 from tests.conftest import randomize
 
 CONFIG = DiTConfig(input_size=4, patch_size=2, in_channels=4, hidden_size=64, depth=2, num_heads=2, num_classes=5)
@@ -60,6 +58,14 @@ def test_a_target_that_no_file_reaches_is_a_sentence(planner: Planner) -> None:
             smallest_reaching(planner, 90.0, lambda plan, offset=offset: plan.sqnr + offset)
 
 
+def test_the_largest_file_is_tried_before_giving_up(planner: Planner) -> None:
+    """The search creeps towards a target that seems near, and only the largest file reaches it."""
+    largest, target = planner.within(planner.curve[-1][0]).nbytes, planner.curve[len(planner.curve) // 4][1]
+    first, *others = smallest_reaching(planner, target, lambda plan: target + (0.1 if plan.nbytes == largest else -0.1))
+    assert first.plan.nbytes == largest
+    assert len(others) == TRIES - 1
+
+
 def test_the_best_of_different_plans_of_one_size_is_first(planner: Planner) -> None:
     size = planner.curve[-1][0] * 9 // 10
     plans = planner.choices(size)
@@ -73,15 +79,3 @@ def test_the_best_of_different_plans_of_one_size_is_first(planner: Planner) -> N
     trials = best_within(planner, size, lambda plan: float(next(psnrs)))
     assert [trial.psnr for trial in trials] == sorted(range(len(plans)), reverse=True)
     assert trials[0].plan == plans[-1]
-
-
-def test_fidelity_is_the_psnr_of_all_images(model: DiT) -> None:
-    """Latents (4 channels): the signal's power over that of the error."""
-    walk = SamplingConfig("ddim", "3", 1.5)
-    fidelity = Fidelity(model, walk, images=18)  # more than a batch
-    assert fidelity.psnr(model) == CAP
-    other = DiT(model.config).eval()
-    other.load_state_dict({name: 1.01 * value for name, value in model.state_dict().items()})
-    images = Fidelity(other, walk, images=18).targets
-    signal, noise = fidelity.targets.square().sum(), (images - fidelity.targets).square().sum()
-    assert fidelity.psnr(other) == pytest.approx(float(10 * (signal / noise).log10()), abs=1e-4)

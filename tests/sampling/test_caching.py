@@ -17,9 +17,10 @@ from svdit.errors import UserError
 from svdit.model.caching import CachePlan, cached
 from svdit.model.dit import DiT
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate
-from svdit.sampling.caching import FIRST, Planner, Trajectories, groups_of, probes, sizes_of
+from svdit.sampling.caching import Planner, Trajectories, groups_of, probes, sizes_of
 from svdit.sampling.config import recorded
 from svdit.sampling.dataset import generate_dataset
+from svdit.sampling.numbers import CACHING
 from svdit.storage.manifest import read_manifest
 
 
@@ -54,7 +55,7 @@ def test_a_plan_keeps_its_budget_and_records_its_error(family: str) -> None:
     assert plan.record["speedup"] == pytest.approx(total / cost) and total / cost >= 1.5
     assert len(rows) == {"dit": 6, "jit": 7, "lightningdit": 6}[family]
     assert (min(rows), max(rows)) == ((1, 2) if family == "lightningdit" else (2, 2))
-    for first, key in ((FIRST, "snr"), (FIRST + 1, "held_out_snr")):
+    for first, key in ((CACHING, "snr"), (CACHING + 1, "held_out_snr")):
         whole = images_of(model, config, range(first, first + 1))
         error = images_of(model, config, range(first, first + 1), plan) - whole
         assert plan.record[key] == pytest.approx(
