@@ -106,9 +106,8 @@ class Recorder:
         tenths = torch.tensor(self.tenths, device="cpu").repeat_interleave(torch.tensor(rows, device="cpu"))
         place = tenths + TENTHS * (number >= self.images)
         order = (number % self.images).argsort(stable=True)
-        on_device = order.to(x.device)
-        columns = (part[on_device] for part in (x, t, y, outputs[:, : x.shape[1]], factor.to(x)))
-        return Calls(*columns, place[order])
+        calls = Calls(x, t, y, outputs[:, : x.shape[1]], factor.to(x), place)
+        return Calls(*(column[order.to(column.device)] for column in calls))
 
 
 def record(model: DiT, walk: Walk, indices: range) -> Calls:

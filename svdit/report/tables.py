@@ -148,7 +148,7 @@ def distinct(texts: Iterable[str]) -> str:
 def transform_text(layers: Mapping[str, "Stored"]) -> str:
     """What happens to the inputs of how many layers before they are quantized."""
     counts = Counter(transform(spec) for spec, *_ in layers.values())
-    return "; ".join(f"{text} in {count} layers" for text, count in counts.most_common())
+    return "; ".join(f"{text} in {count} layer{'s' * (count > 1)}" for text, count in counts.most_common())
 
 
 def transform(spec: "LinearSpec") -> str:

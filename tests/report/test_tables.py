@@ -59,4 +59,4 @@ def test_what_layers_store_fits_80_columns(count: int) -> None:
     label, total = ("blocks.0.mlp.fc1", 3000) if count < MANY else (f"{count} fc1", 3000 * count)
     assert rows[1] == f"{label} 4608 × 1152 INT4 g64 INT8 32 BF16 {total:.1f}"
     assert rows[-1].endswith("adaLN_modulation.1 2304 × 1152 INT8 float – 2700.0" if count < MANY else "2700.0")
-    assert transform_text(layers) == f"centering + smoothing + Hadamard 64 in {count} layers; none in 1 layers"
+    assert transform_text(layers) == f"centering + smoothing + Hadamard 64 in {count} layers; none in 1 layer"
