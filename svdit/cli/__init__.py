@@ -6,6 +6,7 @@ Each command's module has `parser()`, which imports no torch, and `run(args)`, w
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
 from types import ModuleType
@@ -42,6 +43,7 @@ LESS_MEMORY = {  # what to change where the memory is not enough; others have no
     "train": ("choose a smaller --global-batch-size or model",),
 }
 MODULES = {"generate": "sample_ddp"}  # where the module is named after its script
+VARIANTS = {"quantize": ("--pipeline", "quantize_pipeline")}  # an option that makes it a command with other options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,11 +67,12 @@ def command(name: str, argv: list[str] | None = None) -> None:
     """Run one command and print its result; an error that the user can fix ends it with one line and exit code 2."""
     with standard_streams(), ending():
         argv = sys.argv[1:] if argv is None else argv
-        args = parser(name).parse_args(argv)
+        own = module(name, argv)
+        args = parser(name, argv).parse_args(argv)
         args.command_line = shlex.join(["svdit", name, *argv])  # for the outputs that record it
         try:
             with quietly(args.quiet), redirect_stdout(sys.stderr if args.json else sys.stdout):
-                result: Result | None = module(name).run(args)
+                result: Result | None = own.run(args)
             if result:  # after all files are written: printing fails where the reader of a pipe has gone
                 result.print(args)
         except Exception as error:
@@ -84,13 +87,15 @@ def command(name: str, argv: list[str] | None = None) -> None:
             sys.exit(1)
 
 
-def parser(name: str) -> Parser:
-    """The parser of a command, with the options that all have."""
-    parser: Parser = module(name).parser()
+def parser(name: str, argv: Sequence[str] = ()) -> Parser:
+    """The parser of a command with these arguments, with the options that all have."""
+    parser: Parser = module(name, argv).parser()
     add_options(parser)
     return parser
 
 
-def module(name: str) -> ModuleType:
-    """The module of a command."""
-    return import_module(f"svdit.cli.{MODULES.get(name, name)}")
+def module(name: str, argv: Sequence[str] = ()) -> ModuleType:
+    """The module of a command with these arguments."""
+    option, variant = VARIANTS.get(name, ("", ""))
+    other = option and any(argument.partition("=")[0] == option for argument in argv)
+    return import_module(f"svdit.cli.{variant if other else MODULES.get(name, name)}")
