@@ -80,8 +80,20 @@ def weights(content: dict[Any, Any]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
+def quantization(path: Path) -> Any:
+    """The quantization_config in the config.json of diffusers beside a file of weights; None without one."""
+    description = path.with_name("config.json")
+    try:
+        return json_object(description).get("quantization_config") if description.is_file() else None
+    except (OSError, RecursionError, ValueError):
+        return None
+
+
 def check_floats(tensors: dict[str, Tensor], path: Path) -> None:
     """Raises UserError for tensors (…) of integers: codes of another quantization. A batch norm counts in one."""
+    method = quantization(path)
+    if isinstance(method, dict) and method.get("quant_method") == "svdit":
+        return
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and not name.endswith("num_batches_tracked"):
             raise UserError(

@@ -19,6 +19,7 @@ from svdit.checkpoints.families import converted
 from svdit.checkpoints.folders import DIT, class_of, in_folder
 from svdit.checkpoints.infer import config_from_shapes
 from svdit.checkpoints.padding import STEP, padded, padded_width
+from svdit.checkpoints.quantizer import from_quantizer
 from svdit.checkpoints.restore import cache_plan, distinct, naming, restore_, unfolded
 from svdit.checkpoints.statistics import MULTIPLIER, beside, latent_statistics, of_batch_norm
 from svdit.errors import UserError, nearest
@@ -84,6 +85,7 @@ def load_model(
     """
     path = locate(path)
     with io.verified(path, mapped) as contents:
+        contents = from_quantizer(contents, path)
         tensors, config = configured(contents, name, overrides, path, latent_stats)
         header = contents.header
         tensors = converted(tensors, config, path) if header is None else padded(tensors, config)

@@ -34,10 +34,11 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> Result:
     """The configuration, the provenance and the table of quantized layers."""
     from svdit.checkpoints import io, restore, store
+    from svdit.checkpoints.quantizer import from_quantizer
     from svdit.report.tables import plan_lines, spec_table, transform_text
 
     path = store.locate(args.file)
-    contents = io.contents(path)
+    contents = from_quantizer(io.contents(path), path)
     store.check_finite(contents.tensors, path)
     tensors = {name: tensor.to("meta") if tensor.ndim > 1 else tensor for name, tensor in contents.tensors.items()}
     contents = contents._replace(tensors=tensors)  # with its vectors: a batch norm's are part of the configuration
