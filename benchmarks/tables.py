@@ -12,7 +12,7 @@ from pathlib import Path
 RESULTS = Path(__file__).with_name("results.csv")
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = tuple(DOCS / f"{name}.md" for name in ("quantization", "evaluation", "performance", "caching"))
+PAGES = tuple(DOCS / f"{name}.md" for name in ("quantization", "evaluation", "performance", "caching", "diffusers"))
 MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r", (?:amx|avx\w+|neon\w+|portable)\b"  # in notes
 Row = dict[str, str]
@@ -147,6 +147,22 @@ def loss(row: Row | None) -> str:
     return f"{value}; {change:+.1f} ± {error:.1f}; {mean:.0f}, {variance:.0f}" if error else value
 
 
+def pipelines(rows: Rows) -> str:
+    """SQNR of transformers of diffusers by preset, and the numbers of layers quantized and left alone."""
+    measured = latest(rows, "pipelines")
+    presets = list(dict.fromkeys(name.split(", ", 1)[1] for name in measured))
+    lines = []
+    for model in dict.fromkeys(name.split(", ")[0] for name in measured):
+        own = [measured[f"{model}, {preset}"] for preset in presets]
+        cells = [f"{float(row['value']):.1f} ({extract('([0-9]+) layers', row['note'])})" for row in own]
+        lines.append([model, *cells, extract("([0-9]+) left", own[0]["note"])])
+    header = [
+        "dB (layers)",
+        *(preset.upper().replace("EVERY", "every").replace("LINEAR", "linear") for preset in presets),
+    ]
+    return markdown([*header, "left alone at W8A8"], lines, source(measured, "pipelines.py"))
+
+
 def families_by_time(rows: Rows) -> str:
     """The error of images, in %, of which some tenths of the steps were quantized, by family."""
     measured = latest(rows, "families by time")
@@ -270,6 +286,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "families": families,
     "families by time": families_by_time,
     "conditioning": conditioning,
+    "pipelines": pipelines,
     "caching": caching,
     "synthetic": synthetic,
     "cost": lambda rows: listing(rows, "cost", "bench_cost.py"),
