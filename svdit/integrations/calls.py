@@ -113,7 +113,7 @@ class Calls:
 def data(value: Any, name: str) -> Any:
     """The arguments with their tensors (…) on the CPU. Raises UserError for objects that are no data."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().to("cpu", copy=True)  # a view would be stored with its base
     if type(value) in (tuple, list):
         return type(value)(data(each, name) for each in value)
     if isinstance(value, dict):
