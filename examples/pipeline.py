@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import svdit
-from svdit.integrations.diffusers import attach_, rules_for
+from svdit.integrations.diffusers import attach_
 
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel  # isort: skip
 
@@ -30,8 +30,8 @@ def images(pipeline: DiffusionPipeline, labels: list[int], seed: int = 0) -> np.
 
 
 before = images(pipeline, [3, 207], seed=1)
-config = rules_for(transformer, "w8a8")  # attention and feed-forward of the blocks; not the embedders
-report = svdit.quantize_(transformer, config, lambda _: [images(pipeline, [i, i + 500]) for i in range(8)])
+# Attention and feed-forward of the blocks are quantized, embedders are not.
+report = svdit.quantize_(transformer, "w8a8", lambda _: [images(pipeline, [i, i + 500]) for i in range(8)])
 attach_(transformer)  # now it can be saved
 pipeline.save_pretrained("dit-w8a8")
 

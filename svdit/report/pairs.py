@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from svdit.extras import require
 from svdit.files import atomic_path
 from svdit.images import Pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GAIN = 4  # of the differences
 
@@ -21,9 +25,16 @@ def draw_pairs(
     """
     require("matplotlib")
     from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
     from svdit.report.figures import STYLE
+
+    with rc_context(STYLE), atomic_path(path) as temporary:
+        figure_of(before, after, captions, title).savefig(temporary, format="png")
+
+
+def figure_of(before: Sequence[Pixels], after: Sequence[Pixels], captions: Sequence[str], title: str) -> "Figure":
+    """The figure of `draw_pairs`."""
+    from matplotlib.figure import Figure
 
     rows = ("full precision", "quantized", f"difference × {GAIN}")
     height, width = before[0].shape[:2]
@@ -38,5 +49,4 @@ def draw_pairs(
     for axis, label in zip(axes[:, 0], rows, strict=True):
         axis.set_ylabel(label)
     figure.suptitle(title)
-    with rc_context(STYLE), atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    return figure
