@@ -13,11 +13,11 @@ from quoted import PAGES, Command, anchors, blocks, commands, inline, links, pro
 from torch.distributed.run import get_args_parser
 
 import svdit
-from svdit.cli import COMMANDS, parser
+from svdit.cli import COMMANDS, VARIANTS, parser
 
 SHELL = ("", "bash", "sh", "console")
-PARSERS = {name: parser(name) for name in COMMANDS}
-OPTIONS = {name: set(each._option_string_actions) for name, each in PARSERS.items()}
+ANY = {option for name in COMMANDS for option in parser(name)._option_string_actions}
+ANY |= {option for name, (flag, _) in VARIANTS.items() for option in parser(name, [flag])._option_string_actions}
 TORCHRUN = {option.replace("_", "-") for option in get_args_parser()._option_string_actions}
 OF_OTHERS = {  # options of sbatch, pip and git that pages explain
     *("--requeue", "--signal", "--no-kill", "--array", "--gpus-per-node", "--version", "--help"),
@@ -43,7 +43,8 @@ def unknown_options(command: Command) -> list[str]:
     """The options that the command, or torchrun before it, does not have."""
     options = [without_value(word) for word in command.words if re.match(r"--?[a-zA-Z]", word)]
     if command.name in COMMANDS:
-        wrong = [option for option in options if option not in OPTIONS[command.name]]
+        known = parser(command.name, command.words)._option_string_actions
+        wrong = [option for option in options if option not in known]
     elif command.name == "make":
         wrong = [word for word in command.words if "=" not in word and word not in TARGETS]
     else:
@@ -85,9 +86,9 @@ def test_commands_in_blocks_can_be_typed(page: Path, capsys: pytest.CaptureFixtu
         for line in shell_lines(block):
             for command in commands(line):
                 wrong += [f"{line}: {option}" for option in unknown_options(command)]
-                if command.name in PARSERS and is_whole(command):
+                if command.name in COMMANDS and is_whole(command):
                     try:
-                        PARSERS[command.name].parse_args(command.words)
+                        parser(command.name, command.words).parse_args(command.words)
                     except SystemExit:
                         wrong.append(f"{line}: {capsys.readouterr().err}")
                 elif "/" not in command.name and command.name not in {*COMMANDS, "make", "--version"}:
@@ -97,7 +98,7 @@ def test_commands_in_blocks_can_be_typed(page: Path, capsys: pytest.CaptureFixtu
 
 @of_pages
 def test_commands_and_options_in_the_text_exist(page: Path) -> None:
-    anyone = set().union(*OPTIONS.values(), TORCHRUN, OF_OTHERS)
+    anyone = ANY | TORCHRUN | OF_OTHERS
     wrong = []
     for code in inline(read(page)):
         found = list(commands(code))
