@@ -148,6 +148,8 @@ def sample(
     what `load_autoencoder` returned. `generate` returns them as they are, and `generate_dataset` samples many images.
     Raises UserError for classes, samplers and settings that the model does not have.
     """
+    if not isinstance(model, DiT):
+        raise UserError(f"sample got a {type(model).__name__}; pass a DiT, as svdit.load returns it")
     named = {"steps": None if steps is None else str(steps), "sampler": sampler, "cfg_scale": cfg_scale}
     chosen = {name: value for name, value in named.items() if value is not None}
     config = default_sampling(model.config, **settings, **chosen)

@@ -271,6 +271,9 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "options": (lambda: svdit.load("digits", Net(), family="sit"), "family are options of a DiT"),
     "order": (lambda: svdit.save("a.pt", Net()), "save got a str; pass the model first"),  # type: ignore[arg-type]
     "suffix": (lambda: svdit.save(Net(), "net.bin"), "net.bin"),
+    "path": (lambda: svdit.sample("digits", [0]), "sample got a str; pass a DiT"),  # type: ignore[arg-type]
+    "module": (lambda: svdit.sample(nn.Linear(1, 1), [0]), "sample got a Linear; pass a DiT"),  # type: ignore[arg-type]
+    "no class": (lambda: svdit.sample(pixel_model(), []), "there are no labels; pass at least one"),
     "class": (lambda: svdit.sample(pixel_model(), [5]), "no class 5; this model has the classes 0 to 4"),
     "class -1": (lambda: svdit.sample(pixel_model(), -1), "no class -1"),
     "class 1.5": (lambda: svdit.sample(pixel_model(), torch.tensor([1.5])), "no class 1.5"),

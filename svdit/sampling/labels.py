@@ -13,14 +13,17 @@ Labels = int | str | Iterable[int | str] | Tensor
 def class_numbers(labels: Labels, model: DiT) -> list[int]:
     """The numbers of N classes, (N,), given by number or, where the model has names, by name; or of a single class.
 
-    Raises UserError for a class that the model does not have; its null class is none.
+    Raises UserError for no classes, and for one that the model does not have; its null class is none.
     """
     values = labels.tolist() if hasattr(labels, "tolist") else labels  # of tensors and arrays
     if isinstance(values, int | str):
         values = [values]
     if not isinstance(values, Iterable):
         raise UserError(f"labels is {labels!r}; pass a list of class numbers or names, [0, 1, 2] for example")
-    return [_number(label, model) for label in values]
+    numbers = [_number(label, model) for label in values]
+    if not numbers:
+        raise UserError("there are no labels; pass at least one class, [0, 1, 2] for example")
+    return numbers
 
 
 def _number(label: object, model: DiT) -> int:
