@@ -118,3 +118,23 @@ def test_the_least_time_wins_and_a_near_one_without_bf16() -> None:
     assert choice.best({TORCH: 1.0, "portable": 0.99}) == TORCH
     slow, fast = (lambda: time.sleep(0.01)), (lambda: time.sleep(0.001))
     assert choice.best(choice.timed({"portable": slow, TORCH: fast})) == TORCH
+
+
+def test_measurements_are_repeated_until_two_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something else runs during the first two."""
+    taken: list[dict[str, float]] = []
+    busy = [{TORCH: 9.0, "portable": 2.0}, {TORCH: 1.5, "portable": 2.0}]
+
+    def timed(trials: dict[str, choice.Trial]) -> dict[str, float]:
+        taken.append(busy[len(taken)] if len(taken) < len(busy) else {TORCH: 1.0, "portable": 2.0})
+        return taken[-1]
+
+    monkeypatch.setattr(choice, "timed", timed)
+    trials = {TORCH: lambda: None, "portable": lambda: None}
+    assert choice.settled(trials) == TORCH and len(taken) == 3
+    busy[:] = [
+        dict(zip((TORCH, "portable") if n % 2 else ("portable", TORCH), (9.0 - n, 20.0), strict=True)) for n in range(8)
+    ]
+    taken.clear()
+    choice.settled(trials)
+    assert len(taken) == choice.REPEATS  # it ends although no two agree
