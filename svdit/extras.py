@@ -10,6 +10,7 @@ EXTRAS = {  # package to the extra that installs it
     "accelerate": "diffusers",
     "diffusers": "vae",
     "matplotlib": "report",
+    "onnx": "onnx",
     "scipy": "eval",
     "sklearn": "train",
     "torch_fidelity": "eval",

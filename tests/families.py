@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from conftest import GOLDEN, randomize
 from safetensors import safe_open
+from torch import Tensor
 
 from svdit.model.config import FAMILIES, DiTConfig
 from svdit.model.dit import DiT
@@ -89,3 +90,10 @@ def small(family: str, **fields: Any) -> DiT:
     model = randomize(DiT(DiTConfig(**config)))
     assert isinstance(model, DiT)
     return model
+
+
+def inputs(model: DiT) -> tuple[Tensor, Tensor, Tensor]:
+    """Three images with their times and labels."""
+    generator = torch.Generator().manual_seed(3)
+    t = torch.tensor([0.1, 0.5, 0.9]) if model.config.is_flow else torch.tensor([3, 500, 999])
+    return torch.randn(3, *model.input_shape, generator=generator), t, torch.tensor([0, 1, 2])

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": GROUND | {"model", "quant", "kernels"},
     "recovery": GROUND | {"model", "diffusion", "kernels", "quant", "sampling"},
     "report": GROUND | {"model", "diffusion", "kernels", "quant", "sampling", "evaluation"},
+    "export": GROUND | {"kernels", "model", "quant", "checkpoints", "integrations"},
     "integrations": GROUND | {"kernels", "quant", "checkpoints", "runtime"},
     "compat": {"quant", "model"},
 }

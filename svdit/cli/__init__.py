@@ -23,6 +23,7 @@ COMMANDS = {
     "generate": "sample many images into a folder and an .npz, on one or more processes",
     "quantize": "quantize a checkpoint",
     "recover": "train a quantized checkpoint towards full precision, without data",
+    "export": "write a checkpoint for another tool: diffusers, ONNX, or one float state dict",
     "cache": "plan which blocks to skip at which sampling steps",
     "inspect": "show what a checkpoint contains, layer by layer",
     "verify": "check a quantized checkpoint against its source",

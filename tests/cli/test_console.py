@@ -25,6 +25,7 @@ LINES = {
     "generate": "--ckpt {tiny} --num-sampling-steps 2 --num-fid-samples 3 --sample-dir {out}/set --device cpu",
     "quantize": "--ckpt {tiny} --calib-images 2 --calib-steps 2 --target-size 1 --output {out}/q.pt --device cpu",
     "recover": "{branched} --against {tiny} --steps 1 --output {out}/r.pt --device cpu",
+    "export": "{quantized} --to float --output {out}/f.pt",
     "cache": "{tiny} --speedup 1.5 --num-sampling-steps 3 --images 1 --output {out}/c.pt --device cpu",
     "inspect": "{quantized}",
     "verify": "{quantized} --against {tiny}",
@@ -59,6 +60,7 @@ KEYS = {  # of the objects, as in docs/scripting.md
     "generate": "folder npz manifest images storage",
     "quantize": "output report figures layers bytes_before bytes_after seconds skipped warnings",
     "recover": "output report figure file sha256 seed steps images before after seconds",
+    "export": "output format",
     "cache": "output groups runs speedup snr held_out_snr images seed",
     "inspect": "file bytes name config class_names layers backend fallbacks caching provenance",
     "verify": "file source layers matches",
@@ -146,6 +148,7 @@ def test_quiet_prints_the_result_only(
         "generate": ["set", "set.npz"],
         "quantize": ["q.pt", "q.report.json", "q.report"],
         "recover": ["r.pt", "r.recovery.json", "r.recovery.png"],
+        "export": ["f.pt"],
         "cache": ["c.pt"],
         "report": ["page.html"],
         "train": ["run/ema.safetensors"],
@@ -211,6 +214,7 @@ AGREES: dict[str, Callable[[dict[str, Any], Path, dict[str, Path]], bool]] = {  
         json.loads((out / "r.recovery.json").read_text()).items()
         >= {key: data[key] for key in ("before", "after", "steps")}.items()
     ),
+    "export": lambda data, out, files: data["format"] == "float" and (out / "f.pt").is_file(),
     "cache": lambda data, out, files: (
         data["runs"] == (read_header(out / "c.pt") or {})["caching"]["runs"] and data["speedup"] >= 1.5
     ),

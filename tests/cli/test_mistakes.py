@@ -205,6 +205,16 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("{branchless} --against {tiny} --device cpu:7", "'cpu:7' is not supported; choose cpu"),
         ("{text} --against {tiny}", "text", "not a checkpoint"),
     ],
+    "export": [
+        ("", "required: FILE, --to, --output"),
+        ("{tiny} --to gguf --output f.pt", "invalid choice: 'gguf'"),
+        ("{tiny} --to float --output f.onnx", "f.onnx", ".safetensors or .pt"),
+        ("{tiny} --to onnx --output f.pt", "f.pt", ".onnx"),
+        ("{tiny} --to float --output {tiny}", "also the input", "choose another name"),
+        ("{tiny} --to diffusers --output {empty}", "which exists; choose a new folder"),
+        ("nowhere.pt --to onnx --output f.onnx", "nowhere.pt", "pass a file"),
+        ("{text} --to onnx --output f.onnx", "text", "not a checkpoint"),
+    ],
     "cache": [
         ("nowhere.pt --speedup 2", "nowhere.pt", "pass a file"),
         ("{tiny}", "required: --speedup"),

@@ -1,0 +1,1 @@
+"""A quantized DiT in the formats of other tools."""
