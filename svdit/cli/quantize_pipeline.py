@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> Result:
 
     if args.output.exists():
         raise UserError(f"--output is {args.output}, which exists; choose a new folder, or delete it")
-    folder = PipelineFolder.open(args.pipeline)
+    folder = PipelineFolder.at(args.pipeline)
     component = folder.component(args.component)
     variant = folder.variant(component, args.variant)
     options, lines = call_options(args.call), prompt_lines(args.prompts)

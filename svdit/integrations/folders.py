@@ -36,7 +36,7 @@ class PipelineFolder:
     components: dict[str, tuple[str, str]]
 
     @classmethod
-    def open(cls, path: str | Path) -> "PipelineFolder":
+    def at(cls, path: str | Path) -> "PipelineFolder":
         """The pipeline in a folder. Raises UserError where there is none."""
         path = Path(path)
         if not path.is_dir():

@@ -235,7 +235,7 @@ def test_files_that_are_none_of_ours_or_damaged(saved: Path, tmp_path: Path) -> 
         load_quantized(built(), tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="there is no checkpoint"):
         load_quantized(built(), tmp_path / "none.safetensors")
-    with pytest.raises(UserError, match=r"it is not a DiT's; pass .*load_quantized"):
+    with pytest.raises(UserError, match=r"it is not a DiT's; pass the file of a DiT, or call .*load\(path, module\)"):
         load_model(saved)
     content = bytearray(saved.read_bytes())
     content[-5] ^= 1

@@ -171,7 +171,7 @@ def test_options_that_differ_from_the_file_are_errors(tiny: DiT, tmp_path: Path)
     assert load_model(path, num_classes=5, depth=2).config == tiny.config
     with pytest.raises(UserError, match="num_classes 5 and not 1000; pass"):
         load_model(path, num_classes=1000)
-    with pytest.raises(UserError, match="no model called 'DiT-M/2'"):
+    with pytest.raises(UserError, match="there is no model 'DiT-M/2'"):
         load_model(path, name="DiT-M/2")
     with pytest.raises(TypeError, match="no option pooling"):
         load_model(path, pooling=True)

@@ -173,7 +173,7 @@ def test_an_image_that_a_worker_cannot_read_is_named_in_one_sentence(
         (["--image-size", "16"], "digits have 8×8 pixels"),
         (["--vae", "ema"], "--vae is ema, but the digits are learned in pixel space"),
         (["--num-classes", "9"], "--num-classes is 9, but digits has 10"),
-        (["--model", "DiT-M/2"], "no model called 'DiT-M/2'"),
+        (["--model", "DiT-M/2"], "there is no model 'DiT-M/2'"),
         (["--data", "x", "--model", "LightningDiT-B/1"], "LightningDiT-B/1 learns latents of 32 channels; pass --vae"),
         (["--model", "JiT-B/16"], "cannot divide input_size 8 by patch_size 16"),
         (["--device", "tpu"], "device 'tpu' is not supported"),

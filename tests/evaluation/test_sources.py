@@ -170,7 +170,7 @@ def test_content_changes_with_a_byte_a_name_and_the_choice(tmp_path: Path):
 
 
 def test_unknown_options_are_named():
-    with pytest.raises(UserError, match="no metric 'fidd'; choose from fid, sfid"):
+    with pytest.raises(UserError, match="no metric 'fidd'; choose one of fid, sfid"):
         Options(metrics=("fidd",))
     with pytest.raises(UserError, match="batch_size is 0; it must be at least 1"):
         Options(batch_size=0)

@@ -60,7 +60,7 @@ def test_variants_of_names(name: str, variant: str | None) -> None:
 
 def test_all_but_one_component_is_copied(tmp_path: Path) -> None:
     extra = ["flux1-dev.safetensors", "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.fp16.safetensors"]
-    folder = PipelineFolder.open(pipeline(tmp_path / "a", [*FILES, *extra, "text_encoder/flax_model.msgpack"]))
+    folder = PipelineFolder.at(pipeline(tmp_path / "a", [*FILES, *extra, "text_encoder/flax_model.msgpack"]))
     assert (folder.kind, folder.component(None), folder.variant("transformer")) == ("FluxPipeline", "transformer", None)
     folder.copy(tmp_path / "b", "transformer", None)
     assert names(tmp_path / "b") == sorted([INDEX, *(name for name in FILES if not name.startswith("transformer"))])
@@ -77,7 +77,7 @@ def test_variants_become_plain_weights(tmp_path: Path) -> None:
     path = pipeline(tmp_path / "a", [*own, *shards, "text_encoder/config.json"])
     index = {"metadata": {}, "weight_map": {"x": Path(shards[0]).name, "y": Path(shards[1]).name}}
     (path / "text_encoder" / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
-    folder = PipelineFolder.open(path)
+    folder = PipelineFolder.at(path)
     assert folder.variant("transformer") == "fp16"
     assert [file.name for file in folder.weights("transformer", "fp16")] == [f"{Path(W).name}.fp16.safetensors"]
     folder.copy(tmp_path / "b", "transformer", "fp16")
@@ -96,7 +96,7 @@ def test_the_cache_of_hugging_face(tmp_path: Path) -> None:
         link = cache / "snapshots" / "abc" / name
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(source / name)
-    folder = PipelineFolder.open(cache)
+    folder = PipelineFolder.at(cache)
     assert folder.path.name == "abc"
     folder.copy(tmp_path / "out", "transformer", None)
     assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
@@ -107,13 +107,13 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     def refused(match: str, files: list[str] = FILES, component: str | None = None, **changes: Any) -> None:
         folder = pipeline(tmp_path / "p", files, **changes)
         with pytest.raises(UserError, match=match) as error:
-            PipelineFolder.open(folder).component(component)
+            PipelineFolder.at(folder).component(component)
         assert "\n" not in str(error.value)
 
     with pytest.raises(UserError, match="there is no folder"):
-        PipelineFolder.open(tmp_path / "nowhere")
+        PipelineFolder.at(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"has no model_index\.json; pass the folder of a whole pipeline"):
-        PipelineFolder.open(tmp_path)
+        PipelineFolder.at(tmp_path)
     refused(r"has the class \['x', 'Y'\]; pipelines with code of their own", _class_name=["x", "Y"])
     refused("has no component 'prior' that is a model .* choose --component from transformer, vae", component="prior")
     refused("has no component 'scheduler'", component="scheduler")
@@ -122,7 +122,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
 
 
 def test_several_variants_and_quantized_components(tmp_path: Path) -> None:
-    folder = PipelineFolder.open(pipeline(tmp_path, [f"{W}.fp16.safetensors", f"{W}.bf16.safetensors"]))
+    folder = PipelineFolder.at(pipeline(tmp_path, [f"{W}.fp16.safetensors", f"{W}.bf16.safetensors"]))
     with pytest.raises(UserError, match="has the variants bf16, fp16; pass one of them as --variant"):
         folder.variant("transformer")
     with pytest.raises(UserError, match="has no variant 'int8' but bf16, fp16; pass another"):
@@ -134,4 +134,4 @@ def test_several_variants_and_quantized_components(tmp_path: Path) -> None:
     for content in ("[]", "{", "[" * 100_000):
         (tmp_path / INDEX).write_text(content)
         with pytest.raises(UserError, match=r"model_index\.json .*JSON.*; download it again"):
-            PipelineFolder.open(tmp_path)
+            PipelineFolder.at(tmp_path)

@@ -62,7 +62,7 @@ def test_attention_of_torch_and_other_linears_are_named() -> None:
 
 def test_mistakes_are_sentences() -> None:
     model = MODELS["DiT"].model()
-    with pytest.raises(UserError, match="'w3a3' is not a preset; choose one of w8a8"):
+    with pytest.raises(UserError, match="there is no preset 'w3a3'; choose one of w8a8"):
         rules_for(model, "w3a3")
     with pytest.raises(UserError, match="'fp8' is not a format of adaLN; choose"):
         rules_for(model, adaln="fp8")

@@ -93,7 +93,7 @@ def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.choose() == "dequant"
     assert ops.choose("cpu", "reference") == "reference"
     monkeypatch.setenv("SVDIT_BACKEND", "abacus")
-    with pytest.raises(UserError, match="no backend 'abacus'; choose auto, cpu"):
+    with pytest.raises(UserError, match="no backend 'abacus'; choose one of auto, cpu"):
         ops.choose()
 
 
