@@ -1,5 +1,7 @@
 """Conversion from and to diffusers' DiT: equal outputs, and an exact round trip."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from svdit.checkpoints.store import load_model
 from svdit.errors import UserError
 from svdit.kernels.formats import Format
 from svdit.model.dit import DiT
+from svdit.model.embeddings import sinusoids
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.linear import LinearSpec, SVDLinear, layer_specs, quantized_layers
 from svdit.quant.quantize import quantize_
@@ -110,6 +113,15 @@ def test_separately_quantized_queries_have_no_published_layer(tiny: DiT) -> None
     }
     with pytest.raises(UserError, match=r"were quantized separately \(their in_shift differ\)"):
         from_diffusers({**state, **shift}, 4)
+
+
+def test_the_documented_difference_of_the_timesteps() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "diffusers.md").read_text(encoding="utf-8")
+    header, decibels = re.search(r"^\| t \|(.*)\|\n.*\n\| dB \|(.*)\|$", page, re.MULTILINE).groups()
+    theirs = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=1)
+    for t, expected in zip(map(float, header.split("|")), decibels.replace("−", "-").split("|"), strict=True):
+        error = relative(theirs(torch.tensor([t])), sinusoids(torch.tensor([t])))
+        assert -20 * math.log10(error) == pytest.approx(float(expected), abs=0.06)
 
 
 def test_unusable_diffusers_models_are_errors(theirs: DiTTransformer2DModel, tmp_path: Path) -> None:
