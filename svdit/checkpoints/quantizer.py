@@ -17,13 +17,11 @@ def from_quantizer(contents: io.Contents, path: Path) -> io.Contents:
 
     Raises UserError where config.json does not describe the tensors, and for other quantizers.
     """
-    description = path.with_name("config.json")
-    if contents.header is not None or not is_diffusers(contents.tensors) or not description.is_file():
+    method, description = foreign.quantization(path), path.with_name("config.json")
+    if contents.header is not None or method is None or not is_diffusers(contents.tensors):
         return contents
     with naming(description, "an unusable configuration", "copy or download the folder again"):
         fields = foreign.json_object(description)
-        if (method := fields.get("quantization_config")) is None:
-            return contents
         if not isinstance(method, dict) or method.get("quant_method") != "svdit":
             raise UserError("its quantization_config is not of svdit")
         layers = method["layers"]
