@@ -10,10 +10,11 @@ from svdit.errors import UserError
 from svdit.printing import note
 
 SUFFIXES = {"float": (".safetensors", ".pt"), "onnx": (".onnx",)}
-PUBLISHED_TIMES = (
-    "diffusers' DiT spaces timestep frequencies by 1/127, the published one by 1/128. config.json asks for the latter: "
-    "import svdit.integrations.diffusers before loading"
-)
+TIMESTEPS = "diffusers' DiT spaces timestep frequencies by 1/127, the published one by 1/128"
+CORRECTED = {  # by whether it is quantized: a full-precision folder must load without svdit
+    True: "config.json asks for the latter: import svdit.integrations.diffusers before loading",
+    False: "after loading, call svdit.integrations.diffusers.published_timesteps_(model) for the latter",
+}
 
 
 def parser() -> Parser:
@@ -80,13 +81,14 @@ def write_diffusers(source: setup.Checkpoint, place: Path) -> None:
     """A folder for `from_pretrained`."""
     from svdit.export.diffusers import write_folder
     from svdit.files import temporary_folder, writing
+    from svdit.quant.linear import layer_specs
 
     with writing(place), temporary_folder(place.parent) as folder:
         whole = folder / "model"
         whole.mkdir()
         write_folder(source.model, whole)
         whole.rename(place)
-    note(PUBLISHED_TIMES)
+    note(f"{TIMESTEPS}; {CORRECTED[bool(layer_specs(source.model))]}")
 
 
 def write_onnx(source: setup.Checkpoint, place: Path) -> None:

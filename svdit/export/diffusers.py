@@ -17,7 +17,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def write_folder(model: DiT, folder: Path) -> None:
     """Write config.json and the weights into an empty folder.
 
-    config.json asks svdit's quantizer for the published timesteps, which diffusers' own class does not have.
+    With quantized layers, config.json asks svdit's quantizer for the published timesteps, which diffusers' own class
+    does not have; in full precision the folder needs no svdit, and `published_timesteps_` corrects the loaded model.
     Raises UserError for families that diffusers does not have, and without diffusers.
     """
     config = model.config
