@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> Result:
     check_outputs(args, options)
     with session(options.device), reserved(*filter(None, (args.output, options.save_stats))):
         report = evaluate(args.real_dir, args.fake_dir, measures.network(args, options), options)
-        report = replace(report, versions={**report.versions, "machine": outputs.machine(options.device)})
+        versions = {**report.versions, "machine": outputs.machine(options.device)}
+        report = replace(report, versions=versions, command=args.command_line)
         if rank() == 0 and args.output:
             report.save(args.output)
     return measures.result(report)

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> Result:
                 batch_size=args.per_proc_batch_size,
                 label_policy=label_policy,
                 sink=sink,
-                origin=origin(checkpoint, model, tf32) | record,
+                origin=origin(checkpoint, model, tf32) | record | {"command": args.command_line},
                 progress=tick,
             )
     if options:

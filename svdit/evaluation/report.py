@@ -1,7 +1,8 @@
 """The result of an evaluation: values, errors, protocol, versions and warnings, as JSON, Markdown and text.
 
-`metrics.json` has the keys schema, metrics, second, difference, protocol, inputs, versions, warnings, seconds. A
-metric is {value, se, bias, leave_out, reason}; `svdit compare` pairs two files by the leave-one-block-out values.
+`metrics.json` has the keys schema, metrics, second, difference, protocol, inputs, versions, warnings, seconds,
+and the command where there was one. A metric is {value, se, bias, leave_out, reason}; `svdit compare` pairs two files
+by the leave-one-block-out values.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Report:
     versions: dict[str, str]
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
+    command: str | None = None  # that made it
     second: Estimates = field(default_factory=dict)
     difference: Estimates = field(default_factory=dict)
     failed: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ class Report:
             "versions": self.versions,
             "warnings": list(self.warnings),
             "seconds": round(self.seconds, 3),
+            **({"command": self.command} if self.command else {}),
         }
 
     def rows(self) -> list[tuple[str, ...]]:

@@ -206,6 +206,7 @@ class Stream:
         images = {"grid_fake": overview([pixels[min(pixels, key=lambda i: abs(i - n))] for n in shown(count)])}
         inputs, seconds = replace(self.inputs, fake=fake), time.perf_counter() - started
         result = report(inputs, self.network, self.options, [estimates], images, seconds)
+        result = replace(result, command=self.inputs.fake.source.manifest.get("command"))
         result.save(self.folder)
         return result
 

@@ -26,15 +26,21 @@ def made(run: Run) -> Markup:
     """How one model and its images were made."""
     content: list[Markup | None] = []
     if run.report:
-        command = run.report.get("command")
         unrecorded = tag("p", "The command is not recorded: the report is of an earlier version.", class_="note")
-        content.append(tag("pre", tag("code", command), tabindex="0") if command else unrecorded)
-        content.append(facts(quantization_facts(run)))
+        content += [repeat(run.report) or unrecorded, facts(quantization_facts(run))]
     if run.manifest:
-        hidden = ("labels", "files", "quantization", "tool")
+        hidden = ("labels", "files", "quantization", "tool", "command")
         settings = {k: v for k, v in run.manifest.items() if k not in hidden and v is not None}
-        content.append(details("Settings of the images", facts(settings)))
+        content += [repeat(run.manifest), details("Settings of the images", facts(settings))]
+    if run.evaluation.get("command") != run.manifest.get("command"):  # equal for metrics of `generate --evaluate`
+        content.append(repeat(run.evaluation))
     return join([tag("h3", run.name), *content])
+
+
+def repeat(record: Mapping[str, object]) -> Markup | None:
+    """The command that made a file; none where it is not recorded."""
+    command = record.get("command")
+    return tag("pre", tag("code", command), tabindex="0") if command else None
 
 
 def quantization_facts(run: Run) -> dict[str, object]:

@@ -126,7 +126,10 @@ def places_in(path: Path, nested: bool = False) -> Iterator[Path]:
         yield from inside
     elif path.suffix in (".safetensors", ".pt"):
         if not path.with_suffix(SUFFIX).is_file():
-            raise UserError(f"there is no {path.with_suffix(SUFFIX)} beside {path}; quantize it again, or pass {KINDS}")
+            missing = f"there is no {path.with_suffix(SUFFIX)} beside {path}"
+            if path.with_suffix(".recovery.json").is_file():
+                raise UserError(f"{missing}: svdit recover writes none; pass the one of the file before recovery")
+            raise UserError(f"{missing}; quantize it again, or pass {KINDS}")
         yield path.with_suffix(SUFFIX)
     elif path.suffix.lower() in (".json", ".npz", ".png"):
         yield path

@@ -46,7 +46,7 @@ LABEL_POLICIES: dict[str, Callable[[int, Sequence[int], int], list[int]]] = {
 }
 OF_MODEL = ("family", "prediction", "time", "path", "noise_scale", "uint8")  # of its configuration
 # Fields that may differ between the run that created a folder and the one that resumes it.
-MAY_CHANGE = {"num_images", "labels", "files", "checkpoint"}
+MAY_CHANGE = {"num_images", "labels", "files", "checkpoint", "command"}
 POLL = 0.1  # seconds between two looks at what the other processes have finished
 
 

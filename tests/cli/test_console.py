@@ -64,7 +64,7 @@ KEYS = {  # of the objects, as in docs/scripting.md
     "cache": "output groups runs speedup snr held_out_snr images seed",
     "inspect": "file bytes name config class_names layers backend fallbacks caching provenance",
     "verify": "file source layers matches",
-    "evaluate": "schema metrics second difference protocol inputs versions warnings seconds",
+    "evaluate": "schema metrics second difference protocol inputs versions warnings seconds command",
     "compare": "rows",
     "report": "output models images notes",
     "selftest": "passed checks",

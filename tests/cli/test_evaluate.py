@@ -73,6 +73,7 @@ def test_files_and_table_of_two_sets_then_their_comparison(tmp_path: Path, capsy
     metrics = json.loads((tmp_path / "out_w4" / "metrics.json").read_text())
     assert metrics["protocol"]["sample_steps"] == 20
     assert f"{processor()}, " in metrics["versions"]["machine"]
+    assert metrics["command"].startswith("svdit evaluate --real") and str(tmp_path / "out_w4") in metrics["command"]
     assert run("compare", str(tmp_path / "out_full"), str(tmp_path / "out_w4")) == 0
     assert "paired by seed" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -45,8 +46,13 @@ def test_alone_and_under_torchrun(tmp_path: Path, quantized: str, capfd: pytest.
     one, two = (np.load(f"{folder}.npz")["arr_0"].astype(int) for folder in (alone, shared))
     assert one.shape == (5, 8, 8, 3)
     assert np.abs(one - two).max() <= 1
-    manifest = json.loads((alone / "manifest.json").read_text())
-    assert manifest == json.loads((shared / "manifest.json").read_text())
+    manifest, other = (json.loads((folder / "manifest.json").read_text()) for folder in (alone, shared))
+    by_run = {key: manifest.pop(key) for key in ("command", "manifest_sha256")}
+    assert manifest == {key: value for key, value in other.items() if key not in by_run}
+    assert by_run["command"] == shlex.join(
+        ["svdit", "generate", *argv, "--sample-dir", str(alone), "--per-proc-batch-size", "3"]
+    )
+    assert other["command"] == shlex.join(["svdit", "generate", *argv, "--sample-dir", str(shared)])
     assert manifest["checkpoint"] == "quantized.safetensors"
     assert manifest["checkpoint_sha256"] == sha256(quantized)
     assert manifest["quantization"] == {"mode": "rank_ratio", "rank_ratio": 0.5}

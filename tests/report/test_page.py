@@ -277,6 +277,26 @@ def test_reports_of_earlier_versions_make_a_page(tmp_path: Path) -> None:
     assert "The command is not recorded" in html
 
 
+def test_the_commands_that_made_images_and_metrics_are_shown_once_each(tmp_path: Path) -> None:
+    made, measured = "svdit generate --sample-dir full\udcff", "svdit evaluate --fake-dir full"
+    folder = pages.write_set(tmp_path / "full", pages.images(), command=made)
+    metrics = pages.write_metrics(tmp_path / "full-evaluation", folder, 40.0)
+    for command_line, count in ((measured, 1), (made, 0)):  # the second is `generate --evaluate`
+        content = json.loads((metrics / "metrics.json").read_text())
+        content.pop("sha256", None)
+        (metrics / "metrics.json").write_text(json.dumps({**content, "command": command_line}))
+        html = page.build([folder, metrics]).html
+        assert (html.count("svdit generate --sample-dir"), html.count(measured)) == (1, count)
+        html.encode()
+
+
+def test_a_recovered_checkpoint_points_to_the_report_before_recovery(tmp_path: Path) -> None:
+    for name in ("r.safetensors", "r.recovery.json"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match="recover writes none; pass the one of the file before recovery"):
+        page.build([tmp_path / "r.safetensors"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
