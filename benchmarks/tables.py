@@ -91,17 +91,43 @@ def pooled_or_mean(row: Row) -> float:
 
 def families(rows: Rows) -> str:
     """Each method on a digits model of every family: PSNR, and what quantization adds to the Fréchet distance."""
-    measured = latest(rows, "families")
+    measured = {name: row for name, row in latest(rows, "families").items() if not name.startswith("CIFAR")}
     models = models_of(measured)
     full = [measured[f"{model} full Fréchet"] for model in models]
-    distances = [f"{float(row['value']):.1f} ± {float(extract('se ([^;]+)', row['note'])):.1f}" for row in full]
-    lines = [["full precision", *("–" for _ in models), *distances]]
+    lines = [["full precision", *("–" for _ in models), *map(distance, full)]]
     for method in sorted({name.split(" ")[1] for name in measured if name.endswith("PSNR")}, key=order_of_method):
         decibels = [with_pooled(measured.get(f"{model} {method} PSNR")) for model in models]
         changes = [difference(measured.get(f"{model} {method} Fréchet")) for model in models]
         lines.append([f"`{method}`", *decibels, *changes])
     columns = [f"{model}, dB" for model in models] + [f"{model}, Fréchet" for model in models]
     return markdown(["method", *columns], lines, source(measured, "families.py methods", setting_of(full)))
+
+
+def two_models(rows: Rows) -> str:
+    """Size, PSNR, relative L2 and what quantization adds to the Fréchet distance, on the digits and on CIFAR-10."""
+    measured, lines = latest(rows, "families"), []
+    for model, name in (("DiT", "digits"), ("CIFAR", "CIFAR-10")):
+        full = measured[f"{model} full Fréchet"]
+        lines.append([name, "full precision", megabytes(full), "–", "–", distance(full)])
+        methods = {key.split(" ")[1] for key in measured if key.startswith(f"{model} ") and key.endswith("PSNR")}
+        for method in sorted(methods, key=order_of_method):
+            psnr, change = measured[f"{model} {method} PSNR"], difference(measured[f"{model} {method} Fréchet"])
+            relative = extract(r"relative L2 ([0-9.]+)", psnr["note"])
+            lines.append([name, f"`{method}`", megabytes(psnr), with_pooled(psnr), relative, change])
+    header = ["model", "method", "size, MB", "PSNR (pooled), dB", "relative L2", "Fréchet distance"]
+    newest = {name: row for name, row in measured.items() if name.startswith(("DiT ", "CIFAR "))}
+    return markdown(header, lines, source(newest, "families.py methods", setting_of(newest.values())))
+
+
+def megabytes(row: Row) -> str:
+    """The size of a model, from the note; "–" in early rows."""
+    return extract(r"([0-9.]+) MB", row["note"]) or "–"
+
+
+def distance(row: Row) -> str:
+    """A Fréchet distance with its error, from the note."""
+    error = float(extract("se ([^;]+)", row["note"]))
+    return f"{float(row['value']):.{int(error < 100)}f} ± {error:.{int(error < 100)}f}"
 
 
 def order_of_method(method: str) -> tuple[int, bool]:
@@ -114,7 +140,7 @@ def difference(row: Row | None) -> str:
     if row is None:
         return "–"
     value, error = map(float, extract("difference (.+?);", row["note"]).split(" se "))
-    return f"{value:+.2f} ± {error:.2f}"
+    return f"{value:+.{2 * (error < 10)}f} ± {error:.{2 * (error < 10)}f}"
 
 
 def with_pooled(row: Row | None) -> str:
@@ -284,6 +310,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "ranks": lambda rows: quality(rows, "ranks", "recipe"),
     "budget": lambda rows: quality(rows, "budget", "weights"),
     "families": families,
+    "two models": two_models,
     "families by time": families_by_time,
     "conditioning": conditioning,
     "pipelines": pipelines,
