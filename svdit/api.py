@@ -25,7 +25,6 @@ from svdit.evaluation.evaluate import evaluate as compare_sets
 from svdit.evaluation.features import FeatureNetwork
 from svdit.evaluation.inception import named_extractor
 from svdit.evaluation.options import Options
-from svdit.evaluation.paired import PSNR_CAP
 from svdit.evaluation.report import Report
 from svdit.images import grid, to_uint8, write_png
 from svdit.integrations.rules import rules_for
@@ -40,12 +39,12 @@ from svdit.quant.observe import ForwardLoop
 from svdit.quant.report import QuantReport
 from svdit.sampling.batch import default_sampling, generate_decoded
 from svdit.sampling.calibration import calibration_loop, calibration_size
+from svdit.sampling.fidelity import psnr as psnr_of
 from svdit.sampling.labels import Labels
 
 Model = TypeVar("Model", bound=nn.Module)
 Method = str | Recipe | Mapping[str, str | Recipe | None] | QuantConfig
 MIN_SIDE = 128  # pixels to which smaller images are enlarged in a grid
-PEAK = 2.0  # of images in [-1, 1]
 
 
 @overload
@@ -183,8 +182,7 @@ def psnr(images: Tensor, reference: Tensor) -> float:
             "(N, C, H, W)"
         )
     difference = images.clamp(-1, 1).double().cpu() - reference.clamp(-1, 1).double().cpu()
-    squares = difference.square().flatten(1).mean(1).clamp(min=PEAK**2 / 10 ** (PSNR_CAP / 10))  # (N,)
-    return float((10 * torch.log10(PEAK**2 / squares)).mean())
+    return psnr_of(difference.square().flatten(1).mean(1)).psnr
 
 
 def evaluate(

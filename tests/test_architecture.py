@@ -39,8 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": GROUND | {"model", "quant", "kernels"},
     "recovery": GROUND | {"model", "diffusion", "kernels", "quant", "sampling"},
     "report": GROUND | {"model", "diffusion", "kernels", "quant", "sampling", "evaluation"},
-    "export": GROUND | {"kernels", "model", "quant", "checkpoints", "integrations"},
-    "integrations": GROUND | {"kernels", "quant", "checkpoints", "runtime"},
+    "export": GROUND | {"kernels", "model", "quant"},
+    "integrations": GROUND | {"kernels", "model", "quant", "checkpoints", "runtime"},
     "compat": {"quant", "model"},
 }
 MAY_IMPORT["api"] = set(MAY_IMPORT) - {"compat", "recovery", "training"}

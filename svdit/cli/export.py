@@ -51,7 +51,6 @@ def run(args: argparse.Namespace) -> Result:
         outputs.check_distinct("--output", args.output, source.path)
         if source.model.cache_plan:
             note("the cache plan is omitted: it is for svdit's samplers")
-            source.model.cache_plan = None
         WRITERS[args.to](source, args.output)
     return Result({"output": args.output, "format": args.to}, [args.output], [args.output])
 
@@ -79,8 +78,8 @@ def write_float(source: setup.Checkpoint, place: Path) -> None:
 
 def write_diffusers(source: setup.Checkpoint, place: Path) -> None:
     """A folder for `from_pretrained`."""
-    from svdit.export.diffusers import write_folder
     from svdit.files import temporary_folder, writing
+    from svdit.integrations.dit import write_folder
     from svdit.quant.linear import layer_specs
 
     with writing(place), temporary_folder(place.parent) as folder:

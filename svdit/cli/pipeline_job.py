@@ -137,9 +137,10 @@ class Job:
         if not self.compared:
             return False
         before, after = ([video[len(video) // 2] for video in videos] for videos in (self.before, self.after))
+        conditions = [each[:36] if isinstance(each, str) else f"class {each}" for each in self.compared]
         captions = [
-            f"{str(condition)[:36]}\nseed {COMPARED + self.args.seed + i}, {value:.1f} dB"
-            for i, (condition, value) in enumerate(zip(self.compared, decibels, strict=True))
+            f"{condition}\nseed {COMPARED + self.args.seed + i}, {value:.1f} dB"
+            for i, (condition, value) in enumerate(zip(conditions, decibels, strict=True))
         ]
         title = f"{self.sampler.kind}, {self.component}: {self.args.preset}, {date.today().isoformat()}"
         try:

@@ -1,1 +1,1 @@
-"""A quantized DiT in the formats of other tools."""
+"""A DiT, quantized or not, in formats that need no svdit."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +9,7 @@ from svdit import __version__
 from svdit.errors import UserError
 from svdit.extras import require
 
-OPSET, IR = 21, 10  # of 2024: the first with types of 16 and 4 bits in QuantizeLinear
+OPSET, IR = 21, 10  # the first where QuantizeLinear says the type of its output
 LARGEST = 2 * 10**9  # bytes of a file of protocol buffers
 TYPES = {torch.float32: "FLOAT", torch.bfloat16: "BFLOAT16", torch.int8: "INT8", torch.int64: "INT64"}
 
@@ -46,7 +45,7 @@ class Graph:
         """A tensor (…) under a name; one that is known is not stored again."""
         if name not in self.constants:
             value = value.detach().cpu().contiguous()
-            raw = value.flatten().view(torch.uint8).numpy().astype(np.uint8).tobytes() if value.numel() else b""
+            raw = value.flatten().view(torch.uint8).numpy().tobytes()
             kind = getattr(self.onnx.TensorProto, TYPES[value.dtype])
             self.constants[name] = self.onnx.helper.make_tensor(name, kind, value.shape, raw, raw=True)
             self.nbytes += len(raw)

@@ -105,8 +105,7 @@ class Network:
         check_format(form, f"the activations of {name}")
         graph = self.graph
         largest = graph("ReduceMax", graph("Abs", x), graph.shape(1), keepdims=0)
-        scales = graph("Div", largest, graph.number(127.0))
-        scales = graph("Where", graph("Equal", scales, graph.number(0.0)), graph.number(1.0), scales)
+        scales = graph("Max", graph("Div", largest, graph.number(127.0)), graph.number(1e-30))  # of rows of zeros
         codes = graph("QuantizeLinear", x, scales, axis=0, output_dtype=graph.onnx.TensorProto.INT8)
         return graph("DequantizeLinear", codes, scales, axis=0)
 

@@ -13,6 +13,7 @@ from svdit.model.dit import DiT
 from svdit.sampling.batch import SamplingConfig, generate
 
 CAP = 100.0  # dB, of equal images
+PEAK = 4.0  # the square of the range of pixels in [-1, 1]
 
 
 class Psnr(NamedTuple):
@@ -44,14 +45,12 @@ class Fidelity:
         self.batches = [range(start, min(start + batch_size, first + images)) for start in starts]
         self.config, self.seed, self.progress = config, seed, progress
         self.targets = list(self._draw(model))
-        self.peak = 4.0 if of_pixels(model.config) else float(torch.cat(self.targets).double().square().mean())
+        self.peak = PEAK if of_pixels(model.config) else float(torch.cat(self.targets).double().square().mean())
 
     def __call__(self, model: DiT) -> Psnr:
         """That of another model's images."""
         pairs = zip(self._draw(model), self.targets, strict=True)
-        squares = torch.cat([(x - target).double().square().flatten(1).mean(1) for x, target in pairs])  # (N,)
-        squares = squares.clamp(min=self.peak / 10 ** (CAP / 10))
-        return Psnr(*(10 * (self.peak / torch.stack([squares.log().mean().exp(), squares.mean()])).log10()).tolist())
+        return psnr(torch.cat([(x - target).double().square().flatten(1).mean(1) for x, target in pairs]), self.peak)
 
     def _draw(self, model: DiT) -> Iterator[Tensor]:
         """The images (N, C, H, W) of each batch."""
@@ -62,6 +61,12 @@ class Fidelity:
                 self.progress(before + step, steps * len(self.batches))
 
             yield images(model, self.config, indices, seed=self.seed, callback=tick)
+
+
+def psnr(squares: Tensor, peak: float = PEAK) -> Psnr:
+    """That of the mean squared errors (N,) of images, at most CAP; `peak` is the square of their range."""
+    squares = squares.clamp(min=peak / 10 ** (CAP / 10))
+    return Psnr(*(10 * (peak / torch.stack([squares.log().mean().exp(), squares.mean()])).log10()).tolist())
 
 
 @torch.no_grad()

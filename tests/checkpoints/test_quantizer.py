@@ -9,11 +9,10 @@ import torch
 from conftest import relative
 from safetensors.torch import load_file, save_file
 
-from svdit.checkpoints.convert import specs_to_diffusers, to_diffusers
 from svdit.checkpoints.store import load_model
 from svdit.cli import command
 from svdit.errors import UserError
-from svdit.integrations.diffusers import SvditConfig
+from svdit.integrations.dit import WEIGHTS, write_folder
 from svdit.model.dit import DiT
 from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.linear import layer_specs, quantized_layers
@@ -21,7 +20,6 @@ from svdit.quant.quantize import quantize_
 
 import diffusers  # isort: skip
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 X, T, Y = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1)), [0, 17, 999], [0, 4, 5]
 
 
@@ -29,21 +27,7 @@ X, T, Y = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1)), [
 def folder(tiny: DiT, tmp_path: Path) -> Path:
     """A quantized DiT of svdit in diffusers' layout, with the published timesteps."""
     quantize_(tiny, dit_config(recipe_for("w4a8", rank=4)), lambda m: m(X, torch.tensor(T), torch.tensor(Y)))
-    config = tiny.config
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.hidden_size // config.num_heads,
-        in_channels=4,
-        out_channels=8,
-        num_layers=config.depth,
-        sample_size=config.input_size,
-        num_embeds_ada_norm=config.num_classes,
-        norm_eps=1e-6,
-    )
-    specs = SvditConfig(specs_to_diffusers(layer_specs(tiny)), timesteps="published")
-    model.register_to_config(quantization_config=specs)
-    model.save_config(tmp_path)
-    save_file(to_diffusers(tiny.state_dict()), tmp_path / WEIGHTS, {"format": "pt"})
+    write_folder(tiny, tmp_path)
     return tmp_path
 
 

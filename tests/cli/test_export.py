@@ -55,12 +55,7 @@ def test_diffusers_loads_the_folder(preset: str, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("family", "to", "name", "sentence"),
     [
-        (
-            "sit",
-            "diffusers",
-            "folder",
-            "the published DiT only, and this is a sit with prediction velocity",
-        ),
+        ("sit", "diffusers", "folder", "and this is a sit with prediction velocity; choose --to float"),
         ("dit", "onnx", "model.onnx", "quantize with --preset w8a8"),
         ("dit", "onnx", "model.pt", "model.pt"),
         ("dit", "float", "model.onnx", "model.onnx"),
@@ -86,3 +81,21 @@ def test_the_input_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit, match="2"):
         export(file, "--to", "float", "--output", file)
     assert "--output" in capsys.readouterr().err and file.read_bytes() == before
+
+
+def test_a_cache_plan_is_omitted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, output = tmp_path / "cached.safetensors", tmp_path / "float.safetensors"
+    options = "--speedup 1.5 --num-sampling-steps 4 --images 1 --device cpu"
+    command("cache", ["digits", "--output", str(file), *options.split()])
+    export(file, "--to", "float", "--output", output)
+    assert "the cache plan is omitted" in capsys.readouterr().err
+    assert load_model(file).cache_plan and not load_model(output).cache_plan
+
+
+def test_a_dit_without_a_learned_variance_has_a_folder_too(tmp_path: Path) -> None:
+    file, output = tmp_path / "model.safetensors", tmp_path / "folder"
+    model = small("dit", learn_sigma=False)
+    save_model(model, file)
+    export(file, "--to", "diffusers", "--output", output)
+    with torch.no_grad():
+        assert torch.equal(load_model(output)(*inputs(model)), model(*inputs(model)))

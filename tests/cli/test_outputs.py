@@ -17,6 +17,8 @@ COMMANDS = {
     "generate": ["--ckpt", "digits", "--num-fid-samples", "2", "--sample-dir", "out", *STEPS],
     "train": ["--data", "digits", "--model", "DiT-digits", "--results-dir", "out", *CPU],
     "evaluate": ["--output", "out", *EVALUATE],
+    "cache": ["digits", "--speedup", "2", "--output", "out.pt", *STEPS],
+    "export": ["digits", "--to", "onnx", "--output", "out.onnx"],
 }
 OUTPUTS = [(name, next(word for word in words if word.startswith("out"))) for name, words in COMMANDS.items()]
 OUTPUTS += [("generate", "out.npz"), ("quantize", "out.report.json"), ("evaluate", "stats.npz")]

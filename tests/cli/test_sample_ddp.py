@@ -128,6 +128,16 @@ def test_the_folder_is_checked_before_the_checkpoint_is_read(
     assert f"cannot write into the folder {tmp_path}/file (File exists); " in capsys.readouterr().err
 
 
+def test_another_command_continues_a_set(tmp_path: Path, quantized: str) -> None:
+    """Commands may differ in what does not change images; the manifest has the last one."""
+    argv = ["--ckpt", quantized, "--sample-dir", str(tmp_path / "set"), *FAST]
+    command("generate", [*argv, "--num-fid-samples", "2"])
+    command("generate", [*argv, "--num-fid-samples", "3", "--per-proc-batch-size", "1"])
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert manifest["num_images"] == 3
+    assert manifest["command"].endswith("--num-fid-samples 3 --per-proc-batch-size 1")
+
+
 def test_a_rank_ratio_needs_a_quantized_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command("generate", ["--rank-ratio", "0.5", *FAST])

@@ -111,3 +111,9 @@ def test_other_formats_are_a_sentence(preset: str, tmp_path: Path) -> None:
     quantize_(model, dit_config(recipe_for(preset, rank=4)), calibration_loop(images=4, steps=4))
     with pytest.raises(UserError, match=r"has no form in ONNX that svdit writes; quantize with --preset w8a8"):
         onnx_model(model)
+
+
+def test_a_graph_that_no_file_holds_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdit.export.graph.LARGEST", 1000)
+    with pytest.raises(UserError, match=r"has 0\.0 GB, and an ONNX file 2 GB at most; export a quantized model"):
+        onnx_model(small("dit"))

@@ -1,5 +1,6 @@
 """Quantized layers multiplied out compute what the quantized model does, but for the rounding of activations."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,20 @@ from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command
 from svdit.export.plain import multiplied_out
 from svdit.model.dit import DiT
-from svdit.quant.config import dit_config, recipe_for
+from svdit.quant.config import RECIPES, dit_config, recipe_for
 from svdit.quant.linear import quantized_layers
 from svdit.quant.quantize import quantize_
 from svdit.sampling.calibration import calibration_loop
 
 
 @pytest.mark.parametrize("family", ["dit", "sit", "lightningdit", "jit"])
-@pytest.mark.parametrize("preset", ["w8a16", "w4a16"])
+@pytest.mark.parametrize("preset", ["w8a8", "w4a4", "svdquant-w4a4", "smoothquant", "rtn", "fp8"])
 def test_the_floats_compute_what_a_weight_only_model_does(family: str, preset: str) -> None:
+    """Centring, smoothing and rotation alone and together; the model's activations are not rounded here."""
     model = small(family)
-    quantize_(model, dit_config(recipe_for(preset, rank=4)), calibration_loop(images=4, steps=4))
+    quantize_(model, dit_config(replace(RECIPES[preset], rank=4)), calibration_loop(images=4, steps=4))
+    for layer in quantized_layers(model).values():
+        layer.spec = replace(layer.spec, act=None)
     tensors = multiplied_out(model)
     plain = DiT(model.config).eval()
     plain.load_state_dict(tensors)

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from svdit.checkpoints.convert import specs_to_diffusers, to_diffusers
 from svdit.errors import UserError
 from svdit.extras import require
+from svdit.integrations.diffusers import SvditConfig
 from svdit.model.dit import DiT
 from svdit.quant.linear import layer_specs
 
@@ -22,14 +23,13 @@ def write_folder(model: DiT, folder: Path) -> None:
     Raises UserError for families that diffusers does not have, and without diffusers.
     """
     config = model.config
-    if config.family != "dit" or config.prediction != "epsilon" or not (config.has_null_class and config.learn_sigma):
+    if config.family != "dit" or config.prediction != "epsilon" or not config.has_null_class:
+        null = "" if config.has_null_class else " without a null class"
         raise UserError(
-            f"diffusers has the published DiT only, and this is a {config.family} with prediction {config.prediction}; "
-            "choose --to float"
+            f"diffusers has the published DiT only, and this is a {config.family} with prediction {config.prediction}"
+            f"{null}; choose --to float"
         )
     diffusers = require("diffusers")
-    from svdit.integrations.diffusers import SvditConfig
-
     with torch.device("meta"):
         theirs = diffusers.DiTTransformer2DModel(
             num_attention_heads=config.num_heads,
