@@ -46,8 +46,9 @@ def test_floats_equal_the_model(family: str) -> None:
     assert relative(run(onnx_model(model), x[:1], t[:1].float(), y[:1]), expected[:1]) < 1e-5  # any batch size
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "svdquant", "w8a16"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "preset"), [*((family, "w8a8") for family in FAMILIES), ("dit", "svdquant"), ("jit", "w8a16")]
+)
 def test_quantized_models_equal_too(family: str, preset: str) -> None:
     """But for activations next to the middle of two codes, which sums in another order tip."""
     model = small(family)
