@@ -36,7 +36,7 @@ from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cpu.features import capabilities
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
-from svdit.model.dit import DiT
+from svdit.model.dit import DiT, DiTConfig
 from svdit.model.layers import attend
 from svdit.model.zoo import config_for
 from svdit.quant.linear import LinearSpec
@@ -230,27 +230,32 @@ def attention(setting: Setting, generator: torch.Generator) -> float:
 
 
 def choices(setting: Setting) -> None:
-    """For every instruction set that could be the processor's best: is what `choice` chooses the fastest of a block?"""
-    x, t, y = model_inputs(2)
-    model = quantized("W8A8", "int8", 1, setting.rank)
+    """For every instruction set that could be the processor's best: is what `choice` chooses the fastest for a block of
+    each kind?"""
     known = [isa for isa in ffi.isas() if isa != "portable" and ffi.built(isa)]
-    runs: dict[str, Run] = {}
+    chosen = {isa: str(choice.fastest(known[i:])) for i, isa in enumerate(known)}
+    for name in FAMILIES:
+        median = pair_times(replace(config_for(name), depth=1, context_start=0), known, setting)
+        print(f"{name}:", "; ".join(f"{pair} {1e3 * median[pair]:.1f} ms" for pair in sorted(median, key=median.get)))
+        for i, first in enumerate(known):
+            allowed = {str(choice.Choice(*pair)) for pair in itertools.product(known[i:], (*known[i:], choice.TORCH))}
+            best = min(allowed, key=median.__getitem__)
+            over = median[chosen[first]] / median[best]
+            print(f"{name}, up to {first}: chosen {chosen[first]}, {over:.3f} times the time of {best}")
+            if setting.keep:
+                note = f"chosen {chosen[first]}; best {best}; a block"
+                record("cpu choice", f"{name}, up to {first}, chosen over best", over, "×", note)
+
+
+def pair_times(config: DiTConfig, known: list[str], setting: Setting) -> dict[str, float]:
+    """Median seconds of a model for every pair of instruction sets for linears and attention."""
+    model, inputs, runs = random_model(config, "W8A8", rank=setting.rank), model_inputs(2, config), dict[str, Run]()
     for linears, attention in itertools.product(known, (*known, choice.TORCH)):
         os.environ |= {"SVDIT_ISA": linears, "SVDIT_ATTENTION": attention}
         choice.choice.cache_clear()
         fast, kernels = accelerate(copy.deepcopy(model)), choice.choice()
-        runs[str(kernels)] = lambda fast=fast, kernels=kernels: run_with(kernels, lambda: fast(x, t, y))
-    times = measure(runs, 3 * setting.rounds)
-    median = {name: statistics.median(seconds) for name, seconds in times.items()}
-    for i, first in enumerate(known):
-        allowed = {str(choice.Choice(*pair)) for pair in itertools.product(known[i:], (*known[i:], choice.TORCH))}
-        chosen, best = str(choice.fastest(known[i:])), min(allowed, key=median.__getitem__)
-        over = median[chosen] / median[best]
-        print(f"up to {first}: chosen {chosen}, {over:.3f} times the time of {best}")
-        if setting.keep:
-            record(
-                "cpu choice", f"up to {first}, chosen over best", over, "×", f"chosen {chosen}; best {best}; a block"
-            )
+        runs[str(kernels)] = lambda fast=fast, kernels=kernels: run_with(kernels, lambda: fast(*inputs))
+    return {pair: statistics.median(seconds) for pair, seconds in measure(runs, 3 * setting.rounds).items()}
 
 
 def run_with(kernels: choice.Choice, run: Run) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -113,28 +114,52 @@ def test_an_unknown_name_is_a_sentence(name: str, value: str, cache: Path, monke
         choice.choice()
 
 
-def test_the_least_time_wins_and_a_near_one_without_bf16() -> None:
-    assert choice.best({TORCH: 2.0, "portable": 1.0}) == "portable"  # which rounds to bf16
-    assert choice.best({TORCH: 1.0, "portable": 0.99}) == TORCH
-    slow, fast = (lambda: time.sleep(0.01)), (lambda: time.sleep(0.001))
-    assert choice.best(choice.timed({"portable": slow, TORCH: fast})) == TORCH
+FP32, MIXED, BF16 = Choice(TORCH, TORCH), Choice(TORCH, "portable"), Choice("portable", "portable")  # the last rounds
+
+
+def test_the_least_time_wins_and_a_near_one_with_less_bf16() -> None:
+    assert choice.best({FP32: 2.0, MIXED: 1.5, BF16: 1.0}) == BF16
+    assert choice.best({FP32: 1.0, MIXED: 0.995, BF16: 0.99}) == FP32
+    assert choice.best({FP32: 2.0, MIXED: 1.0, BF16: 0.99}) == MIXED
+
+
+def test_pairs_without_hope_run_once_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    runs = {FP32: 0, MIXED: 0, BF16: 0}
+
+    def trial(pair: Choice, seconds: float) -> choice.Trial:
+        def run() -> None:
+            runs[pair] += 1
+            clock[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(choice.time, "perf_counter", lambda: clock[0])
+    seconds = {FP32: 1.0, MIXED: 1.25, BF16: 1.75}
+    assert choice.timed({pair: trial(pair, each) for pair, each in seconds.items()}) == seconds
+    assert runs == {FP32: 1 + choice.ROUNDS, MIXED: 1 + choice.ROUNDS, BF16: 2}
 
 
 def test_measurements_are_repeated_until_two_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Something else runs during the first two."""
-    taken: list[dict[str, float]] = []
-    busy = [{TORCH: 9.0, "portable": 2.0}, {TORCH: 1.5, "portable": 2.0}]
+    taken: list[dict[Choice, float]] = []
+    busy = [{FP32: 2.5, BF16: 2.0}, {FP32: 1.5, BF16: 2.0}]
 
-    def timed(trials: dict[str, choice.Trial]) -> dict[str, float]:
-        taken.append(busy[len(taken)] if len(taken) < len(busy) else {TORCH: 1.0, "portable": 2.0})
-        return taken[-1]
+    def timed(trials: dict[Choice, choice.Trial]) -> dict[Choice, float]:
+        taken.append(busy[len(taken)] if len(taken) < len(busy) else {FP32: 1.0, BF16: 2.0})
+        return {pair: taken[-1][pair] for pair in trials}
 
     monkeypatch.setattr(choice, "timed", timed)
-    trials = {TORCH: lambda: None, "portable": lambda: None}
-    assert choice.settled(trials) == TORCH and len(taken) == 3
-    busy[:] = [
-        dict(zip((TORCH, "portable") if n % 2 else ("portable", TORCH), (9.0 - n, 20.0), strict=True)) for n in range(8)
-    ]
+    trials = {FP32: lambda: None, BF16: lambda: None}
+    assert choice.settled(trials) == FP32 and len(taken) == 3
+    busy[:] = [dict(zip((FP32, BF16) if n % 2 else (BF16, FP32), (9.0 - n, 9.5 - n), strict=True)) for n in range(8)]
     taken.clear()
     choice.settled(trials)
     assert len(taken) == choice.REPEATS  # it ends although no two agree
+
+
+def test_every_pair_computes_a_block() -> None:
+    """Attention raises where it cannot read what the layers write."""
+    layers = {isa: choice.trial_layers(ffi.kernels(isa)) for isa in (ISAS[0], "portable")}
+    for pair in (Choice(*names) for names in product(layers, (*layers, TORCH))):
+        choice.block_trial(layers[pair.linears], pair)()

@@ -1,8 +1,9 @@
 """Which instruction set computes linears and attention on this processor: measured, because flags do not tell.
 
-The candidates are timed once for a processor, this library and this torch, and the choice is kept in the cache, so that
-all processes of a machine, also concurrent ones, compute the same floats. It changes no integer. SVDIT_ISA and
-SVDIT_ATTENTION override it.
+All pairs are timed on a transformer block, because what one saves the other may lose: attention decides in which type
+qkv and fc1 write. It happens once for a processor, this library and this torch, and the choice is kept in the
+cache, so that all processes of a machine, also concurrent ones, compute the same floats. It changes no integer.
+SVDIT_ISA and SVDIT_ATTENTION override it.
 """
 
 import hashlib
@@ -10,13 +11,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from svdit.errors import UserError
 from svdit.files import atomic_path, exclusive
@@ -26,13 +27,13 @@ from svdit.kernels.cpu.build import MissingKernelsError, cache_folder
 from svdit.kernels.cpu.features import processor
 from svdit.kernels.cpu.sources import source_hash
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
-from svdit.kernels.layer import Layer, LinearSpec
+from svdit.kernels.layer import Layer, LinearSpec, Modulation, Residual
 
 TORCH = "torch"  # its attention in fp32, one image after the other
-TOKENS, WIDTH, HEADS = 256, 1152, 8  # of the trial; a head has 72 columns, as in DiT-XL/2
-ROUNDS, REPEATS = 4, 6  # runs of a measurement; measurements of which two must agree, at most
-ALIKE = 1.03  # of two candidates that differ by less, the one with fp32 beside its integers is taken
-HOPELESS = 2  # times the least
+TOKENS, WIDTH, HEADS = 256, 1152, 16  # of the trial's block, one of DiT-XL/2's
+ROUNDS, REPEATS = 3, 6  # runs of a measurement; measurements of which two must agree, at most
+ALIKE = 1.015  # of pairs that differ by less, the one with more fp32 beside its integers is taken
+HOPELESS = 1.5  # times the least
 WAIT = 60.0  # seconds for another process that measures
 Trial = Callable[[], object]
 
@@ -113,81 +114,92 @@ def read(path: Path) -> Choice | None:
 
 
 def fastest(isas: list[str]) -> Choice:
-    """The fastest of these instruction sets for each operation, best by flag first; `portable` only if alone."""
+    """The pair of these instruction sets, best by flag first, that is fastest; `portable` only if alone."""
     candidates = [isa for isa in isas if isa != "portable" and ffi.built(isa)] or isas
-    linears = {isa: linear_trial(ffi.kernels(isa)) for isa in candidates}
-    attentions = {isa: attention_trial(ffi.kernels(isa)) for isa in candidates} | {TORCH: torch_trial()}
+    layers = {isa: trial_layers(ffi.kernels(isa)) for isa in candidates}
+    pairs = [Choice(*pair) for pair in product(candidates, (*candidates, TORCH))]
     with torch.no_grad():
-        return Choice(settled(linears), settled(attentions))
+        return settled({pair: block_trial(layers[pair.linears], pair) for pair in pairs})
 
 
-def settled(trials: Mapping[str, Trial]) -> str:
+def settled(trials: Mapping[Choice, Trial]) -> Choice:
     """The best of all measurements so far, once the newest agrees: on a busy machine the first ones do not.
 
     The choice is kept although they may never agree, because all processes must compute the same floats.
     """
     seconds = timed(trials)
     for _ in range(REPEATS - 1):
-        again, before = timed(trials), best(seconds)
-        seconds = {name: min(seconds[name], again[name]) for name in trials}
+        again, before = timed({pair: trials[pair] for pair in hopeful(seconds)}), best(seconds)
+        seconds = {pair: min(seconds[pair], again[pair]) for pair in again}
         if best(again) == before == best(seconds):
             break
     return best(seconds)
 
 
-def timed(trials: Mapping[str, Trial]) -> dict[str, float]:
-    """The fewest seconds of each, which run in turn after a warm-up; those that start HOPELESS are not repeated."""
-    seconds: dict[str, float] = {}
+def timed(trials: Mapping[Choice, Trial]) -> dict[Choice, float]:
+    """The fewest seconds of each, which run in turn after a warm-up; those without hope after the first turn, once."""
+    seconds = dict.fromkeys(trials, float("inf"))
     for run in trials.values():
         run()
     for _ in range(ROUNDS):
-        for name, run in trials.items():
-            if seconds.get(name, 0) <= HOPELESS * min(seconds.values(), default=0):
-                start = time.perf_counter()
-                run()
-                seconds[name] = min(seconds.get(name, float("inf")), time.perf_counter() - start)
+        for pair in hopeful(seconds):
+            start = time.perf_counter()
+            trials[pair]()
+            seconds[pair] = min(seconds[pair], time.perf_counter() - start)
     return seconds
 
 
-def best(seconds: Mapping[str, float]) -> str:
-    """The name with the fewest seconds, or one that is ALIKE and has no bf16."""
+def hopeful(seconds: Mapping[Choice, float]) -> list[Choice]:
+    """Those that take less than HOPELESS times the least."""
     least = min(seconds.values())
-    alike = [name for name, each in seconds.items() if each <= ALIKE * least]
-    return min(alike, key=lambda name: (rounds(name), seconds[name]))
+    return [pair for pair, each in seconds.items() if each <= HOPELESS * least]
 
 
-def rounds(name: str) -> bool:
-    """Whether the low-rank branch and attention of a candidate are bf16."""
-    return name != TORCH and ffi.kernels(name).low_dtype == torch.bfloat16
+def best(seconds: Mapping[Choice, float]) -> Choice:
+    """The pair with the fewest seconds, or of those that are ALIKE one with less bf16."""
+    least = min(seconds.values())
+    alike = [pair for pair, each in seconds.items() if each <= ALIKE * least]
+    return min(alike, key=lambda pair: (rounds(pair), seconds[pair]))
 
 
-def linear_trial(kernels: ffi.Kernels) -> Trial:
-    """W8A8 with every part of svdit's recipe, on one image."""
+def rounds(pair: Choice) -> int:
+    """How many of the two compute in bf16: the low-rank branch, and attention."""
+    own = [name for name in (pair.linears, pair.attention) if name != TORCH]
+    return sum(ffi.kernels(name).low_dtype == torch.bfloat16 for name in own)
+
+
+def trial_layers(kernels: ffi.Kernels) -> list[linear.IntegerLinear]:
+    """The four linears of a block of DiT-XL/2, W8A8 with every part of svdit's recipe."""
     generator = torch.Generator().manual_seed(0)
     spec = LinearSpec(32, None, "bfloat16", WEIGHT_FORMATS["int8"], Format(8), True, True, 64)
-    tensors = {
-        "residual_codes": torch.randint(-127, 128, (WIDTH, WIDTH), generator=generator, dtype=torch.int8),
-        "residual_scales": torch.full((WIDTH, 1), 1e-3),
-        "l1": torch.randn(WIDTH, 32, generator=generator).bfloat16(),
-        "l2": torch.randn(32, WIDTH, generator=generator).bfloat16(),
-        "in_scale": torch.ones(WIDTH),
-        "in_shift": torch.zeros(WIDTH),
-        "bias": torch.zeros(WIDTH),
-    }
-    packed = linear.IntegerLinear(Layer(spec, (WIDTH, WIDTH), tensors), kernels)
-    return partial(packed, torch.randn(1, TOKENS, WIDTH, generator=generator))
+    layers = []
+    for O, I in ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)):
+        tensors = {
+            "residual_codes": torch.randint(-127, 128, (O, I), generator=generator, dtype=torch.int8),
+            "residual_scales": torch.full((O, 1), 1e-3),
+            "l1": torch.randn(O, 32, generator=generator).bfloat16(),
+            "l2": torch.randn(32, I, generator=generator).bfloat16(),
+            "in_scale": torch.ones(I),
+            "in_shift": torch.zeros(I),
+            "bias": torch.zeros(O),
+        }
+        layers.append(linear.IntegerLinear(Layer(spec, (O, I), tensors), kernels))
+    return layers
 
 
-def attention_trial(kernels: ffi.Kernels) -> Trial:
-    """Attention of one image."""
-    return partial(linear.attention, trial_qkv().to(kernels.low_dtype), HEADS, kernels)
+def block_trial(layers: list[linear.IntegerLinear], pair: Choice) -> Trial:
+    """One image through a block: its linears, and attention, which decides what qkv and fc1 write."""
+    qkv, proj, fc1, fc2 = layers
+    own = None if pair.attention == TORCH else ffi.kernels(pair.attention)
+    attention = partial(linear.attention, kernels=own) if own else fused.attention
+    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
+    shift, scale, gate = torch.zeros(3, 1, WIDTH)
+    modulation = Modulation(shift, scale)
 
+    def run() -> None:
+        qkv.dtype = fc1.dtype = own.low_dtype if own else torch.float32
+        with ffi.together() if own else nullcontext():
+            proj(attention(qkv(x, modulation=modulation), HEADS), residual=Residual(x, gate))
+            fc2(fc1(x, modulation=modulation, gelu=True), residual=Residual(x, gate))
 
-def torch_trial() -> Trial:
-    """The same by torch."""
-    return partial(fused.attention, trial_qkv(), HEADS)
-
-
-def trial_qkv() -> Tensor:
-    """Queries, keys and values (1, T, 3D)."""
-    return torch.randn(1, TOKENS, 3 * HEADS * 72, generator=torch.Generator().manual_seed(0))
+    return run
