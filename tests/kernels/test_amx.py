@@ -102,15 +102,16 @@ def test_amx_is_measured_where_linux_permits_it_and_the_compiler_knew_it(
     monkeypatch.setattr(ffi, "permits_tiles", lambda: permitted)
     supported = ffi.isas.__wrapped__()
     assert ("amx" in supported) == permitted
-    tried: list[str] = []
+    tried: list[choice.Choice] = []
     monkeypatch.setattr(ffi, "built", lambda isa: compiled or isa != "amx")
     monkeypatch.setattr(ffi, "kernels", lambda isa: isa)
-    monkeypatch.setattr(choice, "linear_trial", lambda kernels: partial(tried.append, kernels))
-    monkeypatch.setattr(choice, "attention_trial", lambda kernels: lambda: None)
-    monkeypatch.setattr(choice, "best", lambda seconds: min(seconds))
+    monkeypatch.setattr(choice, "trial_layers", lambda kernels: kernels)
+    monkeypatch.setattr(choice, "block_trial", lambda layers, pair: partial(tried.append, pair))
+    monkeypatch.setattr(choice, "settled", lambda trials: [run() for run in trials.values()])
     choice.fastest(supported)
-    assert set(tried) >= {"avx512bf16", "avx2", *(["amx"] if permitted and compiled else [])}
-    assert ("amx" in tried) == (permitted and compiled)
+    measured = {pair.linears for pair in tried}
+    assert measured >= {"avx512bf16", "avx2"}
+    assert ("amx" in measured) == (permitted and compiled)
 
 
 @pytest.mark.skipif(not cpuinfo(), reason="Linux lists extensions there")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -154,18 +155,17 @@ HAS = {  # what torch lists of processors
 @pytest.mark.parametrize("name", HAS)
 def test_every_instruction_set_of_an_arm_processor_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ffi, "capabilities", lambda: dict.fromkeys(HAS[name], True) | {"architecture": "arm64"})
-    supported, tried = ffi.isas.__wrapped__(), list[str]()
+    supported, tried = ffi.isas.__wrapped__(), list[choice.Choice]()
     expected = {"Cortex-A72": [], "Neoverse V1": ["neonbf16", "neoni8mm", "neondot"]}.get(name, ["neondot"])
     assert supported == [*expected, "portable"]
     monkeypatch.setattr(ffi, "built", lambda isa: True)
     monkeypatch.setattr(ffi, "kernels", lambda isa: isa)
-    monkeypatch.setattr(choice, "linear_trial", lambda kernels: partial(tried.append, kernels))
-    monkeypatch.setattr(choice, "attention_trial", lambda kernels: partial(tried.append, f"attention {kernels}"))
-    monkeypatch.setattr(choice, "torch_trial", lambda: partial(tried.append, choice.TORCH))
-    monkeypatch.setattr(choice, "best", min)
+    monkeypatch.setattr(choice, "trial_layers", lambda kernels: kernels)
+    monkeypatch.setattr(choice, "block_trial", lambda layers, pair: partial(tried.append, pair))
+    monkeypatch.setattr(choice, "settled", lambda trials: [run() for run in trials.values()])
     choice.fastest(supported)
     measured = expected or ["portable"]
-    assert set(tried) == {*measured, *(f"attention {isa}" for isa in measured), choice.TORCH}
+    assert tried == [choice.Choice(*pair) for pair in product(measured, (*measured, choice.TORCH))]
 
 
 def test_every_source_compiles_without_openmp() -> None:

@@ -99,13 +99,16 @@ typedef struct {
     int64_t lanes, pairs;
 } Started;
 
-/* The residual of a tile, to cache while its sums are computed: its rows lie too far apart for the processor's own
-   prefetcher. */
-FN void fetch_residual(const Product *p, int64_t panel, int64_t m0, int64_t rows)
+/* What a tile will write, and its residual, to cache while its sums are computed: rows lie too far apart for the
+   processor's own prefetcher, and every later store waits for one whose line is missing. */
+FN void fetch_outputs(const Product *p, int64_t panel, int64_t m0, int64_t rows)
 {
-    const float *first = p->residual + m0 * p->outputs + panel * PANEL;
-    for (int64_t i = 0; i < rows; i++)
-        UNROLL for (int64_t k = 0; k < PANEL; k += 16) __builtin_prefetch(first + i * p->outputs + k);
+    int64_t size = p->bf16 ? 2 : 4, stride = p->outputs * size, at = m0 * stride + panel * PANEL * size;
+    for (int64_t i = 0; i < rows; i++, at += stride)
+        for (int64_t k = 0; k < PANEL * size; k += 64) {
+            __builtin_prefetch((const char *)p->out + at + k, 1);
+            if (p->residual && p->residual != p->out) __builtin_prefetch((const char *)p->residual + at + k);
+        }
 }
 
 FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, Started from)
@@ -115,7 +118,7 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, St
     const int32_t *a[TILE_ROWS];
     const float *steps[TILE_ROWS];
     VF y[TILE_ROWS][TILE_VECTORS] = {0};
-    if (p->residual) fetch_residual(p, panel, m0, rows);
+    fetch_outputs(p, panel, m0, rows);
     UNROLL for (int i = 0; i < TILE_ROWS; i++) {
         int64_t m = m0 + least(i, rows - 1);
         a[i] = (const int32_t *)p->codes + m * lanes, steps[i] = p->steps + m * p->row_steps;
