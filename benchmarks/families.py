@@ -13,7 +13,8 @@ A DiT-cifar10 trained with `train.py --data cifar10.npz` joins in:
 
     python benchmarks/families.py methods --ckpt CIFAR=ema.safetensors --data cifar10.npz --count 192
 
-The Fréchet distance is then that of the means of 4 × 4 pixels, 192 numbers an image, to all images of the data.
+The Fréchet distance is then that of the means of 8 × 8 pixels, 48 numbers an image, to all images of the data: fewer
+numbers than images, or their covariance would have no inverse.
 """
 
 import argparse
@@ -73,11 +74,11 @@ def with_rank(recipe: Recipe, model: DiT) -> QuantConfig:
 
 
 def rows(images: Pixels) -> np.ndarray:
-    """uint8 images (N, H, W, 3) as (N, D): digits by pixel, in the data's levels 0 to 16; others by 4 × 4 pixels."""
+    """uint8 images (N, H, W, 3) as (N, D): digits by pixel, in the data's levels 0 to 16; others by 8 × 8 pixels."""
     count, size = images.shape[:2]
     if size == 8:
         return images[..., 0].reshape(count, -1).astype(np.float64) * (16 / 255)
-    return images.reshape(count, size // 4, 4, size // 4, 4, 3).mean(axis=(2, 4)).reshape(count, -1)
+    return images.reshape(count, size // 8, 8, size // 8, 8, 3).mean(axis=(2, 4)).reshape(count, -1)
 
 
 def real(data: str) -> Gaussian:

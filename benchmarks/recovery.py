@@ -2,10 +2,10 @@
 
     svdit quantize --ckpt digits --preset w4a8 --rank 8 --no-figures --output q.safetensors
     svdit recover q.safetensors --against digits --output r.safetensors
-    python benchmarks/recovery.py digits q.safetensors r.safetensors
+    python benchmarks/recovery.py digits q.safetensors r.safetensors --name "DiT w4a8"
 
 50 steps (DDIM, or Euler for flows), guidance 1.5. PSNR to full precision: the mean over images, and pooled, of the mean
-squared error of all. The Fréchet distance is that of the 64 pixels to all 1797 real digits; its change is relative to
+squared error of all. The Fréchet distance is that of families.py to the images of `--data`; its change is relative to
 the quantized file, with a jackknife error.
 """
 
@@ -26,8 +26,9 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("quantized", type=Path)
     parser.add_argument("recovered", type=Path)
-    parser.add_argument("--name", default="digits w4a8", help="of the rows")
+    parser.add_argument("--name", default="DiT w4a8", help="of the rows: the model and the preset")
     parser.add_argument("--count", type=int, default=192)
+    parser.add_argument("--data", default="digits", help="training images: digits, or a file of train.py --data")
     args = parser.parse_args()
     model = load_model(args.source)
     walk = walk_of(model)
@@ -37,7 +38,8 @@ def main() -> None:
     )
     errors = {"before": squares(before, full), "after": squares(after, full)}
     steps = (read_header(args.recovered) or {})["provenance"]["recovery"]["steps"]
-    setting = f"{args.count} digits, {walk.sampler} 50, cfg 1.5; {steps} training steps"
+    what = "digits" if args.data == "digits" else "images"
+    setting = f"{args.count} {what}, {walk.sampler} 50, cfg 1.5; {steps} training steps"
     for name, values in errors.items():
         pooled = 10 * np.log10(255**2 / values.mean())
         note = f"se {decibels(values).std(ddof=1) / args.count**0.5:.2f}; pooled {pooled:.2f}; {setting}"
@@ -46,7 +48,7 @@ def main() -> None:
     record(
         "recovery", f"{args.name} gain", gains.mean(), "dB", f"se {gains.std(ddof=1) / args.count**0.5:.2f}; {setting}"
     )
-    reference = real()
+    reference = real(args.data)
     change = distance(reference, after).minus(distance(reference, before))
     record("recovery", f"{args.name} Fréchet change", change.value, "", f"se {change.se:.2g}; {setting}")
 

@@ -12,7 +12,9 @@ from pathlib import Path
 RESULTS = Path(__file__).with_name("results.csv")
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = tuple(DOCS / f"{name}.md" for name in ("quantization", "evaluation", "performance", "caching", "diffusers"))
+PAGES = tuple(
+    DOCS / f"{name}.md" for name in ("quantization", "recovery", "evaluation", "performance", "caching", "diffusers")
+)
 MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r", (?:amx|avx\w+|neon\w+|portable)\b"  # in notes
 Row = dict[str, str]
@@ -117,6 +119,35 @@ def two_models(rows: Rows) -> str:
     header = ["model", "method", "size, MB", "PSNR (pooled), dB", "relative L2", "Fréchet distance"]
     newest = {name: row for name, row in measured.items() if name.startswith(("DiT ", "CIFAR "))}
     return markdown(header, lines, source(newest, "families.py methods", setting_of(newest.values())))
+
+
+def recovery(rows: Rows) -> str:
+    """Before and after `svdit recover`, for every model, preset and calibration."""
+    measured, lines = latest(rows, "recovery"), []
+    for name in [key.removesuffix(" gain") for key in measured if key.endswith(", gain")]:
+        before, after, gain, change = (
+            measured[f"{name} {part}"] for part in ("before PSNR", "after PSNR", "gain", "Fréchet change")
+        )
+        pooled = [extract("pooled ([0-9.]+)", row["note"]) for row in (before, after)]
+        steps, error = extract("([0-9]+) training steps", gain["note"]), extract("^se ([0-9.]+)", change["note"])
+        lines.append([
+            name.rstrip(",").replace("digits ", "DiT "), steps,
+            f"{float(before['value']):.1f} → {float(after['value']):.1f}",
+            f"{float(pooled[0]):.1f} → {float(pooled[1]):.1f}",
+            f"{float(gain['value']):+.1f} ± {float(extract('^se ([0-9.]+)', gain['note'])):.1f}",
+            f"{float(change['value']):+.2f} ± {float(error):.2f}",
+        ])  # fmt: skip
+    header = [
+        "model, preset",
+        "steps to the best",
+        "PSNR, dB",
+        "pooled, dB",
+        "gain, dB",
+        "change of the Fréchet distance",
+    ]
+    newest = {name: row for name, row in measured.items() if name.endswith(", gain")}
+    setting = " / ".join(dict.fromkeys(row["note"].split("; ")[1] for row in newest.values()))
+    return markdown(header, sorted(lines), source(newest, "recovery.py", setting))
 
 
 def megabytes(row: Row) -> str:
@@ -311,6 +342,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "budget": lambda rows: quality(rows, "budget", "weights"),
     "families": families,
     "two models": two_models,
+    "recovery": recovery,
     "families by time": families_by_time,
     "conditioning": conditioning,
     "pipelines": pipelines,
@@ -322,7 +354,9 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "evaluation speed": lambda rows: listing(rows, "evaluation", "evaluation.py"),
     "cpu": lambda rows: listing(rows, "cpu", "bench_cpu.py", CPU),
     "cpu families": lambda rows: listing(rows, "cpu families", "bench_cpu.py --only families"),
-    "cpu choice": lambda rows: listing(rows, "cpu choice", "bench_cpu.py --only choice"),
+    "cpu choice": lambda rows: listing(  # early rows, "up to …", are of a choice for linears and attention separately
+        [row for row in rows if not row["name"].startswith("up to")], "cpu choice", "bench_cpu.py --only choice"
+    ),
     "anchors": lambda rows: listing(rows, "anchors", "bench_anchors.py"),
     "guidance interval": lambda rows: listing(rows, "guidance interval", "bench_sampling.py --digits"),
     "backends": lambda rows: listing(rows, "digits backends", "bench_end_to_end.py backends"),
