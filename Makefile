@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
 
-.PHONY: demo test test-all lint sanitize arm types wheel bench clean
+.PHONY: demo test test-all lint sanitize arm types wheel image bench clean
 
 # Python 3.10 has no release of some pinned versions, so it gets the newest that support it.
-PIP = $(BIN)/pip install --quiet --no-compile $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
+CONSTRAINTS = $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
+PIP = $(BIN)/pip install --quiet --no-compile $(CONSTRAINTS)
 
 # torch first: a local CPU build is found by its exact version only. pip would compile on one core, and tests of packages too.
 $(READY): pyproject.toml constraints.txt
@@ -48,8 +49,8 @@ arm: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-# One wheel for every CPython on Linux with glibc 2.17 or newer, and the sdist, in dist/; then both are tried in an empty
-# environment. OpenMP's runtime is torch's.
+# One wheel for every CPython on Linux with glibc 2.17 or newer, and the sdist, in dist/. OpenMP's runtime is torch's.
+# Then the wheel is tried in an empty environment, in an empty folder.
 TOOLS := build/tools
 EMPTY := build/empty
 wheel:
@@ -61,9 +62,14 @@ wheel:
 	  --plat manylinux_2_17_$$(uname -m) --wheel-dir dist $(TOOLS)/dist/*.whl
 	mv $(TOOLS)/dist/*.tar.gz dist
 	$(PYTHON) -m venv $(EMPTY)
-	$(EMPTY)/bin/pip install --quiet -c constraints.txt torch
-	$(EMPTY)/bin/pip install --quiet -c constraints.txt "$$(echo dist/*.whl)[eval]"
-	cd $(EMPTY) && bin/python -m svdit selftest --quiet && bin/python -m svdit sample --ckpt digits --num-sampling-steps 5
+	$(EMPTY)/bin/pip install --quiet $(CONSTRAINTS) torch
+	$(EMPTY)/bin/pip install --quiet $(CONSTRAINTS) "$$(echo dist/*.whl)[eval]"
+	mkdir $(EMPTY)/work
+	cd $(EMPTY)/work && PATH=$(CURDIR)/$(EMPTY)/bin:$$PATH CC=false sh -ex $(CURDIR)/tests/wheel.sh
+
+# The image of the Dockerfile, for CPUs.
+image:
+	docker build --tag svdit .
 
 bench: $(READY)
 	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
