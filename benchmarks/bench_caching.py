@@ -1,6 +1,7 @@
 """Speed against quality of cache plans on the digits, beside schedules that skip every block in whole steps.
 
-    python benchmarks/bench_caching.py [--models digits digits-sit digits-jit] [--plot FILE.png]
+    python benchmarks/bench_caching.py [--models digits digits-sit digits-jit]
+    python benchmarks/bench_caching.py --plot       # only plot the recorded rows: docs/images/caching.png
     python benchmarks/bench_caching.py --large      # only time, of DiT-XL/2 with random weights
 
 Speed-ups are counted in block evaluations; that of plans is also measured in time, in the same rounds as sampling
@@ -15,17 +16,18 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from random_models import quantized as random_quantized
 from record import record
+from tables import extract, latest, read, short_name
 from timing import measure, ratio
 from torch import Tensor
 
+from svdit import pictures
 from svdit.checkpoints.store import load_model
 from svdit.cli import command
 from svdit.diffusion.noise import image_labels, image_noise
@@ -33,6 +35,7 @@ from svdit.evaluation.paired import psnr
 from svdit.images import to_uint8
 from svdit.model.caching import CachePlan, cached
 from svdit.model.dit import DiT
+from svdit.pictures import COLOURS, blank, subject
 from svdit.runtime.accelerate import accelerate
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate
 from svdit.sampling.caching import Planner, groups_of
@@ -41,8 +44,10 @@ STEPS = {"dit": ("ddim", "50"), "sit": ("heun", "26"), "jit": ("heun", "25")}  #
 NAMES = {"dit": "DiT", "sit": "SiT", "jit": "JiT"}
 SPEEDUPS, EVERY = (2.0, 3.0, 4.0, 6.0), (2, 3, 4, 6)
 SEED, BATCH = 0, 8  # BATCH images are timed
-BELOW: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "color": "gray"}
+PRECISIONS = ("fp32", "W8A8")
 STYLES = {"plan": "o-", "Taylor": "^--", "reuse": "s:"}
+LABELS = {"plan": "plan of svdit cache", "Taylor": "every n-th step, Taylor", "reuse": "every n-th step, reuse"}
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "caching.png"
 
 
 class Point(NamedTuple):
@@ -136,28 +141,30 @@ def quantized(name: str, folder: Path) -> DiT:
     return accelerate(load_model(path))
 
 
-def draw(curves: dict[tuple[str, str], list[Point]], path: Path) -> None:
-    """Speed-up against PSNR, a column for each model: fp32 above, W8A8 below, both to full precision."""
-    matplotlib.use("agg")
-    models = list(dict.fromkeys(model for model, _ in curves))
-    shape = {"nrows": 2, "ncols": len(models), "figsize": (3.6 * len(models), 6.4)}
-    figure, axes = pyplot.subplots(**shape, sharex=True, squeeze=False)
-    for (model, precision), found in curves.items():
-        part = axes[int(precision != "fp32"), models.index(model)]
-        for method, style in STYLES.items():
-            line = sorted((p.speedup, p.own if precision == "fp32" else p.full) for p in found if p.method == method)
-            part.plot(*zip(*line, strict=True), style, label=method)
-        part.set_title(f"{model}, {precision}")
-        part.grid(alpha=0.3)
-        if precision != "fp32":
-            part.axhline(found[0].full, color="gray", linewidth=1)
-            part.annotate("no caching", (1, found[0].full), (-4, -12), **BELOW)
-            part.set_xlabel("speed-up in block evaluations")
-    for part in axes[:, 0]:
-        part.set_ylabel("PSNR to full precision, dB")
-    axes[0][-1].legend(loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+def plot() -> None:
+    """Plot the recorded rows, which are those of the table in docs/caching.md."""
+    rows = latest(read(), "caching")
+    row = list(rows.values())[-1]
+    about = subject("digits models, 32 images, 50 evaluations, guidance 1.5", short_name(row), day=row["date"])
+    title = "Feature caching: PSNR to the same model without caching"
+    pictures.plot(FIGURE, title, about, lambda: figure_of(rows))
+
+
+def figure_of(rows: dict[str, dict[str, str]]) -> Figure:
+    """The figure of `plot`: a column for each model, fp32 above, W8A8 below."""
+    figure, axes = blank(2, len(NAMES), 8.4, 5.6, sharex=True, sharey=True)
+    for precision, line in zip(PRECISIONS, axes, strict=True):
+        for model, panel in zip(NAMES.values(), line, strict=True):
+            for (method, style), colour in zip(STYLES.items(), COLOURS, strict=False):
+                found = [rows[f"{model}, {precision}, {method} {nominal:g}×"] for nominal in SPEEDUPS]
+                points = [(float(extract("^([0-9.]+)×", row["note"])), float(row["value"])) for row in found]
+                panel.plot(*zip(*points, strict=True), style, color=colour, ms=5, label=LABELS[method])
+            panel.set(title=f"{model}, {precision}")
+        line[0].set_ylabel("PSNR, dB")
+    for panel in axes[-1]:
+        panel.set(xlabel="speed-up in block evaluations", xticks=SPEEDUPS)
+    axes[0, -1].legend(loc="upper right")
+    return figure
 
 
 def main() -> None:
@@ -168,9 +175,12 @@ def main() -> None:
     parser.add_argument("--speedups", type=float, nargs="+", default=SPEEDUPS)
     parser.add_argument("--rounds", type=int, default=7, help="of timing")
     parser.add_argument("--large", action="store_true", help="only the time of DiT-XL/2 with random weights")
-    parser.add_argument("--plot", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "caching.png")
+    parser.add_argument("--plot", action="store_true", help="only plot the recorded rows")
     parser.add_argument("--no-record", action="store_true", help="print only")
     args = parser.parse_args()
+    if args.plot:
+        plot()
+        return
     if args.large:
         large(args)
         return
@@ -183,7 +193,7 @@ def main() -> None:
             config = default_sampling(full.config, sampler=sampler, steps=steps, cfg_scale=1.5)
             reference = images(full, config, args.images)
             setting = f"{args.images} digits, {sampler} {steps}, cfg 1.5"
-            for precision, model in (("fp32", full), ("W8A8", quantized(name, Path(folder)))):
+            for precision, model in zip(PRECISIONS, (full, quantized(name, Path(folder))), strict=True):
                 kind = NAMES[full.config.family], precision
                 planner = Planner(model, config, images=args.measured)
                 plans = {speedup: planner.plan(speedup) for speedup in args.speedups}
@@ -191,7 +201,8 @@ def main() -> None:
                 note(", ".join(kind), curves[kind], setting, args)
                 for nominal, faster in speedups(model, config, plans, args.rounds).items():
                     keep(f"{', '.join(kind)}, plan {nominal:g}×, time", faster, "×", f"{BATCH} images; {setting}", args)
-    draw(curves, args.plot)
+    if not args.no_record and set(NAMES.values()) == {model for model, _ in curves}:
+        plot()
 
 
 def note(kind: str, curve: list[Point], setting: str, args: argparse.Namespace) -> None:

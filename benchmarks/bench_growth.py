@@ -8,18 +8,20 @@ final layer. The protocol is that of bench_cpu.py: one process, candidates in sh
 """
 
 import argparse
-import re
 import statistics
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from random_models import in_floats, model_inputs, quantized
 from record import record
-from tables import latest, read
+from tables import extract, latest, read, short_name
 from timing import Run, measure
 
+from svdit import pictures
 from svdit.kernels.cpu import choice
 from svdit.model.config import DiTConfig
+from svdit.pictures import COLOURS, blank, few_decades, subject
 from svdit.runtime.accelerate import accelerate
 
 METHODS = ("fp32", "W8A8", "W4A8")
@@ -29,6 +31,7 @@ AXES: dict[str, tuple[int, ...]] = {
     "rank": (0, 8, 16, 32, 64, 128),
     "threads": (1, 2),
 }
+XLABELS = {"tokens": "tokens of an image", "batch": "batch size", "rank": "rank of the branch", "threads": "threads"}
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "growth.png"
 
 
@@ -60,32 +63,29 @@ def run(axes: list[str], minimum: int, rounds: int) -> None:
 
 
 def plot() -> None:
-    """Plot the recorded rows, one panel per axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """Plot the recorded rows: one panel per axis, the same logarithmic scale of time in all."""
     rows = latest(read(), "growth")
-    figure, panels = plt.subplots(1, len(AXES), figsize=(13, 3.2), layout="constrained")
-    for panel, (axis, values) in zip(panels, AXES.items(), strict=True):
-        for method in METHODS:
-            panel.plot(values, [float(rows[f"{axis} {v} {method}"]["value"]) for v in values], "o-", ms=4, label=method)
-        panel.set(xlabel=axis)
-        if axis in ("tokens", "batch"):
-            panel.set(xscale="log", yscale="log")
-        else:
-            panel.set_ylim(0)
-        if axis != "rank":
-            panel.set(xticks=values, xticklabels=values)
-            panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("one block, ms")
-    panels[0].legend()
     row = rows[f"tokens 256 {METHODS[0]}"]
-    setting = "256 tokens, batch 2, rank 32 unless varied"
-    figure.suptitle(f"DiT-XL/2, {re.sub(', [0-9]+ threads', '', row['machine'])}; {setting}", fontsize=10)
-    figure.savefig(FIGURE, dpi=110)
+    setting = "256 tokens, batch 2, rank 32, 2 threads unless varied"
+    machine = f"{short_name(row)}, {extract('(avx.*)', row['note'])}"
+    about = subject(f"DiT-XL/2, random weights; {setting}\n{machine}", day=row["date"])
+    pictures.plot(FIGURE, "Time of one transformer block", about, lambda: figure_of(rows))
+
+
+def figure_of(rows: dict[str, dict[str, str]]) -> Figure:
+    """The figure of `plot`."""
+    figure, axes = blank(2, 2, 7, 5.2, sharey=True)
+    for panel, (axis, values) in zip(axes.flat, AXES.items(), strict=True):
+        for method, colour, style in zip(METHODS, COLOURS, ("o-", "s-", "^:"), strict=False):
+            times = [float(rows[f"{axis} {value} {method}"]["value"]) for value in values]
+            panel.plot(range(len(values)), times, style, color=colour, ms=5, mfc="none", label=method)
+        panel.set(xlabel=XLABELS[axis], xticks=range(len(values)), xticklabels=values, yscale="log", ylim=(8, 4000))
+        few_decades(panel.yaxis)
+        panel.set_xlim(-0.3, len(values) - 0.7)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("time of a block, ms")
+    axes[0, 0].legend(loc="upper left")
+    return figure
 
 
 def main() -> None:

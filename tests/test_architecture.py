@@ -11,7 +11,7 @@ from benchmarks import structure
 ROOT = Path(__file__).parents[1]
 GROUND = {
     *("errors", "fields", "files", "holdout", "images", "distributed", "download", "peers"),
-    *("extras", "printing", "progress", "restarts", "shims", "storage"),
+    *("extras", "pictures", "printing", "progress", "restarts", "sheet", "shims", "storage"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "restarts": {"printing"},
@@ -26,6 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "download": {"errors", "files", "progress", "storage"},
     "storage": {"errors", "files"},
     "images": {"errors", "files"},
+    "pictures": {"extras", "files"},
+    "sheet": {"images", "printing"},
     "peers": {"files", "printing", "restarts"},
     "distributed": {"errors", "files", "peers", "restarts"},
     "kernels": GROUND,

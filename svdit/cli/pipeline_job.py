@@ -6,7 +6,6 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,22 @@ import numpy as np
 
 from svdit import __version__
 from svdit.cli.quantize import remove
-from svdit.errors import UserError
 from svdit.evaluation.paired import psnr
 from svdit.files import atomic_path, check_zip, temporary_folder, writing
-from svdit.images import Pixels
+from svdit.images import Pixels, write_png
 from svdit.integrations.calls import Calls
 from svdit.integrations.diffusers import attach_
 from svdit.integrations.folders import PipelineFolder
 from svdit.integrations.pipelines import CLASSES, Sampler
 from svdit.integrations.rules import plan_for
 from svdit.kernels import ops
-from svdit.printing import note, warn
+from svdit.pictures import subject
+from svdit.printing import warn
 from svdit.progress import progress
 from svdit.quant.quantize import quantize_
 from svdit.quant.report import QuantReport
-from svdit.report.pairs import draw_pairs
 from svdit.runtime.accelerate import accelerate, fallbacks
+from svdit.sheet import DIFFERENCE, compared, sheet
 
 COMPARED = 2**20  # added to the seeds of the images that are compared, which calibrate nothing
 
@@ -137,17 +136,15 @@ class Job:
         if not self.compared:
             return False
         before, after = ([video[len(video) // 2] for video in videos] for videos in (self.before, self.after))
-        conditions = [each[:36] if isinstance(each, str) else f"class {each}" for each in self.compared]
+        conditions = [each if isinstance(each, str) else f"class {each}" for each in self.compared]
         captions = [
-            f"{condition}\nseed {COMPARED + self.args.seed + i}, {value:.1f} dB"
+            f"{value:.1f} dB, seed {COMPARED + self.args.seed + i}\n{condition}"
             for i, (condition, value) in enumerate(zip(conditions, decibels, strict=True))
         ]
-        title = f"{self.sampler.kind}, {self.component}: {self.args.preset}, {date.today().isoformat()}"
-        try:
-            draw_pairs(path, before, after, captions, title)
-        except UserError as error:
-            note(f"no picture: {error}")
-            return False
+        about = subject(self.sampler.kind, self.component, self.args.preset)
+        title = "Images from the same seeds, and their PSNR to full precision"
+        rows = compared(before, after, "quantized")
+        write_png(path, sheet(title, about, rows, ("", captions), [DIFFERENCE]))
         return True
 
     def remove(self) -> None:

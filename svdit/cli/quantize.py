@@ -240,8 +240,8 @@ def write_report(
     output: Path, report: "QuantReport", header: dict[str, Any], measured: dict[str, Any] | None
 ) -> dict[str, Path | None]:
     """Write the report as JSON and the figures as PNG beside the checkpoint; returns their paths."""
-    from svdit.extras import require
     from svdit.files import atomic_path
+    from svdit.pictures import setting, subject
     from svdit.report.figures import draw
 
     path = output.with_suffix(".report.json")
@@ -250,8 +250,9 @@ def write_report(
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     if measured:
         try:
-            require("matplotlib")
-            draw(output.with_suffix(".report"), report.layers, measured)
+            model = header["model"] or header["source"]["file"]
+            about = subject(model, setting(header["settings"]), day=header["date"])
+            draw(output.with_suffix(".report"), report.layers, measured, about)
             return {"report": path, "figures": output.with_suffix(".report")}
         except UserError as error:
             note(f"no figures: {error}")

@@ -51,8 +51,9 @@ def run(args: argparse.Namespace) -> Result:
     """Train, measure, write the copy and its report. Raises UserError for a file and a source that do not fit."""
     from svdit import __version__
     from svdit.checkpoints.io import fingerprint
-    from svdit.checkpoints.store import load_model, locate
+    from svdit.checkpoints.store import load_model, locate, read_header
     from svdit.files import exclusive
+    from svdit.pictures import setting, subject
     from svdit.progress import progress
     from svdit.recovery.loop import IMAGES, RecoverOptions, recover
     from svdit.recovery.states import Walk
@@ -80,7 +81,8 @@ def run(args: argparse.Namespace) -> Result:
         record = {"file": file.name, "sha256": binding["file"], "seed": args.seed, "steps": state.best_point.step}
         record |= {"images": IMAGES, "before": before._asdict(), "after": after._asdict()}
         save(changed(file, device, tensors), teacher, args.output, file, provenance, record)
-        written = write_report(args.output, {**record, "settings": binding, "seconds": state.seconds}, state)
+        about = subject((read_header(file) or {}).get("name") or file.name, setting(provenance["quantization"]))
+        written = write_report(args.output, {**record, "settings": binding, "seconds": state.seconds}, state, about)
         remove(unfinished)
     if state.best_point.step == 0:
         note("no training step improved the held-out images: the output has the parameters of the input")
@@ -117,17 +119,17 @@ def save(
     save_model(model, output, name=(read_header(file) or {}).get("name", ""), provenance=provenance)
 
 
-def write_report(output: Path, data: dict[str, Any], state: "State") -> dict[str, Path | None]:
+def write_report(output: Path, data: dict[str, Any], state: "State", about: str) -> dict[str, Path | None]:
     """Write the learning curve as JSON, and as PNG if matplotlib is installed; returns the paths."""
     from svdit.files import atomic_path
-    from svdit.recovery.curve import plot
+    from svdit.recovery.curve import draw
 
     report, figure = output.with_suffix(".recovery.json"), output.with_suffix(".recovery.png")
     with atomic_path(report) as temporary:
         content = {**data, "curve": [asdict(point) for point in state.curve]}
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
     try:
-        plot(state.curve, state.best_point.step, figure)
+        draw(figure, state.curve, state.best_point.step, about)
     except UserError as error:
         note(f"no figure: {error}")
         return {"report": report, "figure": None}

@@ -150,6 +150,7 @@ def run(args: argparse.Namespace) -> Result:
                 images,
                 options,
                 args.results_dir,
+                name=args.model,
                 autoencoder=autoencoder,
                 held_out=data.digits()[1] if args.data == "digits" else None,
                 export=export,

@@ -24,7 +24,7 @@ from svdit.evaluation.features import (
     features_folder,
     full_precision,
 )
-from svdit.evaluation.figures import PAIRS_CAPTION, caption, overview, shown, worst_pairs
+from svdit.evaluation.figures import overview, shown, worst_pairs
 from svdit.evaluation.inputs import Inputs, open_inputs
 from svdit.evaluation.jackknife import Blocks, Estimate, Estimates, assign_blocks
 from svdit.evaluation.metrics import METRICS, RANDOM, Data, compute_metrics
@@ -54,14 +54,14 @@ def evaluate(
     network, distances = prepare(inputs, network, options)
     blocks = assign_blocks(inputs.fake.count)
     estimates = feature_metrics(inputs, network, options, blocks, partial(_extracted, inputs, options))
-    images = {"grid_fake": overview([inputs.fake.read(n) for n in shown(inputs.fake.count)])}
+    notes = picture_notes(network)
+    images = {"grid_fake": overview(inputs.fake, {n: inputs.fake.read(n) for n in shown(inputs.fake.count)}, notes)}
     if inputs.counterparts is not None:
         for values, image_set in zip(estimates, inputs.generated, strict=True):
             scores = pair_scores(image_set, inputs.counterparts, distances, options.progress)
             values |= paired_metrics(scores, blocks)
             if image_set is inputs.fake:
-                pairs = worst_pairs(image_set, inputs.counterparts, scores["psnr"])
-                images["grid_pairs"] = caption(pairs, PAIRS_CAPTION)
+                images["grid_pairs"] = worst_pairs(image_set, inputs.counterparts, scores["psnr"], notes)
     return report(inputs, network, options, estimates, images, time.perf_counter() - started)
 
 
@@ -160,6 +160,11 @@ def _reference(real: ImageSet, network: FeatureNetwork, how: Extraction) -> Feat
     return Features(source.gaussians, rows if source.rows is None else {"pool": source.rows})
 
 
+def picture_notes(network: FeatureNetwork | None) -> tuple[str, ...]:
+    """What stands below the images of a report."""
+    return () if network is None or network.comparable else (NOT_COMPARABLE,)
+
+
 def report(
     inputs: Inputs,
     network: FeatureNetwork | None,
@@ -169,8 +174,6 @@ def report(
     seconds: float,
 ) -> Report:
     """The report of the metrics of each generated set, with its protocol and warnings; images are (H, W, 3)."""
-    if network is not None and not network.comparable:
-        images = {name: caption(image, NOT_COMPARABLE) for name, image in images.items()}
     metrics, second = estimates[0], estimates[1] if len(estimates) > 1 else {}
     warnings = [warning for image_set in inputs.named.values() for warning in image_set.warnings]
     warnings += input_warnings(inputs, network, options.network_metrics)

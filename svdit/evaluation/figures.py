@@ -1,18 +1,16 @@
-"""The images of a report: a grid of generated images, and the pairs that differ most."""
+"""The images of a report: a sheet of generated images, and of the pairs that differ most."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
 
 from svdit.evaluation.sources import ImageSet
-from svdit.images import Pixels, grid
+from svdit.images import Pixels
+from svdit.pictures import setting, subject
+from svdit.sheet import DIFFERENCE, compared, sheet
 
 SHOWN, COLUMNS, PAIRS = 64, 8, 8
-MIN_SIDE = 64  # smaller images are enlarged by an integer factor
-GAIN = 8  # of the difference
-PAIRS_CAPTION = f"full precision; generated, lowest PSNR first; difference x {GAIN}"  # Pillow's font is ASCII
 
 
 def shown(count: int) -> list[int]:
@@ -20,29 +18,30 @@ def shown(count: int) -> list[int]:
     return np.linspace(0, count - 1, min(SHOWN, count)).astype(int).tolist()
 
 
-def overview(images: Sequence[Pixels]) -> Pixels:
-    """A grid of (H, W, 3) images, uint8 (H, W, 3)."""
-    stacked = np.stack(images)
-    return grid(stacked, COLUMNS, scale=_scale(stacked))
+def about(images: ImageSet) -> str:
+    """The model, its setting and the sampler, from the set's manifest; without one, its name. And the day."""
+    manifest = images.source.manifest
+    if not manifest:
+        return subject(images.source.path.name)
+    model, guidance = manifest.get("model") or manifest.get("checkpoint") or "", manifest.get("cfg_scale")
+    sampler = " ".join(str(manifest[key]) for key in ("sampler", "steps") if manifest.get(key) is not None)
+    return subject(model, setting(manifest.get("quantization")), sampler, f"guidance {guidance}" if guidance else "")
 
 
-def worst_pairs(fake: ImageSet, other: ImageSet, psnrs: npt.NDArray[np.float64]) -> Pixels:
-    """The 8 pairs of lowest PSNR, worst first, uint8 (H, W, 3): counterpart, image, and 8 |difference| below."""
+def overview(fake: ImageSet, images: Mapping[int, Pixels], notes: Sequence[str] = ()) -> Pixels:
+    """Images (H, W, 3) of a set by their places in it, with the name of the first in every row, uint8 (H, W, 3)."""
+    places = list(images)
+    rows = [places[i : i + COLUMNS] for i in range(0, len(places), COLUMNS)]
+    labelled = [(fake.source.names[fake.indices[row[0]]], [images[i] for i in row]) for row in rows]
+    title = f"{len(places)} of {fake.count} generated images, at even distances"
+    return sheet(title, about(fake), labelled, ("first image", ()), notes)
+
+
+def worst_pairs(fake: ImageSet, other: ImageSet, psnrs: npt.NDArray[np.float64], notes: Sequence[str] = ()) -> Pixels:
+    """The 8 pairs of lowest PSNR, worst first, uint8 (H, W, 3): counterpart, image, and their difference."""
     worst = np.argsort(psnrs, kind="stable")[:PAIRS]
-    a, b = (np.stack([image_set.read(n) for n in worst]) for image_set in (fake, other))
-    difference = np.clip(GAIN * np.abs(a.astype(np.int64) - b), 0, 255).astype(np.uint8)
-    return grid(np.concatenate([b, a, difference]), len(worst), scale=_scale(a))
-
-
-def caption(image: Pixels, text: str) -> Pixels:
-    """The image with a line of text below, on white, uint8 (H, W, 3)."""
-    height, width, _ = image.shape
-    _, _, right, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((4, 4), text)
-    canvas = Image.new("RGB", (max(width, int(right) + 4), height + int(bottom) + 4), "white")
-    canvas.paste(Image.fromarray(image))
-    ImageDraw.Draw(canvas).text((4, height + 4), text, fill="black")
-    return np.asarray(canvas)
-
-
-def _scale(images: Pixels) -> int:
-    return -(-MIN_SIDE // min(images.shape[1:3]))
+    after, before = ([image_set.read(n) for n in worst] for image_set in (fake, other))
+    captions = [f"{psnrs[n]:.1f}\n{fake.source.names[fake.indices[n]]}" for n in worst]
+    title = f"The {len(worst)} of {fake.count} pairs of lowest PSNR"
+    rows = compared(before, after, "generated")
+    return sheet(title, about(fake), rows, ("PSNR, dB\nimage", captions), [DIFFERENCE, *notes])

@@ -27,7 +27,15 @@ import torch
 
 from svdit.distributed import barrier, on_first, rank, seen, world_size
 from svdit.errors import UnreadableError, UserError
-from svdit.evaluation.evaluate import FAKE_ROWS, extraction, feature_metrics, prepare, reference, report
+from svdit.evaluation.evaluate import (
+    FAKE_ROWS,
+    extraction,
+    feature_metrics,
+    picture_notes,
+    prepare,
+    reference,
+    report,
+)
 from svdit.evaluation.features import (
     Extraction,
     FeatureNetwork,
@@ -203,7 +211,8 @@ class Stream:
         copies = count - len({line.tobytes() for line in hashes})
         fake = replace(self.inputs.fake, content=hashlib.sha256(hashes.tobytes()).hexdigest(), copies=copies)
         # A set that has grown lacks some of the images to show: then those nearest to them.
-        images = {"grid_fake": overview([pixels[min(pixels, key=lambda i: abs(i - n))] for n in shown(count)])}
+        kept = [min(pixels, key=lambda i: abs(i - n)) for n in shown(count)]
+        images = {"grid_fake": overview(self.inputs.fake, {i: pixels[i] for i in kept}, picture_notes(self.network))}
         inputs, seconds = replace(self.inputs, fake=fake), time.perf_counter() - started
         result = report(inputs, self.network, self.options, [estimates], images, seconds)
         result = replace(result, command=self.inputs.fake.source.manifest.get("command"))

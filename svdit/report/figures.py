@@ -11,29 +11,32 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdit.files import atomic_path, writable_folder
+from svdit.extras import require
+from svdit.files import writable_folder
+from svdit.pictures import COLOURS, GREYS, MARKERS, blank, few_decades, plot
 from svdit.report.tables import by_kind, place
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from svdit.quant.report import LayerReport
 
-# Okabe and Ito's seven colours, distinct for colour-blind readers, and two more.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255")
-MARKERS = "os^Dvxp*P"
-GREYS = ("#DDDDDD", "#999999")
-STYLE: Any = {
-    "axes.titlesize": 10, "figure.titlesize": 11, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
-    "xtick.labelsize": 8, "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False,
-    "savefig.dpi": 130, "legend.title_fontsize": 8,
-}  # fmt: skip
+TITLES = {
+    "layers": "Output SQNR and size of each layer",
+    "timesteps": "Relative output error by time: a row for each block, the first on top",
+    "spectra": "Singular values of weights and of their residuals",
+    "smoothing": "Smoothing scales λ = max |x|^α / max |W|^β of each layer",
+    "activations": "Inputs of the layers of lowest SQNR, before (x) and after (x̂) the transform",
+    "pareto": "Best predicted SQNR for a file size, over bits and ranks of each layer",
+}
 
 
-def draw(folder: Path, lines: Sequence[LayerReport], measured: dict[str, Any]) -> list[Path]:
-    """Write a PNG for every quantity in `measured`; returns the paths."""
+def draw(folder: Path, lines: Sequence[LayerReport], measured: dict[str, Any], about: str) -> list[Path]:
+    """Write a PNG for every quantity in `measured`, with `about` in its title; returns the paths.
+
+    Raises UserError without matplotlib.
+    """
     figures: dict[str, tuple[Any, Callable[[], Figure]]] = {
         "layers": (measured["sqnr"], lambda: layers(lines, measured["sqnr"])),
         "timesteps": (measured["errors"], lambda: timesteps(measured)),
@@ -45,15 +48,13 @@ def draw(folder: Path, lines: Sequence[LayerReport], measured: dict[str, Any]) -
             lambda: pareto(measured["curve"], measured["chosen"], measured.get("uniform", ())),
         ),
     }
-    from matplotlib import rc_context
-
+    require("matplotlib")  # before there is a folder
     writable_folder(folder)
     paths = []
     for name, (data, figure) in figures.items():
         if data:
             paths.append(folder / f"{name}.png")
-            with rc_context(STYLE), atomic_path(paths[-1]) as temporary:
-                figure().savefig(temporary)
+            plot(paths[-1], TITLES[name], about, figure)
     return paths
 
 
@@ -71,30 +72,39 @@ def layers(lines: Sequence[LayerReport], sqnr: dict[str, float | None]) -> Figur
         x, sizes = [at[line.name] for line in members], [line.bytes_after / 1e6 for line in members]
         top.plot(x, [sqnr[line.name] for line in members], color=colour, marker=marker, ms=4.5, lw=1, label=kind)
         bottom.bar(x, sizes, 0.6, [height[i] for i in x], color=colour)
-        if mixed:
-            beside = 0.12 * (list(by_kind(lines)).index(kind) - (len(by_kind(lines)) - 1) / 2)
-            formats(axes[1, 0], [i + beside for i in x], members, colour, marker)
         for i, size in zip(x, sizes, strict=True):
             height[i] += size
-    top.set(title="Output SQNR and size per layer", ylabel="output SQNR, dB")
-    top.grid(alpha=0.3)
-    bottom.set(xlabel="block", ylabel="size, MB")
+    top.set(ylabel="output SQNR, dB")
+    if mixed:
+        formats(axes[1, 0], by_kind(lines), at)
+    outside = any(isinstance(x, float) for x in at.values())
+    bottom.set(xlabel="block" + ", then layers outside the blocks" * outside, ylabel="size, MB")
     mark_blocks(bottom, at, 16)
     for axis in (top, bottom):
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
-def formats(axis: Axes, x: Sequence[float], members: Sequence[LayerReport], colour: str, marker: str) -> None:
-    """The bits of the weights of a kind of layer, and the rank of each branch as a number."""
-    found = [re.match(r"[A-Z]+(\d+)", line.weight) for line in members]
-    bits = [int(match[1]) if match else float("nan") for match in found]
-    axis.plot(x, bits, color=colour, marker=marker, ms=4.5, lw=0)
-    for at, bit, line in zip(x, bits, members, strict=True):
-        if line.rank:
-            axis.annotate(str(line.rank), (at, bit), (0, 4), textcoords="offset points", ha="center", fontsize=6)
-    axis.set(ylabel="bits of the weights; rank", ylim=(1.5, 9))
-    axis.grid(alpha=0.3)
+def formats(axis: Axes, kinds: dict[str, list[LayerReport]], at: dict[str, float]) -> None:
+    """A cell for every layer: the colour shows the bits of the weights, the number the rank of the branch."""
+    from matplotlib import colormaps
+    from matplotlib.patches import Patch
+
+    bits_of = {line.name: re.match(r"[A-Z]+(\d+)", line.weight) for members in kinds.values() for line in members}
+    bits = {name: int(match[1]) for name, match in bits_of.items() if match}
+    colours = {n: colormaps["YlGnBu"](n / 10) for n in sorted(set(bits.values()))}
+    for row, members in enumerate(kinds.values()):
+        for line in members:
+            number = bits.get(line.name, 0)
+            axis.bar(at[line.name], 0.9, 0.9, row - 0.45, color=colours.get(number, GREYS[0]))
+            if line.rank:
+                ink = "white" if number > 5 else "black"
+                axis.text(at[line.name], row, str(line.rank), color=ink, fontsize=8, ha="center", va="center")
+    axis.set_yticks(range(len(kinds)), list(kinds))
+    axis.invert_yaxis()
+    axis.grid(visible=False)
+    patches = [Patch(color=colour, label=f"{n} bits") for n, colour in colours.items()]
+    axis.legend(handles=patches, title="weights; number: rank", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 TIMES = {  # axis label of a model's time
@@ -120,11 +130,11 @@ def timesteps(measured: dict[str, Any]) -> Figure:
     for axis, (half, table) in zip(panels, tables.items(), strict=True):
         image = axis.imshow(table, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
         axis.set(title=half, xlabel=TIMES[measured["time"]])
+        axis.grid(visible=False)
         axis.set_xticks(range(len(times)), [f"{t:.3g}" for t in times], rotation=90)
         separate(axis, kinds)
     bar = figure.colorbar(image, ax=list(panels), label="relative output error, %")
     few_decades(bar.ax.yaxis)
-    figure.suptitle("Relative output error by time; one row per block, the first on top")
     return figure
 
 
@@ -162,14 +172,13 @@ def spectra(measured: dict[str, dict[str, Any]]) -> Figure:
         few_decades(axis.xaxis)
         few_decades(axis.yaxis)
         axis.legend(loc="lower left")
-    figure.suptitle("Singular values of the weight and of the residual")
     return figure
 
 
 def smoothing(chosen: dict[str, dict[str, Any]]) -> Figure:
     """The exponents α and β above, the distribution of λ below; one column per kind of layer."""
     kinds = by_kind(chosen)
-    figure, axes = blank(2, len(kinds), 1.6 + 2.4 * len(kinds), 5.2, sharey="row", sharex=True)
+    figure, axes = blank(2, len(kinds), 1.6 + 1.9 * len(kinds), 5.2, sharey="row", sharex=True)
     at = positions(chosen)
     exponents = (("alpha", "α (activations)", COLOURS[0], "o"), ("beta", "β (weights)", COLOURS[1], "s"))
     for (kind, names), top, bottom in zip(kinds.items(), *axes, strict=True):
@@ -188,7 +197,6 @@ def smoothing(chosen: dict[str, dict[str, Any]]) -> Figure:
     axes[1, 0].set_ylabel("λ per channel")
     for axis in axes[:, -1]:
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle("Smoothing scales λ = max |x|^α / max |W|^β")
     return figure
 
 
@@ -202,7 +210,6 @@ def activations(measured: dict[str, dict[str, Any]]) -> Figure:
             axis.stairs(shares, edges, color=colour, lw=1.3, label=f"{label}: {pair[key]['peak']:.1f}")
         axis.set(title=name, yscale="log", xlabel="value / RMS", ylabel="fraction of values")
         axis.legend(title="row absmax / RMS", loc="upper right")
-    figure.suptitle("Inputs of the layers of lowest SQNR, before (x) and after (x̂) the transform")
     return figure
 
 
@@ -212,36 +219,18 @@ def pareto(
     uniform: Sequence[tuple[int, int, int, float]] = (),
 ) -> Figure:
     """The best predicted SQNR for every file size, and that of the uniform settings (bits, rank, bytes, SQNR)."""
-    figure, ((axis,),) = blank(1, 1, 6.5, 4.2)
-    axis.step([size / 1e6 for size, _ in curve], [quality for _, quality in curve], where="post", color=COLOURS[0])
+    figure, ((axis,),) = blank(1, 1, 8, 4.2)
+    sizes, best = [size / 1e6 for size, _ in curve], [quality for _, quality in curve]
+    axis.step(sizes, best, where="post", color=COLOURS[0], label="best choice for each layer")
     label = f"chosen: {chosen[0] / 1e6:.4g} MB, {chosen[1]:.1f} dB"
     axis.plot(chosen[0] / 1e6, chosen[1], "*", color=COLOURS[1], ms=13, label=label)
     within = [setting for setting in uniform if setting[2] <= curve[-1][0]]
     for bits, colour, marker in zip(sorted({setting[0] for setting in within}), COLOURS[2:], MARKERS[2:], strict=False):
         points = [(size / 1e6, sqnr) for b, _, size, sqnr in within if b == bits]
         axis.plot(*zip(*points, strict=True), marker, color=colour, ms=4, label=f"{bits} bits in every layer")
-    title = "Best predicted SQNR for a file size, over bits and ranks per layer"
-    axis.set(title=title, xlabel="file size, MB", ylabel="predicted output SQNR, dB")
-    axis.legend(loc="lower right")
-    axis.grid(alpha=0.3)
+    axis.set(xlabel="file size, MB", ylabel="predicted output SQNR, dB")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
-
-
-def blank(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
-    """A figure of this size in inches, and its axes (rows, columns)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def few_decades(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers, also within one decade."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
 
 
 def panels_for(measured: dict[str, Any]) -> tuple[Figure, list[Axes]]:

@@ -13,6 +13,7 @@ import numpy as np
 from svdit.evaluation.inputs import SAME_NOISE
 from svdit.images import Pixels, encode_png
 from svdit.report.page_inputs import Run
+from svdit.sheet import visible_gain
 
 MOST = 200  # images on a page, of each model
 SMALL = 128  # pixels; smaller images are enlarged without smoothing
@@ -102,11 +103,10 @@ def gallery(group: Group, limit: int) -> dict[str, Any]:
 
 
 def gain_for(rows: Sequence[dict[str, Any]]) -> int:
-    """The power of 2 up to 64 by which differences become visible: RMS of the worst model times gain is about 32."""
+    """The gain by which the differences of the worst model become visible."""
     known = [[p for row in rows if isinstance(p := row["psnr"][i], float)] for i in range(len(rows[0]["psnr"]))]
     means = [sum(psnrs) / len(psnrs) for psnrs in known if psnrs]
-    rms = 255 * 10 ** (-min(means, default=0.0) / 20)
-    return int(2 ** np.clip(np.round(np.log2(32 / rms)), 0, 6))
+    return visible_gain(255 * 10 ** (-min(means, default=0.0) / 20))
 
 
 def nbytes(row: dict[str, Any]) -> int:

@@ -23,6 +23,7 @@ from svdit.errors import UserError
 from svdit.extras import require
 from svdit.model.autoencoder import PIXELS, Autoencoder
 from svdit.model.dit import DiT, DiTConfig
+from svdit.pictures import subject
 from svdit.training import ema
 from svdit.training.data import Examples, LabelledImages, batches, share
 from svdit.training.monitor import Curve, plot_curve, sample_grid
@@ -75,6 +76,7 @@ def train(
     options: TrainOptions,
     folder: Path,
     *,
+    name: str = "",
     autoencoder: Autoencoder = PIXELS,
     held_out: LabelledImages | None = None,
     export: Callable[[State], None] = lambda state: None,
@@ -84,7 +86,8 @@ def train(
     """Train `model`, on its device, into `folder`; resumes from `folder/last.pt` if it exists.
 
     The model learns the latents of `autoencoder`. Every `checkpoint_every` steps and at the end, rank 0 measures the
-    error on `held_out`, writes `loss.png` and a grid of samples, calls `export` and writes `last.pt`.
+    error on `held_out`, writes `loss.png`, which shows `name`, and a grid of samples, calls `export` and writes
+    `last.pt`.
     `report` gets a line every `log_every` steps; `progress(done, total)` counts steps.
     Raises UserError if the loss is not finite, the options differ from those of `last.pt`, or not all hosts see it; and
     without the statistics of latents that need them.
@@ -125,7 +128,8 @@ def train(
             error = held_out_error(state.ema, held_out, autoencoder) if saving and held_out else None
             report(curve.add(state.step, means.tolist(), error, state.seconds))
         if saving and chief:
-            plot_curve(folder / "loss.csv", folder / "loss.png", config.family)
+            about = subject(name or config.family, images.summary())
+            plot_curve(folder / "loss.csv", folder / "loss.png", about, config.family)
             sample_grid(state.ema, autoencoder, folder / "samples" / f"{state.step:07d}.png", options.seed)
             export(state)
             save(state, folder / "last.pt", binding)  # last: a run stopped before it repeats this checkpoint

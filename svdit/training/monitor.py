@@ -3,6 +3,7 @@
 import csv
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,13 +15,16 @@ from svdit.diffusion.guidance import guided
 from svdit.diffusion.noise import image_noise
 from svdit.diffusion.samplers import Denoise, Noise, ddim
 from svdit.diffusion.schedule import make_schedule
-from svdit.extras import require
 from svdit.files import atomic_path, writing
 from svdit.images import grid, to_uint8, write_png
 from svdit.model.autoencoder import Autoencoder
 from svdit.model.dit import DiT, DiTConfig
+from svdit.pictures import COLOURS, blank, few_decades, plot
 from svdit.printing import warn
 from svdit.training.objective import PARTS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def columns(family: str) -> list[str]:
@@ -71,20 +75,26 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def plot_curve(source: Path, target: Path, family: str = "dit") -> None:
-    """Plot the prediction error over the training steps, on training and, where measured, on held-out images."""
-    figure = require("matplotlib.figure").Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    rows = read_curve(source, family)
-    for key, label in (("mse", "training, current weights"), ("held_out_mse", "held-out, averaged weights")):
+def plot_curve(source: Path, target: Path, about: str, family: str = "dit") -> None:
+    """Plot the prediction error over the training steps, on training and, where measured, on held-out images.
+
+    Raises UserError without matplotlib.
+    """
+    plot(target, "Training: mean squared error of the prediction", about, lambda: figure_of(read_curve(source, family)))
+
+
+def figure_of(rows: list[dict[str, str]]) -> "Figure":
+    """The figure of `plot_curve`."""
+    figure, ((axes,),) = blank(1, 1, 6.5, 4)
+    kinds = (("mse", "training, current weights"), ("held_out_mse", "held-out, averaged weights"))
+    for (key, label), colour in zip(kinds, COLOURS, strict=False):
         points = [(int(row["step"]), float(row[key])) for row in rows if row[key]]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label)
-    axes.set(xlabel="training step", ylabel="mean squared error of the prediction", yscale="log")
-    axes.grid(alpha=0.3)
+            axes.plot(*zip(*points, strict=True), color=colour, label=label)
+    axes.set(xlabel="training step", ylabel="mean squared error", yscale="log")
+    few_decades(axes.yaxis)
     axes.legend()
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, dpi=120)
+    return figure
 
 
 @torch.no_grad()

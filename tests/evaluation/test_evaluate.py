@@ -208,8 +208,8 @@ def test_pairs_need_no_network(fake: Path, full: Path):
     report = evaluate(None, fake, options=Options(("paired",), paired=full))
     assert list(report.metrics) == ["psnr", "ssim", "relative_l2", "psnr_pooled", "identical_pairs"]
     assert sorted(report.images) == ["grid_fake", "grid_pairs"]
-    text = report.images["grid_pairs"][-12:]  # which names the rows
-    assert (text < 100).any() and (text > 200).mean() > 0.7
+    pairs = report.images["grid_pairs"]
+    assert (pairs != 255).any(-1).mean() > 0.3  # images, and above and beside them text on white
 
 
 def test_protocol_records_the_counterparts(tmp_path: Path, fake: Path, full: Path):

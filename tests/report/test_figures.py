@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from svdit.quant.report import LayerReport
 from svdit.report import figures
 
 KINDS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+SHORT = ("qkv", "proj", "fc1", "fc2", "adaLN")
 LINES = ("original", "transformed", "remaining")
 STEPS = [999, 500, 0]
 
@@ -51,7 +54,7 @@ def test_every_figure_is_drawn_and_not_empty(blocks: int, expected: tuple[str, .
     measured = numbers(blocks)
     if expected != ALL:
         measured |= {"smoothing": {}, "activations": {}, "spectra": {}, "curve": None}
-    paths = figures.draw(tmp_path / "r", [line(name) for name in names(blocks)], measured)
+    paths = figures.draw(tmp_path / "r", [line(name) for name in names(blocks)], measured, "DiT, w8a8, 2026-11-28")
     assert tuple(path.stem for path in paths) == expected
     assert sorted((tmp_path / "r").iterdir()) == sorted(paths)
     for path in paths:
@@ -79,10 +82,20 @@ def test_layers_are_at_their_blocks_with_their_sqnr_and_size() -> None:
 def test_mixed_formats_show_bits_and_rank_of_every_layer() -> None:
     lines = [replace(line(name), weight=f"INT{2 + i % 3} g64", rank=8 * (i % 2)) for i, name in enumerate(names(3))]
     top, middle, bottom = figures.layers(lines, numbers(3)["sqnr"]).axes
-    shown = {(round(x), y) for drawn in middle.get_lines() for x, y in zip(*drawn.get_data(), strict=True)}
-    assert shown == {(i // 5, 2 + i % 3) for i in range(15)} | {(4, 2)}  # kinds are beside each other
+    bits = {colour: int(text.get_text().split()[0]) for text, colour in legend_of(middle)}
+    shown = {
+        (round(bar.get_x() + 0.45, 1), round(bar.get_y() + 0.45)): bits[bar.get_facecolor()] for bar in middle.patches
+    }
+    assert shown == {(i // 5, i % 5): 2 + i % 3 for i in range(15)} | {(3.5, 5): 2}
     assert [text.get_text() for text in middle.texts] == ["8"] * 8
+    assert [tick.get_text() for tick in middle.get_yticklabels()] == [*SHORT, "final_layer.adaLN"]
     assert (len(top.get_lines()), bottom.get_ylabel()) == (6, "size, MB")
+
+
+def legend_of(axis: Axes) -> list[tuple[Text, Any]]:
+    """The texts of a legend and the colours beside them."""
+    legend = axis.get_legend()
+    return [(t, patch.get_facecolor()) for t, patch in zip(legend.get_texts(), legend.get_patches(), strict=True)]
 
 
 def test_the_heat_map_is_the_errors_by_kind_and_block() -> None:
@@ -95,9 +108,7 @@ def test_the_heat_map_is_the_errors_by_kind_and_block() -> None:
         np.testing.assert_allclose(axis.images[0].get_array(), expected)
         assert axis.get_title() == half
     assert left.images[0].norm.vmax == right.images[0].norm.vmax
-    assert [tick.get_text() for tick in left.get_yticklabels()] == [
-        "qkv", "proj", "fc1", "fc2", "adaLN", "final_layer.adaLN"
-    ]  # fmt: skip
+    assert [tick.get_text() for tick in left.get_yticklabels()] == [*SHORT, "final_layer.adaLN"]
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["999", "500", "0"]
     assert bar.get_ylabel().endswith("%")
 

@@ -199,7 +199,7 @@ def test_large_sets_are_cut_to_the_limit_and_the_rest_is_counted(
 
 def test_the_gain_makes_the_worst_models_differences_visible(root: Path) -> None:
     (group,), _ = groups(read_inputs([root]).runs)
-    assert gallery(group, 10**6)["gain"] == 2  # 2 STEP = 20 levels; 32 / 20, rounded to a power of 2
+    assert gallery(group, 10**6)["gain"] == 4  # 2 STEP = 20 levels; 64 / 20, rounded to a power of 2
 
 
 def test_an_image_grid_is_embedded(root: Path, tmp_path: Path) -> None:

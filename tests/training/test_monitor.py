@@ -36,7 +36,7 @@ def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
         "seconds": "2.0",
     }
     assert rows[2]["held_out_mse"] == ""
-    plot_curve(path, tmp_path / "loss.png")
+    plot_curve(path, tmp_path / "loss.png", "DiT-digits, 2026-11-28")
     assert np.asarray(Image.open(tmp_path / "loss.png")).std() > 1
 
 
