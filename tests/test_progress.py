@@ -3,6 +3,7 @@
 import os
 import pty
 import queue
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -104,9 +105,12 @@ def test_nothing_is_printed_before_the_first_update(capsys: pytest.CaptureFixtur
     assert printed.is_set()
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_it_draws_on_a_terminal_if_asked(monkeypatch: pytest.MonkeyPatch, shown: bool) -> None:
+@pytest.mark.parametrize(("shown", "colours"), [(True, True), (True, False), (False, True)])
+def test_it_draws_on_a_terminal_if_asked(monkeypatch: pytest.MonkeyPatch, shown: bool, colours: bool) -> None:
     reader, terminal = pty.openpty()
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if not colours:
+        monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(terminal, "w") as file, monkeypatch.context() as patch:
@@ -120,6 +124,7 @@ def test_it_draws_on_a_terminal_if_asked(monkeypatch: pytest.MonkeyPatch, shown:
         drawn += os.read(reader, 1 << 16).decode()
     texts = "sampling [b]: 1000 of 2000 steps (50.0 %)", "decoding: 1 of 4 (25.0 %)"
     assert [text in drawn for text in texts] == [shown, shown]
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-8]", drawn)) == (shown and colours)
 
 
 def test_items_are_counted_when_they_have_been_used() -> None:

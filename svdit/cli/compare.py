@@ -17,6 +17,12 @@ def parser() -> Parser:
     )
     p.add_argument("--sort", default="", metavar="METRIC", help="order the rows below the baseline, best first")
     p.add_argument("--force", action="store_true", help="also print rows of different protocols, marked")
+    p.add_argument(
+        "--format",
+        choices=("text", "markdown", "latex"),
+        default="text",
+        help="text of at most 100 columns, or one table for a page or a paper; default: %(default)s",
+    )
     return p
 
 
@@ -25,4 +31,5 @@ def run(args: argparse.Namespace) -> Result:
     from svdit.evaluation.compare import comparison
 
     table = comparison(args.reports, args.metrics, args.force, args.sort)
-    return Result({"rows": table.to_json()}, table.text().split("\n"))
+    text = {"text": table.text, "markdown": table.markdown, "latex": table.latex}[args.format]()
+    return Result({"rows": table.to_json()}, text.split("\n"))

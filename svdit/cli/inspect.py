@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from svdit.cli import setup
 from svdit.cli.arguments import Parser, path
 from svdit.cli.result import Result
+from svdit.printing import printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,8 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> Result:
     """The configuration, the provenance and the table of quantized layers."""
+    from rich.constrain import Constrain
+
     from svdit.checkpoints import io, restore, store
     from svdit.checkpoints.quantizer import from_quantizer
     from svdit.report.tables import plan_lines, spec_table, transform_text
@@ -68,7 +71,7 @@ def run(args: argparse.Namespace) -> Result:
     if layers:
         lines.append(f"transforms: {transform_text(layers)}")
     shown = [part for line in lines for part in wrapped(line)]
-    return Result(data, [*shown, spec_table(layers)] if layers else shown)
+    return Result(data, [*shown, Constrain(spec_table(layers), WIDTH)] if layers else shown)
 
 
 def text(data: dict[str, Any], config: "DiTConfig", guessed: bool) -> Iterator[str]:
@@ -93,8 +96,8 @@ def text(data: dict[str, Any], config: "DiTConfig", guessed: bool) -> Iterator[s
 
 
 def wrapped(line: str) -> list[str]:
-    """The line as several of at most WIDTH columns, further ones indented; words stay whole."""
-    return wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) or [""]
+    """The line as several of at most WIDTH columns, further ones indented; words that are shorter stay whole."""
+    return wrap(printable(line), WIDTH, subsequent_indent="  ", break_on_hyphens=False) or [""]
 
 
 def shown(config: "DiTConfig") -> dict[str, Any]:

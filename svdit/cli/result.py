@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from svdit.printing import is_first, write_json, write_out
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
-    Line = str | Path | Table
+    Line = str | Path | RenderableType
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ otherwise it is the root of the sum of the squared errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from svdit.errors import UserError
@@ -17,7 +19,18 @@ from svdit.evaluation.jackknife import Estimate, Estimates
 from svdit.evaluation.metrics import METRICS, RANDOM
 from svdit.evaluation.paired import OF_ALL_PAIRS
 from svdit.evaluation.protocol import disagreements
-from svdit.evaluation.report import NOT_COMPARABLE, literal, markdown_table, number, read_report
+from svdit.evaluation.report import NOT_COMPARABLE, aligned, literal, markdown_table, number, read_report
+from svdit.printing import printable
+
+WIDTH, LONGEST = 100, 32  # characters of a table and of a name in a terminal
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "−": "$-$",
+}
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,55 @@ class Comparison:
         """The values of a row by metric."""
         return {key: _cell(self.rows[0], row, key) for key in self.keys}
 
+    def lines(self) -> list[list[str]]:
+        """The heading and the rows as text; * marks a set of another protocol."""
+        names = [row.name + " *" * bool(row.differs) for row in self.rows]
+        cells = [map(str, self.cells(row).values()) for row in self.rows]
+        return [["", *self.keys], *([name, *values] for name, values in zip(names, cells, strict=True))]
+
     def text(self) -> str:
+        """The table for a terminal of WIDTH columns, with notes: several below each other where it is wider."""
+        names, *columns = zip(*self.lines(), strict=True)
+        tables: list[list[tuple[str, ...]]] = [[tuple(shortened(printable(name)) for name in names)]]
+        for column in columns:
+            if len(tables[-1]) > 1 and width([*tables[-1], column]) > WIDTH:
+                tables.append(tables[-1][:1])
+            tables[-1].append(column)
+        parts = [aligned(list(zip(*table, strict=True))) for table in tables]
+        texts = ["\n".join("  ".join(line).rstrip() for line in part) for part in parts]
+        notes = [line for note in self.notes(printable) for line in wrap(note, WIDTH)]
+        return "\n\n".join([*texts, "\n".join(notes)])
+
+    def markdown(self) -> str:
         """The table in Markdown, with notes."""
-        cells = [[row.name + " *" * bool(row.differs), *map(str, self.cells(row).values())] for row in self.rows]
-        return "\n".join([*markdown_table(["", *self.keys], cells), "", *_notes(self.rows)])
+        heading, *rows = self.lines()
+        return "\n".join([*markdown_table(heading, rows), "", *self.notes(literal)])
+
+    def latex(self) -> str:
+        """The table in LaTeX, for the package booktabs, with notes as comments."""
+        heading, *rows = ([_latex(cell) for cell in line] for line in self.lines())
+        body = [" & ".join(line) + r" \\" for line in (heading, *rows)]
+        begin, end = rf"\begin{{tabular}}{{l{'r' * len(self.keys)}}}", r"\end{tabular}"
+        notes = [f"% {line}" for line in self.notes(printable)]
+        return "\n".join([begin, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", end, *notes])
+
+    def notes(self, escaped: Callable[[object], str]) -> list[str]:
+        """What the cells mean, and which rows are not comparable; `escaped` makes text of what is in files."""
+        first, *others = self.rows
+        how = "paired by seed" if all(row.paired_with(first) for row in others) else "not all paired by seed"
+        notes = [f"In brackets: minus the first line; errors of differences {how}."] if others else []
+        notes += [
+            f"* {escaped(row.name)} differs in {', '.join(row.differs)}: not comparable."
+            for row in self.rows
+            if row.differs
+        ]
+        notes += [
+            f"{escaped(row.name)} was sampled with feature caching: {escaped(value)}."
+            for row in self.rows
+            if (value := row.protocol.get("sample_caching"))
+        ]
+        random = any(not row.protocol.get("comparable") for row in self.rows)
+        return notes + ([f"{NOT_COMPARABLE}."] if random else [])
 
     def to_json(self) -> list[dict[str, Any]]:
         """The rows as JSON: file, name, the fields in which its protocol differs from the first row's, and values."""
@@ -96,7 +154,7 @@ def compare(
     `sort`: the metric that orders the rows below the baseline, best first; by default they are in the order of `paths`.
     Raises UserError for different protocols, unless `force`, which marks them, and for a metric the first file lacks.
     """
-    return comparison(paths, metrics, force, sort).text()
+    return comparison(paths, metrics, force, sort).markdown()
 
 
 def comparison(
@@ -173,16 +231,18 @@ def _independent(*errors: float | None) -> float | None:
     return math.hypot(*known) if len(known) == len(errors) else None
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    first, *others = rows
-    how = "paired by seed" if all(row.paired_with(first) for row in others) else "not all paired by seed"
-    notes = [f"In brackets: minus the first line; errors of differences {how}."] if others else []
-    notes += [
-        f"* {literal(row.name)} differs in {', '.join(row.differs)}: not comparable." for row in rows if row.differs
-    ]
-    notes += [
-        f"{literal(row.name)} was sampled with feature caching: {literal(value)}."
-        for row in rows
-        if (value := row.protocol.get("sample_caching"))
-    ]
-    return notes + ([f"{NOT_COMPARABLE}."] if any(not row.protocol.get("comparable") for row in rows) else [])
+def shortened(name: str) -> str:
+    """A name of at most LONGEST characters; a longer one without its middle."""
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def width(columns: Sequence[Sequence[str]]) -> int:
+    """Characters of a line with these columns, two apart."""
+    return sum(max(map(len, column)) for column in columns) + 2 * (len(columns) - 1)
+
+
+def _latex(text: str) -> str:
+    """Any text in LaTeX as it is."""
+    text = re.sub(r"(^|\()-(?=\d)", r"\1−", printable(text))  # a minus, not a hyphen in a name
+    return "".join(LATEX.get(c, f"\\{c}" if c in "&%$#_{}" else c) for c in text)

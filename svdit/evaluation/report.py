@@ -91,7 +91,7 @@ class Report:
 
     def text(self) -> str:
         """The table for a terminal, followed by the sets and the notes."""
-        lines = [" ".join(cells).rstrip() for cells in _aligned([self.columns(), *self.rows()], right=True)]
+        lines = [" ".join(cells).rstrip() for cells in aligned([self.columns(), *self.rows()], right=True)]
         lines += [NOT_COMPARABLE] if not self.comparable else []
         for key, what in (("fake", "generated"), ("real", "real")):
             if entry := self.inputs.get(key):
@@ -150,12 +150,12 @@ def literal(text: object) -> str:
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The lines of a table with aligned columns."""
-    heading, *body = _aligned([[literal(cell) for cell in cells] for cells in (columns, *rows)])
+    heading, *body = aligned([[literal(cell) for cell in cells] for cells in (columns, *rows)])
     rule = ["-" * len(cell) for cell in heading]
     return ["| " + " | ".join(cells) + " |" for cells in (heading, rule, *body)]
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: bool = False) -> list[list[str]]:
+def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> list[list[str]]:
     """The cells padded to the width of their column; `right` aligns all but the first column to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

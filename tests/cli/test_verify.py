@@ -128,6 +128,22 @@ def test_inspect_shows_format_layers_and_provenance(
     assert "layers: none quantized" in capsys.readouterr().out
 
 
+def test_inspect_starts_with_a_summary_and_breaks_names_that_are_longer_than_a_line(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link = tmp_path / f"{'a long name ' * 4}{'without_spaces_' * 10}.safetensors"
+    link.symlink_to(files[1])
+    command("inspect", [str(link)])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("file: a long name")
+    assert f"{'without_spaces_' * 10}.safetensors" in "".join(line.strip() for line in lines[:5])
+    starts = [
+        next(i for i, line in enumerate(lines) if line.startswith(word)) for word in ("model:", "layers: 11", "layer ")
+    ]
+    assert starts == sorted(starts)
+
+
 def test_inspect_shows_shapes_and_sizes_without_building_a_model(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,15 @@
 """Tables of several metrics.json, and the refusal to compare different protocols."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from svdit.errors import UserError
-from svdit.evaluation.compare import compare
+from svdit.evaluation.compare import compare, comparison
 from svdit.evaluation.inputs import SAMPLE_FIELDS
 from svdit.evaluation.protocol import disagreements
 
@@ -48,6 +50,57 @@ def test_rows_below_the_baseline_are_sorted_best_first(tmp_path: Path, key: str,
     assert "".join(line[2] for line in table.splitlines()[2:5]) == order
     with pytest.raises(UserError, match="a has no metric kid; it has"):
         compare(files, sort="kid")
+
+
+def wide(folder: Path, name: str, shift: float, **protocol: Any) -> Path:
+    """A report of twelve metrics."""
+    keys = [f"metric_{i:02d}" for i in range(12)]
+    values = {k: {"value": 40 + i + shift, "leave_out": [40.0, 40.5, 41 + shift], "reason": None}
+              for i, k in enumerate(keys)}  # fmt: skip
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"schema": 1, "metrics": values, "protocol": {"comparable": True} | protocol}))
+    return path
+
+
+@pytest.mark.parametrize("names", ["ab", ["full", f"digits_{'long' * 20}_w4a4", f"digits_{'long' * 20}_w8a8"]])
+def test_in_a_terminal_many_metrics_are_tables_below_each_other(tmp_path: Path, names: Sequence[str]):
+    keys = [f"metric_{i:02d}" for i in range(12)]
+    files = [wide(tmp_path, name, i) for i, name in enumerate(names)]
+    text = comparison(files, keys).text()
+    assert max(map(len, text.splitlines())) <= 100
+    *tables, notes = text.split("\n\n")
+    assert [key for table in tables for key in table.splitlines()[0].split()] == keys
+    assert all(len(table.splitlines()) == 1 + len(names) for table in tables) and len(tables) > 2
+    assert len({table.splitlines()[2].split()[0] for table in tables}) == 1
+    cells = [cell for table in tables for cell in re.findall(r"[0-9.]+ ± [0-9.]+ \([^)]+\)", table.splitlines()[2])]
+    assert cells == [str(cell) for cell in comparison(files, keys).cells(comparison(files, keys).rows[1]).values()]
+    assert "In brackets: minus the first line" in notes
+
+
+def test_a_few_metrics_are_one_table(tmp_path: Path):
+    files = [wide(tmp_path, name, i) for i, name in enumerate("abc")]
+    head, *rows = comparison(files, ["metric_00", "metric_01"]).text().split("\n\n")[0].splitlines()
+    assert head.split() == ["metric_00", "metric_01"] and [row[0] for row in rows] == ["a", "b", "c"]
+    starts = [head.index(key) for key in ("metric_00", "metric_01")]
+    assert all(re.match(r"4\d\.", row[start:]) for row in rows for start in starts)  # values are aligned
+
+
+def test_latex_compiles_as_one_table_with_escaped_names(tmp_path: Path):
+    files = [wide(tmp_path, name, -i, comparable=i == 0) for i, name in enumerate(["full", r"w4_a4 50%\x"])]
+    latex = comparison(files, ["metric_00"], force=True).latex().splitlines()
+    assert latex == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r" & metric\_00 \\",
+        r"\midrule",
+        r"full & 40.00 $\pm$ 0.58 \\",
+        r"w4\_a4 50\%\textbackslash{}x * & 39.00 $\pm$ 0.33 ($-$1.00 $\pm$ 0.67) \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+        *latex[8:],
+    ]
+    assert latex[8:] and all(line.startswith("% ") for line in latex[8:])
+    assert any("NOT comparable" in line for line in latex)
 
 
 def test_different_seeds_are_not_paired(tmp_path: Path):

@@ -1,8 +1,8 @@
 """Tables of layers: one row per layer, or per kind of layer."""
 
 import pytest
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.constrain import Constrain
 
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.linear import LinearSpec
@@ -29,7 +29,7 @@ def line(name: str, sqnr: float | None) -> LayerReport:
     return LayerReport(name, "INT4 g64", "INT8", *sizes, sqnr, 0.1, 0.5, 0.5, inputs=64, rows=900, held_out=70)
 
 
-def printed(table: Table, width: int = 100) -> list[str]:
+def printed(table: RenderableType, width: int = 100) -> list[str]:
     console = Console(width=width)
     with console.capture() as capture:
         console.print(table)
@@ -46,6 +46,18 @@ def test_many_layers_are_grouped_by_kind_with_median_and_worst() -> None:
     assert len(rows) == 3
     assert rows[1] == "40 fc1 INT4 g64 INT8 4 320.0 → 40.0 900 70 40.5 21.0 in 39"
     assert rows[2] == "1 final_layer.linear INT4 g64 INT8 4 8.0 → 1.0 900 70 – –"
+
+
+def test_any_mixture_of_formats_fits_80_columns() -> None:
+    """On a wider terminal too: `svdit inspect` prints at most 80 columns everywhere."""
+    layers = {}
+    for i in range(28):
+        for kind in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1"):
+            spec = LinearSpec(8 * (i % 5), None, "bfloat16", Format(2 + i % 7, group=64, scale="bf16"), Format(8))
+            layers[f"blocks.{i}.{kind}"] = (spec, 4608 + i // 20, 1152, 3_000_000)
+    rows = printed(Constrain(spec_table(layers), 80), 300)
+    assert max(map(len, rows)) <= 80
+    assert all(f"INT{bits}" in " ".join(rows) for bits in range(2, 9))
 
 
 @pytest.mark.parametrize("count", [MANY - 1, MANY])
