@@ -1,11 +1,10 @@
 """`svdit cache`: a copy of a checkpoint with a plan that skips blocks while sampling with certain settings."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from svdit.cli import outputs, sampling, setup
-from svdit.cli.arguments import Parser, integer, number, output, path
+from svdit.cli.arguments import Parser, integer, number, path
 from svdit.cli.result import Result
 
 CFG_SCALE = 1.5  # as `svdit generate`
@@ -23,12 +22,7 @@ def parser() -> Parser:
     add(
         "--speedup", type=number("of at least 1", lambda x: x >= 1), required=True, metavar="X", help="2: half the work"
     )
-    add(
-        "--output",
-        type=output,
-        default=Path("cached_model.safetensors"),
-        help=".safetensors or .pt; default: %(default)s",
-    )
+    outputs.add_output(parser, "cached_model.safetensors", ".safetensors or .pt; ")
     add("--images", type=integer(1, 1024), default=8, metavar="N", help="images to measure on; default: %(default)s")
     add("--model", metavar="NAME", help="DiT-XL/2, SiT-B/4, ...; must match the checkpoint")
     setup.add_shape(parser)
@@ -50,7 +44,7 @@ def run(args: argparse.Namespace) -> Result:
     from svdit.sampling.batch import check_guidance
     from svdit.sampling.caching import Planner
 
-    outputs.output_file(args.output, ".safetensors", ".pt")
+    outputs.output_file(args, ".safetensors", ".pt")
     device = setup.device(args.device)
     with exclusive(args.output):
         source = setup.load_checkpoint(args, device)

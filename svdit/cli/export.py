@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> Result:
     from svdit.files import exclusive
 
     if args.to in SUFFIXES:
-        outputs.output_file(args.output, *SUFFIXES[args.to])
+        outputs.output_file(args, *SUFFIXES[args.to])
     elif args.output.exists():
         raise UserError(f"--output is {args.output}, which exists; choose a new folder, or delete it")
     with exclusive(args.output):

@@ -1,27 +1,48 @@
-"""Outputs that do not harm inputs: checked before any work, under every name that a file has."""
+"""Outputs that harm neither inputs nor older outputs: checked before any work, under every name that a file has.
 
+A file that --output names is replaced; one of the default name only with --overwrite.
+"""
+
+import argparse
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from svdit.cli.arguments import output
 from svdit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 
-def output_file(path: Path, *suffixes: str) -> None:
-    """Create the folder of an output file.
+def add_output(parser: argparse.ArgumentParser, default: str, help: str = "", **options: Any) -> None:
+    """--output with a default name, and --overwrite"""
+    unnamed = Path(default)
+    add = parser.add_argument
+    add("--output", type=output, default=unnamed, help=f"{help}default: %(default)s", **options)
+    add("--overwrite", action="store_true", help=f"replace {default} if there is no --output")
+    parser.set_defaults(unnamed=unnamed)
 
-    Raises UserError if it cannot be written, has none of the suffixes, or lies among images.
+
+def output_file(args: argparse.Namespace, *suffixes: str, beside: Sequence[str] = ()) -> None:
+    """Create the folder of --output, which is a file; `beside`: suffixes of what is written with it.
+
+    Raises UserError if it cannot be written, has none of the suffixes, lies among images, or would replace a file or
+    folder by the default name.
     """
     from svdit.files import writable_folder
 
+    path: Path = args.output
     if path.suffix not in suffixes:
         raise UserError(f"--output is {path}; choose a name that ends in {' or '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"--output is {path}, which is a folder; choose the name of a file")
     check_outside("--output", path)
+    if path is vars(args).get("unnamed") and not args.overwrite:
+        for place in (path, *map(path.with_suffix, beside)):
+            if place.exists():
+                raise UserError(f"{place} exists; pass --output with another name, or --overwrite to replace it")
     writable_folder(path.parent)
 
 

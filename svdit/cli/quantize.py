@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import outputs, setup
-from svdit.cli.arguments import Parser, above_0, decibels, integer, many, natural, output, ratio, scale
+from svdit.cli.arguments import Parser, above_0, decibels, integer, many, natural, ratio, scale
 from svdit.cli.quantize_plan import planned
 from svdit.cli.quantize_settings import ACTS, AUTO, QuantizeSettings
 from svdit.cli.result import Result
@@ -39,12 +39,7 @@ def parser() -> Parser:
     )
     setup.add_model(parser)
     add = parser.add_argument
-    add(
-        "--output",
-        type=output,
-        default=Path("quantized_model.safetensors"),
-        help=".safetensors or .pt; default: %(default)s",
-    )
+    outputs.add_output(parser, "quantized_model.safetensors", ".safetensors or .pt; ")
     options: Any = {"dest": "figures", "action": "store_false", "default": argparse.SUPPRESS}
     add("--no-figures", help="omit figures and their measurements", **options)
     add_method(parser)
@@ -112,7 +107,7 @@ def run(args: argparse.Namespace) -> Result | None:
     from svdit.sampling.calibration import calibration_sampling
 
     settings = QuantizeSettings.of(args)
-    outputs.output_file(args.output, ".safetensors", ".pt")
+    outputs.output_file(args, ".safetensors", ".pt", beside=(".report.json", ".report"))
     device = setup.device(args.device)
     backend = ops.choose(device)
     with distributed.session(device), distributed.reserved(args.output, args.output.with_suffix(".report.json")):

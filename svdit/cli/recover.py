@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli import outputs, setup, verify
-from svdit.cli.arguments import Parser, batch, integer, output, path
+from svdit.cli.arguments import Parser, batch, integer, path
 from svdit.cli.result import Result
 from svdit.errors import UserError
 from svdit.printing import note
@@ -34,12 +34,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("file", type=path, metavar="FILE", help="checkpoint of `svdit quantize`")
     add("--against", type=path, required=True, metavar="SOURCE", help="the checkpoint it was made from")
-    add(
-        "--output",
-        type=output,
-        default=Path("recovered_model.safetensors"),
-        help=".safetensors or .pt; default: %(default)s",
-    )
+    outputs.add_output(parser, "recovered_model.safetensors", ".safetensors or .pt; ")
     add("--steps", type=integer(1, 100_000), default=STEPS, metavar="N", help="training steps; default: %(default)s")
     add("--batch-size", type=batch, default=BATCH, metavar="N", help="images at once; default: %(default)s")
     setup.add_seed(parser)
@@ -60,7 +55,7 @@ def run(args: argparse.Namespace) -> Result:
     from svdit.runtime.accelerate import accelerate
     from svdit.sampling.numbers import RECOVERY_REPORTED
 
-    outputs.output_file(args.output, ".safetensors", ".pt")
+    outputs.output_file(args, ".safetensors", ".pt", beside=(".recovery.json", ".recovery.png"))
     device, file, source = setup.device(args.device), locate(args.file), locate(args.against)
     outputs.check_distinct("--output", args.output, file, source)
     with exclusive(args.output):

@@ -1,10 +1,9 @@
 """`svdit report`: one HTML file from reports of `quantize`, sets of `generate` and metrics of `evaluate`."""
 
 import argparse
-from pathlib import Path
 
 from svdit.cli import outputs
-from svdit.cli.arguments import Parser, output, path
+from svdit.cli.arguments import Parser, path
 from svdit.cli.result import Result
 
 
@@ -23,7 +22,7 @@ def parser() -> Parser:
         help="a quantized checkpoint or its .report.json, a folder or .npz of svdit generate, a metrics.json, a .png, "
         "or a folder of these",
     )
-    parser.add_argument("--output", type=output, default=Path("report.html"), help="default: %(default)s")
+    outputs.add_output(parser, "report.html")
     return parser
 
 
@@ -31,7 +30,7 @@ def run(args: argparse.Namespace) -> Result:
     """Read everything and write the page. Raises UserError for outputs and inputs that cannot be used."""
     from svdit.report.page import write_page
 
-    outputs.output_file(args.output, ".html")
+    outputs.output_file(args, ".html")
     outputs.check_distinct("--output", args.output, *args.runs)
     page = write_page(args.runs, args.output)
     data = {"output": args.output, "models": page.models, "images": page.images, "notes": page.notes}

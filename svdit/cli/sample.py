@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from svdit.cli import outputs, sampling, setup
-from svdit.cli.arguments import Parser, output
+from svdit.cli.arguments import Parser
 from svdit.cli.result import Result
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def parser() -> Parser:
     add = parser.add_argument
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers; default: eight of the model's classes")
     setup.add_seed(parser)
-    add("--output", type=output, default=Path("sample.png"), metavar="PNG", help="default: %(default)s")
+    outputs.add_output(parser, "sample.png", metavar="PNG")
     return parser
 
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> Result:
     """Check the options, lock the output, and draw into it."""
     from svdit.files import exclusive
 
-    outputs.output_file(args.output, ".png", ".PNG")
+    outputs.output_file(args, ".png", ".PNG")
     setup.read_ahead(args)
     with exclusive(args.output):
         with setup.uncollected():
