@@ -17,11 +17,13 @@ from record import record
 from sklearn.metrics import pairwise_distances
 from sklearn.svm import SVC
 
-from svdit.checkpoints.store import load_model
+from svdit.checkpoints.store import load_model, locate, read_header
 from svdit.diffusion.noise import image_noise
-from svdit.images import grid, to_float, write_png
+from svdit.images import to_float, write_png
 from svdit.model.dit import DiT
+from svdit.pictures import FULL_PRECISION, subject
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate_images
+from svdit.sheet import sheet
 from svdit.training.data import LabelledImages, digits
 
 COUNT = 1000
@@ -75,6 +77,14 @@ def figures(samples: np.ndarray, labels: np.ndarray) -> dict[str, tuple[float, s
     }
 
 
+def drawn(images: np.ndarray, config: SamplingConfig, ckpt: str) -> np.ndarray:
+    """A sheet of the first hundred images, one column per class."""
+    name = (read_header(locate(ckpt)) or {}).get("name") or ckpt
+    about = subject(name, FULL_PRECISION, f"{config.sampler} {config.steps}", f"guidance {config.cfg_scale:g}")
+    rows = [("", list(images[i : i + 10])) for i in range(0, 100, 10)]
+    return sheet("Generated digits", about, rows, ("class", [str(k) for k in range(10)]))
+
+
 def main() -> None:
     """Generate, measure and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -83,7 +93,7 @@ def main() -> None:
     parser.add_argument("--steps")
     parser.add_argument("--cfg-scale", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grid", type=Path, help="write a grid of the first hundred images")
+    parser.add_argument("--grid", type=Path, help="write a sheet of the first hundred images")
     args = parser.parse_args()
     model, labels = load_model(args.ckpt), [i % 10 for i in range(COUNT)]
     sampler, steps = STEPS[model.config.family]
@@ -92,7 +102,7 @@ def main() -> None:
     )
     images = generated(model, labels, config, args.seed)
     if args.grid:
-        write_png(args.grid, grid(images[:100], 10, scale=6))
+        write_png(args.grid, drawn(images, config, args.ckpt))
     note = f"{args.ckpt}, {config.sampler} {config.steps}, cfg {args.cfg_scale:g}, seed {args.seed}, {COUNT} images"
     for name, (value, unit) in figures(levels(to_float(images)[:, :1]), np.array(labels)).items():
         record("digits_quality", name, value, unit, note)
