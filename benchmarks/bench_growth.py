@@ -67,8 +67,8 @@ def plot() -> None:
     rows = latest(read(), "growth")
     row = rows[f"tokens 256 {METHODS[0]}"]
     setting = "256 tokens, batch 2, rank 32, 2 threads unless varied"
-    machine = f"{short_name(row)}, {extract('(avx.*)', row['note'])}"
-    about = subject(f"DiT-XL/2, random weights; {setting}\n{machine}", day=row["date"])
+    machine = subject(short_name(row), extract("(avx.*)", row["note"]), day=row["date"])
+    about = f"DiT-XL/2, random weights; {setting}\n{machine}"
     pictures.plot(FIGURE, "Time of one transformer block", about, lambda: figure_of(rows))
 
 

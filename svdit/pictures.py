@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdit.extras import require
 from svdit.files import atomic_path
+from svdit.printing import printable
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis
@@ -24,11 +26,12 @@ STYLE: Any = {
     "axes.grid": True, "grid.alpha": 0.3, "savefig.dpi": 130, "legend.title_fontsize": 9,
 }  # fmt: skip
 FULL_PRECISION = "full precision"
+MOST = 80  # characters of a part of a title
 
 
 def subject(*parts: str, day: str = "") -> str:
     """ "DiT-digits, w4a8, rank 8, 2026-11-28": what a picture is of, and the day; by default today."""
-    return ", ".join(filter(None, (*parts, day or date.today().isoformat())))
+    return ", ".join(filter(None, (*(part[:MOST] for part in parts), day or date.today().isoformat())))
 
 
 def setting(quantization: Mapping[str, Any] | None) -> str:
@@ -50,9 +53,11 @@ def plot(path: Path, title: str, about: str, draw: Callable[[], Figure]) -> None
     require("matplotlib")
     from matplotlib import rc_context
 
-    with rc_context(STYLE), atomic_path(path) as temporary:
+    with rc_context(STYLE), atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of characters that the font does not have
         figure = draw()
-        figure.suptitle(f"{title}\n{about}")
+        lines = (printable(line) for line in (title, *about.split("\n")))
+        figure.suptitle("\n".join(lines), parse_math=False)
         figure.savefig(temporary, format="png")
 
 

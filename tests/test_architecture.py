@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "download": {"errors", "files", "progress", "storage"},
     "storage": {"errors", "files"},
     "images": {"errors", "files"},
-    "pictures": {"extras", "files"},
+    "pictures": {"extras", "files", "printing"},
     "sheet": {"images", "printing"},
     "peers": {"files", "printing", "restarts"},
     "distributed": {"errors", "files", "peers", "restarts"},

@@ -35,6 +35,18 @@ def test_a_target_stands_instead_of_the_rank_and_nothing_for_full_precision() ->
     assert setting(None) == setting({}) == "full precision"
 
 
+def test_names_in_titles_are_neither_formulas_nor_warnings(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    figures: list[Figure] = []
+
+    def draw() -> Figure:
+        figures.append(blank(1, 1, 4, 3)[0])
+        return figures[0]
+
+    plot(tmp_path / "a.png", "Title", subject("$\\x$ 猫\x07", "w8a8" * 99, day="2026-01-02"), draw)
+    assert figures[0].get_suptitle() == f"Title\n$\\x$ 猫\\x07, {'w8a8' * 20}, 2026-01-02"
+    assert not list(recwarn)
+
+
 def test_a_plot_has_its_title_and_the_style_only_within(tmp_path: Path) -> None:
     figures: list[Figure] = []
 

@@ -128,7 +128,7 @@ def train(
             error = held_out_error(state.ema, held_out, autoencoder) if saving and held_out else None
             report(curve.add(state.step, means.tolist(), error, state.seconds))
         if saving and chief:
-            about = subject(name or config.family, images.summary())
+            about = subject(name or config.family, f"{len(images)} images of {images.num_classes} classes")
             plot_curve(folder / "loss.csv", folder / "loss.png", about, config.family)
             sample_grid(state.ema, autoencoder, folder / "samples" / f"{state.step:07d}.png", options.seed)
             export(state)
