@@ -18,7 +18,7 @@ from rich.table import Table
 from svdit.cli import command
 from svdit.images import list_images, read_image, write_png
 from svdit.pictures import subject
-from svdit.sheet import DIFFERENCE, difference, rms, sheet, visible_gain
+from svdit.sheet import DIFFERENCE, compared, rms, sheet, visible_gain
 
 PRESETS = {"digits": ("w8a8", "w4a4", "svdquant-w4a4"), "digits-sit": ("w8a8", "w4a4")}
 NAMES = {"digits": "DiT", "digits-sit": "SiT (flow)"}
@@ -70,11 +70,9 @@ def side_by_side(folder: Path) -> None:
     gain = visible_gain(max(rms(sets[name], sets[model]) for name, model in quantized()))
     rows = []
     for model, presets in PRESETS.items():
-        rows.append((f"{NAMES[model]}\nfull precision", sets[model]))
-        for preset in presets:
-            name = f"{model}-{preset}"
-            rows.append((f"{preset}\n{figures(folder, name)[1]} dB", sets[name]))
-            rows.append((f"difference\n× {gain}", list(difference(np.stack(sets[name]), np.stack(sets[model]), gain))))
+        names = {preset: f"{model}-{preset}" for preset in presets}
+        variants = {f"{preset}\n{figures(folder, name)[1]} dB": sets[name] for preset, name in names.items()}
+        rows += compared(sets[model], variants, f"{NAMES[model]}\nfull precision", gain)
     labels = json.loads((folder / next(iter(PRESETS)) / "manifest.json").read_text())["labels"][:SHOWN]
     title = "Digits from the same noise, in full precision and quantized"
     about = subject("8×8 pixels", "rank 8", "50 evaluations", "guidance 1.5", f"PSNR of {COUNT} images")

@@ -1,6 +1,6 @@
 """A sheet of images in rows and columns with labels, below a title; drawn by Pillow, so it needs no other package."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,11 +33,19 @@ def rms(images: Sequence[Pixels], references: Sequence[Pixels]) -> float:
     return float(np.sqrt(np.mean([np.square(a.astype(np.float64) - b).mean() for a, b in pairs])))
 
 
-def compared(before: Sequence[Pixels], after: Sequence[Pixels], name: str) -> list[tuple[str, list[Pixels]]]:
-    """The rows of a sheet: images (H, W, 3) in full precision, those called `name`, and their difference."""
-    gain = visible_gain(rms(after, before))
-    differences = [difference(b, a, gain) for a, b in zip(before, after, strict=True)]
-    return [("full precision", list(before)), (name, list(after)), (f"difference × {gain}", differences)]
+def compared(
+    before: Sequence[Pixels], variants: Mapping[str, Sequence[Pixels]], name: str = "full precision", gain: int = 0
+) -> list[tuple[str, list[Pixels]]]:
+    """The rows of a sheet: images (H, W, 3) in full precision, and variants by their labels with their differences.
+
+    `gain` of the differences; 0: that of the variant which differs most.
+    """
+    gain = gain or visible_gain(max(rms(after, before) for after in variants.values()))
+    rows = [(name, list(before))]
+    for label, after in variants.items():
+        differences = [difference(b, a, gain) for a, b in zip(before, after, strict=True)]
+        rows += [(label, list(after)), (f"difference\n× {gain}", differences)]
+    return rows
 
 
 def sheet(

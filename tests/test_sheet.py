@@ -85,10 +85,18 @@ def test_differences_are_signed_around_grey() -> None:
 def test_the_gain_makes_differences_visible(level: int, gain: int) -> None:
     before, change = images(2, 8, 8), np.uint8(level)
     after = [np.where(image > 100, image - change, image + change).astype(np.uint8) for image in before]
-    rows = compared(before, after, "generated")
-    assert [label for label, _ in rows] == ["full precision", "generated", f"difference × {gain}"]
+    rows = compared(before, {"generated": after})
+    assert [label for label, _ in rows] == ["full precision", "generated", f"difference\n× {gain}"]
     assert all(abs(pixels.astype(int) - sheets.GREY).min() >= 40 for pixels in rows[2][1])
     assert visible_gain(0.0) == 64
+
+
+def test_variants_have_one_gain_that_of_the_one_which_differs_most() -> None:
+    before, small, large = images(2, 8, 8), np.uint8(1), np.uint8(5)
+    rows = compared(before, {"a": [x + small for x in before], "b": [x + large for x in before]}, "DiT")
+    assert [label for label, _ in rows] == ["DiT", "a", "difference\n× 16", "b", "difference\n× 16"]
+    assert [int(pixels[0].max()) for _, pixels in rows[2::2]] == [sheets.GREY + 16, sheets.GREY + 80]
+    assert compared(before, {"a": before}, gain=3)[2][0] == "difference\n× 3"
 
 
 def test_a_sheet_is_a_valid_png(tmp_path: Path) -> None:

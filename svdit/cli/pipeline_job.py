@@ -143,7 +143,7 @@ class Job:
         ]
         about = subject(self.sampler.kind, self.component, self.args.preset)
         title = "Images from the same seeds, and their PSNR to full precision"
-        rows = compared(before, after, "quantized")
+        rows = compared(before, {"quantized": after})
         write_png(path, sheet(title, about, rows, ("", captions), [DIFFERENCE]))
         return True
 

@@ -43,5 +43,5 @@ def worst_pairs(fake: ImageSet, other: ImageSet, psnrs: npt.NDArray[np.float64],
     after, before = ([image_set.read(n) for n in worst] for image_set in (fake, other))
     captions = [f"{psnrs[n]:.1f}\n{fake.source.names[fake.indices[n]]}" for n in worst]
     title = f"The {len(worst)} of {fake.count} pairs of lowest PSNR"
-    rows = compared(before, after, "generated")
+    rows = compared(before, {"generated": after})
     return sheet(title, about(fake), rows, ("PSNR, dB\nimage", captions), [DIFFERENCE, *notes])
