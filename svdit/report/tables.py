@@ -70,20 +70,15 @@ def layer_table(layers: Sequence["LayerReport"]) -> Table:
 
 def kind_table(layers: Sequence["LayerReport"]) -> Table:
     """One row per kind of layer: count, total size, fewest rows fitted and held out, median and worst SQNR."""
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    table.add_column("layers", no_wrap=True)
-    for column in ("weights", "activations", "rank"):
-        table.add_column(column)
-    for column in ("MB", "rows", "held out", "SQNR, dB", "worst"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table = narrow("layers", "MB", "rows", "held\nout", "SQNR,\ndB", "worst")
     for kind, lines in by_kind(layers).items():
         known = sorted((line.sqnr, line.name) for line in lines if line.sqnr is not None)
         before, after = sum(line.bytes_before for line in lines), sum(line.bytes_after for line in lines)
         block = [f"in {number}" for _, name in known[:1] if (number := place(name)[1]) is not None]
         table.add_row(
             f"{len(lines)} {kind}",
-            ", ".join(sorted({line.weight for line in lines})),
-            ", ".join(sorted({line.act for line in lines})),
+            distinct(line.weight for line in lines),
+            distinct(line.act for line in lines),
             ", ".join(map(str, sorted({line.rank for line in lines}))),
             f"{before / 1e6:.1f} → {after / 1e6:.1f}",
             str(min(line.rows for line in lines) or "–"),
@@ -96,12 +91,7 @@ def kind_table(layers: Sequence["LayerReport"]) -> Table:
 
 def single_table(layers: Sequence["LayerReport"]) -> Table:
     """One row per quantized layer."""
-    table = Table(box=None, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    for column in ("weights", "activations"):
-        table.add_column(column)
-    for column in ("rank", "KB", "rows", "held out", "weight error", "SQNR, dB"):
-        table.add_column(column, justify="right")
+    table = narrow("layer", "KB", "rows", "held\nout", "weight\nerror", "SQNR,\ndB")
     for line in layers:
         table.add_row(
             line.name,
@@ -114,6 +104,16 @@ def single_table(layers: Sequence["LayerReport"]) -> Table:
             f"{line.weight_error:.4f}",
             "–" if line.sqnr is None else f"{line.sqnr:.1f}",
         )
+    return table
+
+
+def narrow(first: str, *numbers: str) -> Table:
+    """A table for 80 columns: names and formats are wrapped where that is needed, numbers never."""
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    for column in (first, "weights", "inputs", "rank"):
+        table.add_column(column, overflow="fold", vertical="bottom")
+    for heading in map(Text, numbers):  # of a str, `PlainConsole` would escape the line break
+        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
     return table
 
 

@@ -1,5 +1,7 @@
 """Tables of layers: one row per layer, or per kind of layer."""
 
+from dataclasses import replace
+
 import pytest
 from rich.console import Console, RenderableType
 from rich.constrain import Constrain
@@ -7,7 +9,7 @@ from rich.constrain import Constrain
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.quant.linear import LinearSpec
 from svdit.quant.report import LayerReport
-from svdit.report.tables import MANY, layer_table, place, spec_table, transform_text
+from svdit.report.tables import MANY, by_kind, layer_table, place, spec_table, transform_text
 
 
 @pytest.mark.parametrize(
@@ -43,9 +45,24 @@ def test_few_layers_have_a_row_each() -> None:
 def test_many_layers_are_grouped_by_kind_with_median_and_worst() -> None:
     lines = [line(f"blocks.{i}.mlp.fc1", 60.0 - i) for i in range(MANY)]
     rows = printed(layer_table([*lines, line("final_layer.linear", None)]))
-    assert len(rows) == 3
-    assert rows[1] == "40 fc1 INT4 g64 INT8 4 320.0 → 40.0 900 70 40.5 21.0 in 39"
-    assert rows[2] == "1 final_layer.linear INT4 g64 INT8 4 8.0 → 1.0 900 70 – –"
+    assert len(rows) == 4
+    assert rows[2] == "40 fc1 INT4 g64 INT8 4 320.0 → 40.0 900 70 40.5 21.0 in 39"
+    assert rows[3] == "1 final_layer.linear INT4 g64 INT8 4 8.0 → 1.0 900 70 – –"
+
+
+@pytest.mark.parametrize("blocks", [6, 28])
+def test_reports_fit_80_columns_without_cutting_a_number(blocks: int) -> None:
+    """As an 80-column terminal shows them: names are wrapped instead, and not those of the digits' blocks."""
+    kinds = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+    names = [*(f"blocks.{i}.{kind}" for i in range(blocks) for kind in kinds), "final_layer.adaLN_modulation.1"]
+    lines = [
+        replace(line(name, 38.25), act="INT4 g64", bytes_after=105_000, rows=20_000, held_out=512) for name in names
+    ]
+    rows = printed(layer_table(lines), 80)
+    assert max(map(len, rows)) <= 80 and "…" not in "".join(rows)
+    assert sum("20000 512" in row for row in rows) == len(by_kind(names) if blocks == 28 else names)
+    assert sum("38.2" in row for row in rows) == sum("20000 512" in row for row in rows)
+    assert blocks == 28 or all(any(row.startswith(f"{name} ") for row in rows) for name in names[:-1])
 
 
 def test_any_mixture_of_formats_fits_80_columns() -> None:
