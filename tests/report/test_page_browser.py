@@ -101,7 +101,7 @@ def test_the_slider_wipes_full_precision_over_quantized(browser: Browser) -> Non
 
 
 def test_the_gain_multiplies_the_difference(browser: Browser) -> None:
-    assert browser.run("document.querySelector('.gallery output').textContent") == "2"
+    assert browser.run("document.querySelector('.gallery output').textContent") == "4"
     for gain in (2, 5, 1, 64):
         browser.choose(".gain", str(gain))
         shown = pixels(browser, ".difference")
