@@ -9,6 +9,7 @@ from svdit.shims import allow_cpu_torchvision
 EXTRAS = {  # package to the extra that installs it
     "accelerate": "diffusers",
     "diffusers": "vae",
+    "gradio": "app",
     "matplotlib": "report",
     "onnx": "onnx",
     "scipy": "eval",

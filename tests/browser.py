@@ -89,12 +89,12 @@ class Browser:
         elif method == "Runtime.consoleAPICalled":
             self.problems.append(str(params["args"]))
 
-    def open(self, page: Path, width: int = 1280, scheme: str = "light") -> None:
-        """Load a file and wait for it, on a screen of this width."""
+    def open(self, page: Path | str, width: int = 1280, scheme: str = "light") -> None:
+        """Load a file or an address and wait for it, on a screen of this width."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 800}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url=page.as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
         while (event := self._next()).get("method") != "Page.loadEventFired":
             self._note(event)
 
@@ -107,7 +107,7 @@ class Browser:
     def until(self, script: str, seconds: float = 20) -> None:
         """Wait for an expression that becomes true, as after an event of the browser's."""
         end = time.monotonic() + seconds
-        while not self.run(script):
+        while not self.run(f"!!({script})"):  # an element is an empty dict here
             assert time.monotonic() < end, f"{script} did not become true"
             time.sleep(0.05)
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "compare two sets of images: FID and related metrics, paired differences",
     "compare": "compare the metrics of several sets in one table",
     "report": "write an HTML page about quantized models and their images",
+    "app": "compare images of full-precision and quantized models in the browser",
     "selftest": "check the metric implementations on this machine",
     "train": "train a DiT",
 }
@@ -76,6 +77,8 @@ def command(name: str, argv: list[str] | None = None) -> None:
                 result: Result | None = own.run(args)
             if result:  # after all files are written: printing fails where the reader of a pipe has gone
                 result.print(args)
+                sys.stdout.flush()
+                result.then()
         except Exception as error:
             sys.stdout.flush()  # fails again where stdout is what cannot be written
             message = sentence(error, *LESS_MEMORY.get(name, ()))

@@ -1,7 +1,7 @@
 """What a command prints at its end."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 class Result:
     """What is printed: `text`, with --quiet `brief` where there is one, with --json `data` (see docs/scripting.md).
 
-    A `problem` is an error with exit code 1.
+    A `problem` is an error with exit code 1. `then` is called after printing, as a server waits until it is ended.
     """
 
     data: dict[str, Any]
     text: Sequence["Line"]
     brief: Sequence["Line"] = ()
     problem: str = ""
+    then: Callable[[], object] = lambda: None
 
     def print(self, args: argparse.Namespace) -> None:
         """Print it to stdout, on the first process of a run."""

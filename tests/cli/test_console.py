@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -33,6 +33,7 @@ LINES = {
     "--metrics fid,paired --cache-dir {out}/cache --output {out}/report",
     "compare": "{report} {report}",
     "report": "{quantized} {report} --output {out}/page.html",
+    "app": "{tiny} --port 7861 --device cpu",
     "selftest": "",
     "train": "--data digits --model DiT-digits --steps 2 --log-every 1 --global-batch-size 2 --num-workers 0 "
     "--device cpu --results-dir {out}/run",
@@ -67,6 +68,7 @@ KEYS = {  # of the objects, as in docs/scripting.md
     "evaluate": "schema metrics second difference protocol inputs versions warnings seconds command",
     "compare": "rows",
     "report": "output models images notes",
+    "app": "url",
     "selftest": "passed checks",
     "train": "output checkpoint steps seconds",
 }
@@ -83,10 +85,20 @@ class Means:
         return dict.fromkeys(self.widths, means)
 
 
+class Nobody(NamedTuple):
+    """In place of a server: it ends at once."""
+
+    url: str
+
+    def wait(self) -> None:
+        pass
+
+
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inception, "random_extractor", Means)
     monkeypatch.setattr("svdit.evaluation.selftest.formulas", lambda: iter([Check("one", 1.0, 1.0, 0.0)]))
+    monkeypatch.setattr("svdit.cli.app_page.serve", lambda models, device, port: Nobody(f"http://127.0.0.1:{port}"))
     monkeypatch.setattr("svdit.training.loop.sample_grid", lambda *arguments: None)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.touch())
     for constant, value in {"IMAGES": 2, "WALKS": 2, "STEPS": (3,), "ROWS": 8, "EVERY": 1}.items():
@@ -228,6 +240,7 @@ AGREES: dict[str, Callable[[dict[str, Any], Path, dict[str, Path]], bool]] = {  
         data["models"] == ["q", "fake"]
         and all(f'<th scope="row">{name}</th>' in Path(data["output"]).read_text() for name in data["models"])
     ),
+    "app": lambda data, out, files: data["url"] == "http://127.0.0.1:7861",
     "selftest": lambda data, out, files: data["passed"] is data["checks"][0]["passed"] is True,
     "train": lambda data, out, files: (
         read_header(Path(data["output"]))["provenance"]["step"] == data["steps"] == 2  # type: ignore[index]

@@ -294,6 +294,16 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("{fifo}", "neither a file nor a folder"),
         ("{real_npz} --output new.txt", "new.txt", "ends in .html"),
     ],
+    "app --device cpu": [
+        ("nowhere.pt", "nowhere.pt", "pass a file"),
+        ("''", "'' is not a path"),
+        ("{text}", "text", "not a checkpoint"),
+        ("{tiny} {quantized}", "quantized.safetensors is already quantized", "pass the checkpoint"),
+        ("--port 0", "'0' is not an integer from 1 to 65535"),
+        ("--port 65536", "'65536' is not an integer from 1 to 65535"),
+        ("--share", "unrecognized arguments: --share"),
+        ("--device cpu:7", "'cpu:7' is not supported; choose cpu"),
+    ],
     "selftest": [
         ("--adm-samples {real_npz}", "real.npz", "pass --adm-reference together with it"),
         ("--adm-samples '' --adm-reference ''", "'' is not a path"),
