@@ -202,3 +202,23 @@ def test_without_an_openmp_runtime_the_reason_is_a_sentence() -> None:
 
 def test_the_name_contains_the_hash_of_the_sources(compiled: list[Path]) -> None:
     assert build._cached().name.startswith(f"{source_hash()}-")
+
+
+@pytest.mark.parametrize("macro", ["__clang__", "__GNUC__"])
+def test_clang_compiles_without_openmp(
+    macro: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its OpenMP is LLVM's, and torch brings GCC's."""
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(
+        f"""#!/bin/sh
+echo "$@" >> {log}
+[ "$1" = -dM ] && echo "#define {macro} 1"
+exit 0
+"""
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CC", str(compiler))
+    build.compile_library(tmp_path / "kernels.so")
+    assert ("-fopenmp" in log.read_text()) == (macro == "__GNUC__")
+    assert ("the kernels use one thread" in capsys.readouterr().err) == (macro == "__clang__")

@@ -189,10 +189,22 @@ def compile_library(path: Path, extra: Sequence[str] = ()) -> None:
     with tempfile.TemporaryDirectory() as folder:
         objects = [(source, Path(folder) / f"{Path(source).stem}.o") for source in files()]
         flags = [*compiler.split(), *FLAGS, *extra]
+        if OPENMP and is_clang(compiler):
+            note("the kernels use one thread: clang's OpenMP is not torch's; install gcc, and set CC if it is set")
+            flags = [flag for flag in flags if flag not in OPENMP]
         _run([[*flags, define, "-c", source, "-o", str(made)] for source, made in objects])
         path.parent.mkdir(parents=True, exist_ok=True)
         linking = [flag for flag in flags if flag not in OPENMP]
         _run([[*linking, "-shared", *(str(made) for _, made in objects), "-lm", "-o", str(path)]])
+
+
+def is_clang(compiler: str) -> bool:
+    """Whether it is clang, whose OpenMP calls LLVM's runtime; torch for Linux brings GCC's."""
+    try:
+        command = [*compiler.split(), "-dM", "-E", "-x", "c", os.devnull]
+        return "__clang__" in subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return False
 
 
 def _run(commands: list[list[str]]) -> None:
