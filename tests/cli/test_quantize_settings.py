@@ -102,7 +102,7 @@ def test_every_option_is_covered() -> None:
     options = {o for action in parser()._actions for o in action.option_strings if o.startswith("--")}
     assert options - set(VALUES) == {
         "--whiten", "--help", "--ckpt", "--model", "--image-size", "--num-classes", "--num-heads", "--device",
-        "--output", "--family", "--context-start", "--latent-stats",
+        "--output", "--overwrite", "--family", "--context-start", "--latent-stats",
     }  # fmt: skip
 
 
