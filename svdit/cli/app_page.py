@@ -52,6 +52,7 @@ def serve(models: Mapping[str, Path], device: torch.device, port: int) -> Server
             quiet=True,
             ssr_mode=False,
             footer_links=[],
+            css="th, td { overflow-wrap: normal !important; word-break: normal !important; padding: 8px !important }",
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         )
     except OSError:
