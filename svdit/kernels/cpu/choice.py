@@ -150,7 +150,7 @@ def timed(trials: Mapping[Choice, Trial]) -> dict[Choice, float]:
 
 
 def hopeful(seconds: Mapping[Choice, float]) -> list[Choice]:
-    """Those that take less than HOPELESS times the least."""
+    """Those that take at most HOPELESS times the least."""
     least = min(seconds.values())
     return [pair for pair, each in seconds.items() if each <= HOPELESS * least]
 
