@@ -14,7 +14,7 @@ from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 
 LowRank = Literal["none", "factors", "svd", "iterated", "correction", "alternated"]
 FactorDtype = Literal["float32", "bfloat16"]
-Smoothing = Literal[0, 7, 19, 39]
+Smoothing = Literal[0, 7, 19, 39, "balanced"]
 Rounding = Literal["nearest", "gptq"]
 CLOSED_SETS = {
     "low_rank": get_args(LowRank),
@@ -30,7 +30,8 @@ class Recipe:
 
     `low_rank`: none; factors (no residual, the rank-ratio mode); svd (split off once); iterated (SVDQuant as
     published); correction (of the rounding error, weighted by the inputs: QERA); alternated (rounding and weighted
-    refits in turn). `smoothing`: candidates of the search grid: 0 none, 39 as published, 19 and 7 its subsets.
+    refits in turn). `smoothing`: balanced, or candidates of the search grid: 0 none, 39 as published, 19 and 7 its
+    subsets.
     Raises UserError for values and combinations that are not supported.
     """
 
@@ -44,7 +45,7 @@ class Recipe:
     whiten: bool = False  # low_rank="factors": weight the SVD by the inputs' second moment
     centre: bool = True  # subtract the calibrated mean input
     shift: float = 0.0  # subtract a constant instead (SVDQuant's for the input of fc2)
-    smoothing: Smoothing = 7
+    smoothing: Smoothing = "balanced"
     hadamard: int = 64  # block size; 0: no rotation
     search_scales: bool = True  # weight scales by weighted squared error, not by absmax
     rounding: Rounding = "gptq"
@@ -150,7 +151,7 @@ ADALN: dict[str, Recipe | None] = {
 }
 
 FULL = Recipe(rank=16)  # 2 % of the size of a DiT-XL/2
-FOUR_BITS = replace(FULL, weight=WEIGHT_FORMATS["int4"], rank=32, smoothing=19, iterations=3)
+FOUR_BITS = replace(FULL, weight=WEIGHT_FORMATS["int4"], rank=32, iterations=3)
 PUBLISHED = replace(PLAIN, act=ACT_FORMATS["int8"], low_rank="iterated", rank=32, smoothing=39, iterations=100)
 INT4_SYMMETRIC = Format(4, 64, "bf16")
 

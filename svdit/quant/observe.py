@@ -121,6 +121,14 @@ class Statistics:
         """E[x], (I,) fp32"""
         return (self.total / self.count).float()
 
+    def mean_square(self, shift: Tensor | None) -> Tensor:
+        """E[(x − shift)²], (I,) fp32, for a shift (I,)."""
+        squares = torch.cat([block.diagonal() for block in self.gram]) / self.count
+        if shift is None:
+            return squares.float()
+        mean, s = self.total / self.count, shift.double()
+        return (squares + s * (s - 2 * mean)).clamp(min=0).float()
+
     def second_moment(self, shift: Tensor | None) -> Tensor:
         """E[(x − shift)(x − shift)ᵀ], (I, I) float64, for a shift (I,)."""
         moment = self.total.new_empty(len(self.total), len(self.total))

@@ -1,7 +1,7 @@
 """Exact transforms of a layer's input that make it easier to quantize: x̂ = ((x − μ)/λ) H, Ŵ = (W Λ) H, b̂ = b + W μ.
 
-Centring subtracts the mean, smoothing moves outlier channels into the weight (SmoothQuant's λ, searched on a grid as
-in SVDQuant), and the block Hadamard matrix spreads the remaining outliers.
+Centring subtracts the mean, smoothing moves outlier channels into the weight (SmoothQuant's λ, balanced, or searched on
+a grid as in SVDQuant), and the block Hadamard matrix spreads the remaining outliers.
 """
 
 from dataclasses import dataclass
@@ -60,23 +60,43 @@ def candidates(count: int) -> list[tuple[float, float]]:
     return [(0.0, 0.0), *((a, 0.0) for a in alphas), *((a, 1 - a) for a in alphas)]
 
 
+def usable(scale: Tensor) -> Tensor:
+    """λ (I,) within LIMITS; 1 where it is not a positive number (dead channels)."""
+    return torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale)).clamp(*LIMITS)
+
+
 def smoothing_scale(absmax: Tensor, W: Tensor, alpha: float, beta: float) -> Tensor:
-    """λ (I,) for inputs with absmax (I,), within LIMITS; 1 where it is not a positive number (dead channels)."""
-    scale = absmax**alpha / W.abs().amax(0) ** beta
-    scale = torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale))
-    return scale.clamp(*LIMITS)
+    """λ (I,) of the grid for inputs with absmax (I,)."""
+    return usable(absmax**alpha / W.abs().amax(0) ** beta)
+
+
+def balanced_scale(W: Tensor, mean_square: Tensor, recipe: Recipe) -> Tensor:
+    """λ (I,) = √(rms(x) / ‖r‖) for inputs of that mean square (I,) and r, the columns of W (O, I) less its low rank.
+
+    Rounding x̂ and rounding r̂ both add an error in proportion to Σ rms(x)²/λ² · Σ ‖r‖² λ² over the columns that share a
+    scale and are mixed by the rotation; by Cauchy and Schwarz this λ makes it least, for all such sets at once.
+    """
+    rank = 0 if recipe.low_rank == "none" else min(recipe.rank, *W.shape)
+    if rank:
+        l1, l2 = truncated_svd(W, rank, sweeps=2)
+        W = W - l1 @ l2
+    return usable((mean_square.sqrt() / W.norm(dim=0)).sqrt())
 
 
 def choose_transform(W: Tensor, statistics: Statistics, recipe: Recipe) -> tuple[Transform, tuple[float, float]]:
-    """The transform of W (O, I) with the least output error on the sample, and its (α, β).
+    """The transform of W (O, I), and the exponents (α, β) of its λ.
 
-    As published, a candidate is evaluated with rounded inputs, a one-shot low-rank branch and weights to nearest.
+    Balanced, or of the grid that with the least output error on the sample. As published, a candidate is evaluated with
+    rounded inputs, a one-shot low-rank branch and weights to nearest.
     """
     shift = statistics.mean if recipe.centre else None
     if recipe.shift:
         shift = torch.full_like(statistics.mean, recipe.shift)
     if not recipe.smoothing:
         return Transform(shift, None, recipe.hadamard), (0.0, 0.0)
+    if recipe.smoothing == "balanced":
+        scale = balanced_scale(W, statistics.mean_square(shift), recipe)
+        return Transform(shift, scale, recipe.hadamard), (0.5, 0.5)
     absmax, x = statistics.absmax(shift), statistics.sample
     Y = (x if shift is None else x - shift) @ W.T
     best, least, chosen = Transform(shift, None, recipe.hadamard), torch.inf, (0.0, 0.0)

@@ -26,7 +26,7 @@ TITLES = {
     "layers": "Output SQNR and size of each layer",
     "timesteps": "Relative output error by time: a row for each block, the first on top",
     "spectra": "Singular values of weights and of their residuals",
-    "smoothing": "Smoothing scales λ = max |x|^α / max |W|^β of each layer",
+    "smoothing": "Smoothing scales λ = |x|^α / |W|^β of each layer",
     "activations": "Inputs of the layers of lowest SQNR, before (x) and after (x̂) the transform",
     "pareto": "Best predicted SQNR for a file size, over bits and ranks of each layer",
 }
@@ -176,25 +176,30 @@ def spectra(measured: dict[str, dict[str, Any]]) -> Figure:
 
 
 def smoothing(chosen: dict[str, dict[str, Any]]) -> Figure:
-    """The exponents α and β above, the distribution of λ below; one column per kind of layer."""
+    """The distribution of λ, and above it the exponents α and β if a grid chose them; one column per kind of layer."""
     kinds = by_kind(chosen)
-    figure, axes = blank(2, len(kinds), 1.6 + 1.9 * len(kinds), 5.2, sharey="row", sharex=True)
+    searched = len({(layer["alpha"], layer["beta"]) for layer in chosen.values()}) > 1
+    figure, axes = blank(
+        1 + searched, len(kinds), 1.6 + 1.9 * len(kinds), 2.6 * (1 + searched), sharey="row", sharex=True
+    )
     at = positions(chosen)
     exponents = (("alpha", "α (activations)", COLOURS[0], "o"), ("beta", "β (weights)", COLOURS[1], "s"))
-    for (kind, names), top, bottom in zip(kinds.items(), *axes, strict=True):
+    for (kind, names), top, bottom in zip(kinds.items(), axes[0], axes[-1], strict=True):
         x = [at[name] for name in names]
-        for key, label, colour, marker in exponents:
+        for key, label, colour, marker in exponents * searched:
             top.plot(x, [chosen[name][key] for name in names], marker, color=colour, ms=4, mfc="none", label=label)
+            top.set(ylim=(-0.05, 1.05))
         low, p10, middle, p90, high = zip(*(chosen[name]["scale_quantiles"] for name in names), strict=True)
         bottom.vlines(x, low, high, color=COLOURS[0], lw=0.8, label="range")
         bottom.vlines(x, p10, p90, color=COLOURS[0], lw=3.5, label="10 to 90 %")
         bottom.plot(x, middle, "_", color="black", ms=6, label="median")
-        top.set(title=kind, ylim=(-0.05, 1.05))
+        top.set(title=kind)
         bottom.set(yscale="log", xlabel="block")
         few_decades(bottom.yaxis)
         mark_blocks(bottom, {name: at[name] for name in names}, 8)
-    axes[0, 0].set_ylabel("exponent")
-    axes[1, 0].set_ylabel("λ per channel")
+    if searched:
+        axes[0, 0].set_ylabel("exponent")
+    axes[-1, 0].set_ylabel("λ per channel")
     for axis in axes[:, -1]:
         axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

@@ -59,7 +59,8 @@ def same_on_both(model: nn.Module, quantize: Callable[[nn.Module], object]) -> N
 @pytest.mark.parametrize("preset", RECIPES)
 def test_every_preset(small: DiT, preset: str) -> None:
     recipe = recipe_for(preset)
-    recipe = replace(recipe, smoothing=recipe.smoothing and 7, iterations=min(2, recipe.iterations))  # same operations
+    smoothing = 7 if recipe.smoothing == 39 else recipe.smoothing  # fewer of the same operations
+    recipe = replace(recipe, smoothing=smoothing, iterations=min(2, recipe.iterations))
     same_on_both(small, lambda model: quantize_(model, dit_config(recipe, skip=SKIP), LOOP))
 
 

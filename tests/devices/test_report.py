@@ -37,7 +37,7 @@ def test_measurements_and_verification(preset: str, monkeypatch: pytest.MonkeyPa
     outside = ("t_embedder*", "final_layer.linear")  # which the report's inputs do not reach
     config = rank_ratio_config(0.5, 8, skip=outside)
     if preset != "rank ratio":
-        config = dit_config(recipe_for(preset, smoothing=7))
+        config = dit_config(recipe_for(preset))
     lines = quantize_(model, config, calibration_loop(images=2, steps=2)).layers
     expected = diagnose.measure(model, original, lines, 1.5, 0), layer_errors(model, original)
     with FakeCuda():

@@ -7,9 +7,17 @@ import torch
 from helpers import hard_inputs
 from torch import nn
 
-from svdit.quant.config import RECIPES
+from svdit.quant.config import RECIPES, LowRank
 from svdit.quant.observe import Statistics
-from svdit.quant.transforms import LIMITS, Transform, candidates, choose_transform, smoothing_scale
+from svdit.quant.solve import quantize_linear
+from svdit.quant.transforms import (
+    LIMITS,
+    Transform,
+    balanced_scale,
+    candidates,
+    choose_transform,
+    smoothing_scale,
+)
 
 X = hard_inputs(50).double()
 MEAN, SCALE = X.mean(0), torch.logspace(-2, 2, 128, dtype=torch.float64)
@@ -53,8 +61,52 @@ def test_scales_of_dead_channels_are_one_and_all_within_limits() -> None:
 
 
 def test_smoothing_is_found_where_it_helps(linear: nn.Linear, statistics: Statistics) -> None:
-    recipe = replace(RECIPES["w4a4"], hadamard=0, rank=8)
+    recipe = replace(RECIPES["w4a4"], hadamard=0, rank=8, smoothing=19)
     transform, (alpha, _) = choose_transform(linear.weight.detach(), statistics, recipe)
     assert alpha > 0.2
     assert transform.scale is not None
     assert transform.scale[3] > 3 * transform.scale.median()
+
+
+@pytest.mark.parametrize("low_rank", ["none", "alternated"])
+def test_balanced_scales_have_the_least_product_of_mean_squares(
+    low_rank: LowRank, linear: nn.Linear, statistics: Statistics
+) -> None:
+    """Of the mean squares of x̂ and of r̂ over any set of columns, by Cauchy and Schwarz: (Σ rms(x) ‖r‖)²."""
+    W, mean_square = linear.weight.detach(), statistics.mean_square(statistics.mean)
+    r = W.double()
+    if low_rank == "alternated":
+        U, S, V = torch.linalg.svd(r, full_matrices=False)
+        r = r - (U[:, :8] * S[:8]) @ V[:8]
+    scale = balanced_scale(W, mean_square, replace(RECIPES["w4a4"], rank=8, low_rank=low_rank)).double()
+    x, columns = mean_square.double(), r.square().sum(0)
+    for part in (slice(0, 64), slice(64, 128), slice(3, 9)):
+        product = (x / scale**2)[part].sum() * (columns * scale**2)[part].sum()
+        least = (x[part] * columns[part]).sqrt().sum() ** 2
+        assert float(product) == pytest.approx(float(least), rel=1e-3)  # the branch is that of two sweeps
+
+
+def test_the_mean_square_is_the_diagonal_of_the_second_moment(statistics: Statistics) -> None:
+    for shift in (None, statistics.mean, torch.full((128,), 0.3)):
+        expected = statistics.second_moment(shift).diagonal().float()
+        torch.testing.assert_close(statistics.mean_square(shift), expected)
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w4a8", "w4a4"])
+@torch.no_grad()
+def test_balanced_smoothing_reduces_the_error_of_hard_inputs(
+    preset: str, linear: nn.Linear, statistics: Statistics
+) -> None:
+    recipe, errors = replace(RECIPES[preset], rank=8, hadamard=0), list[float]()
+    for smoothing in ("balanced", 0):
+        layer, _ = quantize_linear("layer", linear, replace(recipe, smoothing=smoothing), statistics)
+        x = statistics.holdout_rows
+        errors.append(float((layer(x) - linear(x)).square().sum()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_dead_channels_are_not_scaled() -> None:
+    W, mean_square = torch.randn(20, 8), torch.ones(8)
+    W[:, 2], mean_square[5] = 0, 0
+    scale = balanced_scale(W, mean_square, RECIPES["rtn"])
+    assert scale[2] == scale[5] == 1

@@ -38,8 +38,8 @@ def numbers(blocks: int, halves: tuple[str, ...] = ("conditional", "unconditiona
         "errors": {half: {name: rng.uniform(0.001, 0.1, len(STEPS)).tolist() for name in every} for half in halves},
         "spectra": {n: {"rank": 2, **{key: [1.0, 0.5, 0.1] for key in LINES}}
                     for n in every[:3]},
-        "smoothing": {n: {"alpha": 0.5, "beta": 0.3, "scale_quantiles": [0.5, 0.8, 1, 2, 4]}
-                      for n in every if "adaLN" not in n},
+        "smoothing": {n: {"alpha": i % 2 / 2, "beta": 0.3, "scale_quantiles": [0.5, 0.8, 1, 2, 4]}
+                      for i, n in enumerate(every) if "adaLN" not in n},
         "activations": {n: {"before": histogram, "after": histogram} for n in every[:1]},
         "curve": [(1e6, 10.0), (2e6, 20.0), (3e6, 30.0)],
         "chosen": (2e6, 20.0),
@@ -62,6 +62,13 @@ def test_every_figure_is_drawn_and_not_empty(blocks: int, expected: tuple[str, .
         assert 0.002 < (pixels < 0.95).any(-1).mean() < 0.95, path
         edge = np.concatenate([pixels[:2].reshape(-1, 3), pixels[:, :2].reshape(-1, 3)])
         assert (edge == 1).all(), f"{path} is cut off"
+
+
+def test_exponents_are_drawn_where_a_grid_chose_them() -> None:
+    chosen = numbers(2)["smoothing"]
+    assert len(figures.smoothing(chosen).axes) == 2 * 4
+    balanced = {name: layer | {"alpha": 0.5, "beta": 0.5} for name, layer in chosen.items()}
+    assert {axis.get_ylabel() for axis in figures.smoothing(balanced).axes} == {"λ per channel", ""}
 
 
 def test_layers_are_at_their_blocks_with_their_sqnr_and_size() -> None:
