@@ -6,21 +6,23 @@ a file declares is checked before it is decoded; EXIF rotation, colour profiles 
 """
 
 import io
+import json
 import math
 import os
 import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from svdit.errors import UnreadableError, UserError, failed
@@ -263,10 +265,13 @@ def center_crop(pixels: Pixels, size: int, name: str | Openable = "an image") ->
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def write_png(path: str | Path, pixels: Pixels) -> None:
-    """Write one uint8 (H, W, 3) image."""
+def write_png(path: str | Path, pixels: Pixels, settings: Mapping[str, Any] | None = None) -> None:
+    """Write one uint8 (H, W, 3) image, and with `settings` their JSON as its text `settings`."""
+    text = PngInfo()
+    if settings is not None:
+        text.add_itxt("settings", json.dumps(settings, ensure_ascii=False))
     with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=text)
 
 
 def encode_png(pixels: Pixels) -> bytes:

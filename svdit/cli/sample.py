@@ -56,9 +56,9 @@ def run(args: argparse.Namespace) -> Result:
     with exclusive(args.output):
         with setup.uncollected():
             job = load(args)
-        draw(job, args.seed, args.output)
-    data = {"output": args.output, "classes": job.labels, "checkpoint": job.record["checkpoint"], "seed": args.seed}
-    return Result(data | asdict(job.config) | job.record, [args.output])
+        settings = {"classes": job.labels, "seed": args.seed} | asdict(job.config) | job.record
+        draw(job, settings, args.output)
+    return Result({"output": args.output} | settings, [args.output])
 
 
 def load(args: argparse.Namespace) -> Job:
@@ -75,23 +75,24 @@ def load(args: argparse.Namespace) -> Job:
     return Job(model, sampling.load_vae(vae, model, device, VAE, checkpoint.path), config, labels, record)
 
 
-def draw(job: Job, seed: int, output: Path) -> None:
-    """Sample, and write the grid."""
-    from svdit import images
+def draw(job: Job, settings: dict[str, Any], output: Path) -> None:
+    """Sample, and write the grid with the settings in it."""
+    from svdit import __version__, images
     from svdit.diffusion.noise import batch_noise
     from svdit.progress import progress
     from svdit.sampling.batch import generate_images
 
     model, autoencoder, config, labels, _ = job
     device, doubled = model.pos_embed.device, model.config.family in DOUBLED
-    noise = batch_noise(seed, (len(labels), *model.input_shape), device, doubled)
+    noise = batch_noise(settings["seed"], (len(labels), *model.input_shape), device, doubled)
     steps = len(config.schedule(model.config))
     with progress("sampling", unit="steps") as tick:
         samples = generate_images(
             model, labels, config, autoencoder=autoencoder, noise=noise, callback=lambda done, x: tick(done, steps)
         )
     scale = max(1, MIN_SIDE // samples.shape[1])
-    images.write_png(output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale))
+    settings = {"tool": "svdit", "version": __version__} | settings | {"checkpoint": settings["checkpoint"].name}
+    images.write_png(output, images.grid(samples, min(COLUMNS, len(samples)), scale=scale), settings)
 
 
 def default_classes(num_classes: int) -> list[int]:

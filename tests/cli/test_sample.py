@@ -53,6 +53,19 @@ def test_a_seed_reproduces_the_published_images(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(output)), expected)
 
 
+def test_the_grid_holds_the_settings_that_draw_it_again(tmp_path: Path) -> None:
+    path, output = saved(tmp_path / "tiny.safetensors"), tmp_path / "a.png"
+    command("sample", ["--ckpt", path, "--seed", "5", "--classes", "4", "0", *FAST, "--output", str(output)])
+    with Image.open(output) as image:
+        settings = json.loads(image.text["settings"])  # type: ignore[attr-defined]
+    assert settings["checkpoint"] == "tiny.safetensors"
+    labels, again = map(str, settings["classes"]), tmp_path / "b.png"
+    options = ["--num-sampling-steps", settings["steps"], "--cfg-scale", str(settings["cfg_scale"]), "--device", "cpu"]
+    options += ["--seed", str(settings["seed"]), "--sampler", settings["sampler"], "--output", str(again)]
+    command("sample", ["--ckpt", path, "--classes", *labels, *options])
+    assert again.read_bytes() == output.read_bytes()
+
+
 @pytest.mark.parametrize(("family", "doubled"), [("sit", True), ("repa", False)])
 def test_later_noise_is_drawn_twice_where_the_script_doubles_the_batch(
     family: str, doubled: bool, tmp_path: Path
