@@ -252,11 +252,19 @@ def cached(row: Row, nominal: str) -> str:
 
 
 def startup(rows: Rows) -> str:
-    """The phases of `sample.py` in each version: wall time, and in brackets that of all processors."""
-    measured = latest(rows, "startup")
-    versions, phases = (dict.fromkeys(name.split(": ")[i] for name in measured) for i in range(2))
-    lines = [[phase, *(seconds(measured.get(f"{version}: {phase}")) for version in versions)] for phase in phases]
-    return markdown(["s", *versions], lines, source(measured, "bench_startup.py", setting_of(measured.values())))
+    """The phases of `sample.py` in each version, by processor: wall time, and in brackets that of all processors."""
+    measured = {name: latest(part, "startup") for name, part in by_processor(rows, "startup").items()}
+    columns: dict[str, dict[str, Row]] = {}
+    for processor, each in measured.items():
+        for name, row in each.items():
+            version, phase = name.split(": ")
+            version = row["commit"].rstrip("+") if version == "this version" else version
+            columns.setdefault(f"{version}, {processor}", {})[phase] = row
+    phases = dict.fromkeys(phase for column in columns.values() for phase in column)
+    lines = [[phase, *(seconds(column.get(phase)) for column in columns.values())] for phase in phases]
+    captions = ". ".join(f"{name}: {source(each)}" for name, each in measured.items())
+    setting = setting_of(row for each in measured.values() for row in each.values())
+    return markdown(["s", *columns], lines, f"{setting}. {captions}. {reproduce('bench_startup.py')}")
 
 
 def seconds(row: Row | None) -> str:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from svdit.evaluation.options import Options
     from svdit.holdout import held_out
     from svdit.kernels.formats import Format
-    from svdit.model.autoencoder import load_autoencoder
     from svdit.model.dit import DiT
     from svdit.model.zoo import DiT_models
     from svdit.quant.config import QuantConfig, Recipe, Rule, recipe_for
     from svdit.runtime.accelerate import accelerate
+    from svdit.runtime.decoder import load_autoencoder
     from svdit.sampling.batch import generate
     from svdit.sampling.config import SamplingConfig
     from svdit.sampling.dataset import generate_dataset
@@ -43,7 +43,7 @@ _MODULES = {
     "generate": "sampling.batch",
     "generate_dataset": "sampling.dataset",
     "SamplingConfig": "sampling.config",
-    "load_autoencoder": "model.autoencoder",
+    "load_autoencoder": "runtime.decoder",
     "Options": "evaluation.options",
     "compare": "evaluation.compare",
     "DiT": "model.dit",

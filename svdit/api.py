@@ -37,6 +37,7 @@ from svdit.quant.budget import Plan, plan_
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, recipe_for, skipping
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.report import QuantReport
+from svdit.runtime.decoder import with_kernels
 from svdit.sampling.batch import default_sampling, generate_decoded
 from svdit.sampling.calibration import calibration_loop, calibration_size
 from svdit.sampling.fidelity import psnr as psnr_of
@@ -154,7 +155,7 @@ def sample(
     config = default_sampling(model.config, **settings, **chosen)
     config.schedule(model.config)  # raises before an autoencoder is loaded
     decoder = vae if isinstance(vae, Autoencoder) else autoencoder_for(model.config, vae, model.pos_embed.device)
-    return generate_decoded(model, labels, config, decoder, seed=seed, callback=callback).clamp(-1, 1)
+    return generate_decoded(model, labels, config, with_kernels(decoder), seed=seed, callback=callback).clamp(-1, 1)
 
 
 def save_image(images: Tensor, path: str | Path, *, columns: int = 4) -> None:

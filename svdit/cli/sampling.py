@@ -200,6 +200,7 @@ def load_vae(name: str, model: DiT, device: torch.device, default: str, checkpoi
     """
     from svdit.checkpoints.folders import vae_beside
     from svdit.model.autoencoder import autoencoder_for
+    from svdit.runtime.decoder import with_kernels
 
     own = vae_beside(checkpoint) if checkpoint and name == "auto" else None
-    return autoencoder_for(model.config, name, device, default=default, own=own)
+    return with_kernels(autoencoder_for(model.config, name, device, default=default, own=own))

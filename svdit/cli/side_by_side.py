@@ -18,6 +18,7 @@ from svdit.quant.config import dit_config, recipe_for
 from svdit.quant.linear import quantized_layers
 from svdit.quant.quantize import quantize_
 from svdit.runtime.accelerate import accelerate
+from svdit.runtime.decoder import with_kernels
 from svdit.sampling.batch import SamplingConfig, default_sampling, generate_decoded
 from svdit.sampling.calibration import calibration_loop, calibration_sampling, calibration_size
 from svdit.sampling.fidelity import psnr
@@ -52,7 +53,7 @@ def compare(
     if not 0 <= seed < 2**63:
         raise UserError(f"the seed is {seed}; choose an integer from 0 to 2^63 - 1")
     original, quantized = full(path, device), fast(path, preset, device)
-    config, vae = sampling(original, steps), autoencoder_for(original.config, device=device)
+    config, vae = sampling(original, steps), decoder_of(original)
     first, target = draw(original, label, seed, config, vae, callback)
     second, images = draw(quantized, label, seed, config, vae, lambda done, x: callback(steps + done, x))
     return Comparison(first, second, psnr((images - target).square().flatten(1).mean(1)).psnr)
@@ -112,10 +113,13 @@ def fast(path: Path, preset: str, device: torch.device) -> DiT:
 
 def warmed(model: DiT) -> DiT:
     """The model after the first call, in which torch allocates memory and kernels choose instructions."""
-    generate_decoded(
-        model, [0] * IMAGES, sampling(model, 2), autoencoder_for(model.config, device=model.pos_embed.device)
-    )
+    generate_decoded(model, [0] * IMAGES, sampling(model, 2), decoder_of(model))
     return model
+
+
+def decoder_of(model: DiT) -> Autoencoder:
+    """The default autoencoder of a model. Raises UserError as `autoencoder_for`."""
+    return with_kernels(autoencoder_for(model.config, device=model.pos_embed.device))
 
 
 def nbytes(model: nn.Module) -> int:

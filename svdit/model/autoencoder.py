@@ -35,12 +35,16 @@ WORKERS = 8  # images at the same time on a CPU; one of 256 px needs 0.5 GB
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """`vae`: of vae.py or of diffusers, or None if the model works on pixels; `mean` and `std` are of raw latents."""
+    """`vae`: of vae.py or of diffusers, or None if the model works on pixels; `mean` and `std` are of raw latents.
+
+    `decoder`: instead of the vae's, raw latents (N, C, h, w) to images on all threads, without regard to the batch.
+    """
 
     name: str
     vae: Any = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    decoder: Callable[[Tensor], Tensor] | None = None
 
     @property
     def factor(self) -> int:
@@ -90,6 +94,8 @@ class Autoencoder:
         if self.vae is None:
             return z.clamp(-1, 1)
         raw = self.denormalized(z)
+        if self.decoder is not None:
+            return self.decoder(raw.to(self.vae.device, self.vae.dtype)).clamp_(-1, 1)
         return torch.cat(self._map(lambda part: self.vae.decode(part).sample, raw, self.factor)).clamp(-1, 1)
 
     def normalized(self, raw: Tensor) -> Tensor:

@@ -58,22 +58,32 @@ Product = _structure(
 Attention = _structure("Attention", "images tokens heads head", "qkv weight bias cos sin out")
 WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
 Packing = _structure("Packing", "outputs depth bits group", "stored multiples weight sums")
+Convolution = _structure(
+    "Convolution",
+    "height width inputs outputs enlarge threads floats",
+    "x scale shift weight bias residual out memory",
+)
+GroupNorm = _structure("GroupNorm", "pixels channels groups piece", "x weight bias moments scale shift")
+Projection = _structure("Projection", "rows inputs outputs", "x weight bias out")
 Step = _structure("Step", "kind", "first second")
 STEPS = ("linear", "attend")  # the kinds of Step
 Peak = _structure("Peak", "repeats kind", "")
 PEAKS = ("fp32", "int8", "low")  # kinds of `peak`; low is bf16, or fp32 where attention is
-STRUCTURES = (Rows, Product, Attention, WeightOnly, Packing, Step)
+STRUCTURES = (Rows, Product, Attention, WeightOnly, Packing, Convolution, GroupNorm, Projection, Step)
 SIGNATURES = {
     "quantize_rows": [POINTER(Rows)],
     "multiply": [POINTER(Product)],
     "linear": [POINTER(Rows), POINTER(Product)],
     "attend": [POINTER(Attention)],
     "weigh": [POINTER(WeightOnly)],
+    "convolve": [POINTER(Convolution)],
+    "group_norm": [POINTER(GroupNorm)],
+    "project": [POINTER(Projection)],
     "pack_weight": [POINTER(Packing)],
     "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
     "peak": [POINTER(Peak), POINTER(c_int64)],
     "run": [POINTER(Step), c_int64],
-    "geometry": [POINTER(c_int64 * 11)],
+    "geometry": [POINTER(c_int64 * 14)],
 }
 
 
@@ -131,7 +141,7 @@ class Kernels:
         self.functions = {name: getattr(self.lib, f"{name}_{isa}") for name in SIGNATURES}
         for name, function in self.functions.items():
             function.argtypes, function.restype = SIGNATURES[name], c_int
-        numbers = (c_int64 * 11)()
+        numbers = (c_int64 * 14)()
         self.call("geometry", numbers)
         self.panel, self.low_panel, self.wide, self.signed, pairs, *sizes = numbers
         if sizes != [sizeof(kind) for kind in STRUCTURES]:

@@ -87,6 +87,38 @@ typedef struct {
     int32_t *sums;           /* (outputs) */
 } Packing;
 
+/* out = residual + 3×3 convolution of x, with `scale` of silu(x · scale + shift), stride 1, one zero around it; with
+   `enlarge` (1) x is first enlarged to twice its size by repetition. */
+typedef struct {
+    int64_t height, width, inputs, outputs, enlarge; /* height and width of out */
+    int64_t threads, floats;                         /* at most so many threads, and the memory of each */
+    const float *x;                                  /* (height, width, inputs), of half the size with enlarge */
+    const float *scale, *shift;                      /* (inputs), or null */
+    const float *weight;                             /* (outputs, inputs, 3, 3) */
+    const float *bias;                               /* (outputs), or null */
+    const float *residual;                           /* (height, width, outputs), or null */
+    float *out;                                      /* (height, width, outputs), may be the residual itself */
+    float *memory;                                   /* (threads, floats), aligned to 64 bytes */
+} Convolution;
+
+/* weight · (x − mean) / √(variance + 1e-6) + bias over groups of channels, as scale and shift of each channel of x. */
+typedef struct {
+    int64_t pixels, channels, groups, piece; /* piece: pixels whose moments are computed at a time */
+    const float *x;                          /* (pixels, channels) */
+    const float *weight, *bias;              /* (channels) */
+    float *moments;                          /* (pieces, 2, channels), scratch */
+    float *scale, *shift;                    /* (channels) */
+} GroupNorm;
+
+/* out = x weightᵀ + bias in fp32. */
+typedef struct {
+    int64_t rows, inputs, outputs;
+    const float *x;      /* (rows, inputs) */
+    const float *weight; /* (outputs, inputs) */
+    const float *bias;   /* (outputs), or null */
+    float *out;          /* (rows, outputs) */
+} Projection;
+
 /* One of several calls that `run` makes in order. */
 enum { LINEAR, ATTEND };
 typedef struct {

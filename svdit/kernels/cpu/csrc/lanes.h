@@ -336,9 +336,11 @@ FN void end(void) {}
         return failed; \
     }
 FN int64_t team(void) { return omp_get_num_threads(); }
+FN int64_t member(void) { return omp_get_thread_num(); }
 #else
 #define PARALLEL(work, arguments) { int64_t next = 0; return work(arguments, &next); }
 FN int64_t team(void) { return 1; }
+FN int64_t member(void) { return 0; }
 #endif
 
 /* The next of `pieces` pieces; returns `pieces` when none is left. Threads start far apart: adjacent pieces would cause

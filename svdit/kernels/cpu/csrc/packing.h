@@ -79,7 +79,7 @@ int EXPORT(geometry)(int64_t *to)
 {
     int64_t numbers[] = {PANEL, LOW_PANEL, WIDE, SIGNED, PAIRS,
                          sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly), sizeof(Packing),
-                         sizeof(Step)};
+                         sizeof(Convolution), sizeof(GroupNorm), sizeof(Projection), sizeof(Step)};
     memcpy(to, numbers, sizeof numbers);
     return 0;
 }

@@ -12,6 +12,8 @@
 #include "panels.h"
 #include "product.h"
 #include "attention.h"
+#include "winograd.h"
+#include "pixels.h"
 #include "weights.h"
 #include "steps.h"
 #include "packing.h"
