@@ -370,6 +370,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "backends": lambda rows: listing(rows, "digits backends", "bench_end_to_end.py backends"),
     "sampling": lambda rows: listing(rows, "sampling", "bench_sampling.py"),
     "startup": startup,
+    "decoding": lambda rows: listing(rows, "decoding", "bench_decoding.py"),
 }
 
 
