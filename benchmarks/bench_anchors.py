@@ -107,7 +107,7 @@ def main() -> None:
             over = ratio(times, name, "svdit w8a8")
             print(f"{name:20} {milliseconds:8.1f} ms, {over:5.2f} × the time of svdit w8a8; error {error:.2g}")
             if keep:
-                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {choice.choice()}"
+                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {choice.describe()}"
                 record("anchors", f"{name}, time over svdit w8a8", over, "×", note)
 
 

@@ -90,7 +90,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
         print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
         if valid:
-            note = f"{median * 1e3:.0f} ms; {shape}, {choice.choice()}, error {error:.2g}"
+            note = f"{median * 1e3:.0f} ms; {shape}, {choice.describe()}, error {error:.2g}"
             record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
     floats = [name for name in candidates if name not in SCHEMES and name != "fp32 eager"]
     best = min(floats, key=lambda name: statistics.median(times[name]))
@@ -99,7 +99,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     for name, value in ratios.items():
         print(f"{name}: {value:.3f} ×")
         if valid:
-            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {choice.choice()}")
+            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {choice.describe()}")
     for name, count in counts.items():
         share = bound.share(count, times[name])
         print(f"{name}: the arithmetic at the peaks takes {share:.0f} % of its time")
@@ -122,7 +122,7 @@ def families(setting: Setting) -> None:
     for name in FAMILIES:
         over, share = ratio(times, f"{name} fp32", f"{name} W8A8"), bound.share(counts[name], times[f"{name} W8A8"])
         slow, fast = (1e3 * statistics.median(times[f"{name} {kind}"]) for kind in ("fp32", "W8A8"))
-        note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {choice.choice()}"
+        note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {choice.describe()}"
         print(f"{name:18} W8A8 {over:5.2f} × fp32 eager, {over / first:.2f} of {FAMILIES[0]}'s   {note}")
         print(f"{name:18} the arithmetic at the peaks takes {share:.0f} % of the time of W8A8")
         if valid:
@@ -169,7 +169,7 @@ def peak(setting: Setting) -> None:
 
 def parts(setting: Setting) -> None:
     """INT8 products relative to the peak in the same round; share of the low-rank branch and of the transforms."""
-    kernels, generator = choice.kernels(), torch.Generator().manual_seed(0)
+    kernels, generator = ffi.kernels(choice.exact()), torch.Generator().manual_seed(0)
     totals: dict[str, float] = {}
     for name, (I, O) in LAYERS.items():
         linear, x = nn.Linear(I, O, device="meta"), torch.randn(2, 256, I, generator=generator)
@@ -249,7 +249,7 @@ def choices(setting: Setting) -> None:
 
 def pair_times(config: DiTConfig, known: list[str], setting: Setting) -> dict[str, float]:
     """Median seconds of a model for every pair of instruction sets for linears and attention."""
-    model, inputs, runs = random_model(config, "W8A8", rank=setting.rank), model_inputs(2, config), dict[str, Run]()
+    model, inputs, runs = random_model(config, "W4A8", rank=setting.rank), model_inputs(2, config), dict[str, Run]()
     for linears, attention in itertools.product(known, (*known, choice.TORCH)):
         os.environ |= {"SVDIT_ISA": linears, "SVDIT_ATTENTION": attention}
         choice.choice.cache_clear()

@@ -1,16 +1,17 @@
 """The least time that the arithmetic of a forward pass takes: every operation at the peak rate of its kind.
 
-INT8 products of the blocks at the INT8 peak; low-rank branches and attention at the bf16 peak, or at fp32's on
-processors without bf16 products; adaLN, embedders and the last layer at the fp32 peak. Reading and writing, norms,
-activations, softmax, transforms and codes are not counted.
+INT8 products of the blocks at the INT8 peak; attention and low-rank branches at the bf16 peak, or at fp32's on
+processors without bf16 products and beside 8-bit weights; adaLN, embedders and the last layer at the fp32 peak. Reading
+and writing, norms, activations, softmax, transforms and codes are not counted.
 """
 
 from collections import Counter
 from statistics import median
 
+import torch
 from torch import nn
 
-from svdit.kernels.cpu import ffi
+from svdit.kernels.cpu import choice, ffi
 from svdit.model.dit import DiT
 from svdit.model.layers import Block
 from svdit.quant.linear import quantized_layers
@@ -24,7 +25,8 @@ def operations(model: DiT, batch: int) -> Counter[str]:
         rows = batch * (length(model, name, tokens) if layer.spec.act else 1)
         I, O, R = layer.in_features, layer.out_features, layer.spec.rank
         count["int8" if layer.spec.act else "fp32"] += 2 * rows * I * O
-        count["low"] += 2 * rows * R * (I + O)
+        branch = "low" if choice.kernels(layer.spec).low_dtype == torch.bfloat16 else "fp32"
+        count[branch] += 2 * rows * R * (I + O)
     for i, block in enumerate(model.blocks):
         if isinstance(block, Block):
             count["low"] += 4 * batch * length(model, f"blocks.{i}", tokens) ** 2 * config.hidden_size

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from svdit.errors import UserError
-from svdit.kernels.cpu import choice, ffi
+from svdit.kernels.cpu import choice, ffi, linear
 from svdit.kernels.cpu.choice import TORCH, Choice
+from svdit.kernels.formats import WEIGHT_FORMATS, Format
+from svdit.kernels.layer import Layer, LinearSpec
 
 pytestmark = pytest.mark.skipif(bool(ffi.missing()), reason=ffi.missing())
 ISAS = ffi.isas()
@@ -112,6 +115,44 @@ def test_an_unknown_name_is_a_sentence(name: str, value: str, cache: Path, monke
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"{name} is {value}, but this machine supports .*{ISAS[-1]}"):
         choice.choice()
+
+
+W8A8 = LinearSpec(8, None, "bfloat16", Format(8), Format(8))
+
+
+@pytest.mark.parametrize("linears", ISAS)
+def test_beside_eight_bits_the_branch_is_in_fp32(linears: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the same integer instructions exist with such a branch, unless the environment asks for another."""
+    monkeypatch.setattr(choice, "fastest", lambda isas: Choice(linears, linears))
+    assert choice.kernels().isa == choice.kernels(replace(W8A8, weight=WEIGHT_FORMATS["int4"])).isa == linears
+    if linears not in ("amx", "portable"):
+        assert choice.kernels(W8A8).low_dtype == torch.float32
+    assert choice.describe().endswith(choice.kernels(W8A8).isa)
+    monkeypatch.setenv("SVDIT_ISA", linears)
+    choice.choice.cache_clear()
+    assert choice.kernels(W8A8).isa == choice.describe() == linears
+
+
+@pytest.mark.skipif("avx512bf16" not in ISAS, reason="this processor has no bf16 products")
+@torch.no_grad()
+def test_a_large_branch_costs_a_layer_of_eight_bits_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding to bf16 leaves 2⁻⁹ of the branch; a sum in fp32 of K numbers at most K 2⁻²⁴ of them."""
+    monkeypatch.setattr(choice, "fastest", lambda isas: Choice("avx512bf16", "avx512bf16"))
+    generator = torch.Generator().manual_seed(0)
+    O, I, x = 64, 128, torch.randn(1, 50, 128, generator=generator)
+    tensors = {
+        "residual_codes": torch.zeros(O, I, dtype=torch.int8),
+        "residual_scales": torch.ones(O, 1),
+        "l1": torch.randn(O, 8, generator=generator).bfloat16(),
+        "l2": torch.randn(8, I, generator=generator).bfloat16(),
+    }
+    layer = Layer(W8A8, (O, I), tensors)
+    exact = x.double() @ tensors["l2"].double().T @ tensors["l1"].double().T
+    errors = [
+        float((linear.IntegerLinear(layer, kernels)(x) - exact).norm() / exact.norm())
+        for kernels in (choice.kernels(W8A8), choice.kernels())
+    ]
+    assert errors[0] < I * 2**-24 < 2**-11 < errors[1]
 
 
 FP32, MIXED, BF16 = Choice(TORCH, TORCH), Choice(TORCH, "portable"), Choice("portable", "portable")  # the last rounds
