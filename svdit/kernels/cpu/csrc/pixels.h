@@ -79,17 +79,17 @@ WORK int project_some(const Projection *shared, int64_t *next)
 {
     const Projection kept = *shared, *p = &kept;
     int64_t I = p->inputs, pieces = padded(p->rows, PIXELS) / PIXELS, panel = I * PANEL, size = padded(I, LANES) * PANEL;
-    float *memory = aligned_alloc(64, (size_t)(padded(TILE_ROWS * I, LANES) + padded(p->outputs, PANEL) / PANEL * panel + size) * 4);
-    float *weight = memory + padded(TILE_ROWS * I, LANES);
+    int64_t rows = padded(TILE_ROWS * I, 16), floats = rows + padded(p->outputs, PANEL) / PANEL * panel + size;
+    float *memory = aligned_alloc(64, (size_t)padded(floats, 16) * 4), *weight = memory + rows;
     if (!memory) return 1;
     for (int64_t n = 0; n < p->outputs; n += PANEL)
         transpose_rows(weight + n / PANEL * panel, PANEL, p->weight, p->outputs, I, n);
     for (int64_t piece; (piece = take(next, pieces)) < pieces;)
         for (int64_t m = piece * PIXELS; m < least((piece + 1) * PIXELS, p->rows); m += TILE_ROWS) {
-            int64_t rows = least(least(TILE_ROWS, p->rows - m), (piece + 1) * PIXELS - m);
+            int64_t left = least(TILE_ROWS, p->rows - m);
             const float *x = p->x + m * I;
-            if (m + TILE_ROWS > p->rows) x = memcpy(memory, x, (size_t)(rows * I) * 4);
-            project_group(p, weight, x, m, rows);
+            if (left < TILE_ROWS) x = memcpy(memory, x, (size_t)(left * I) * 4);
+            project_group(p, weight, x, m, left);
         }
     free(memory);
     return 0;
