@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> Result:
     with exclusive(args.output):
         with setup.uncollected():
             job = load(args)
-        settings = {"classes": job.labels, "seed": args.seed} | asdict(job.config) | job.record
+        chosen = {"classes": job.labels, "checkpoint": job.record["checkpoint"], "seed": args.seed}
+        settings = chosen | asdict(job.config) | job.record
         draw(job, settings, args.output)
     return Result({"output": args.output} | settings, [args.output])
 
