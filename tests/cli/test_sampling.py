@@ -15,6 +15,7 @@ from svdit.errors import UserError
 from svdit.model import autoencoder
 from svdit.model.config import FAMILIES, DiTConfig
 from svdit.model.zoo import config_for
+from svdit.runtime import decoder
 from svdit.sampling.batch import SamplingConfig
 from svdit.sampling.protocols import PROTOCOLS
 from svdit.shims import allow_cpu_torchvision
@@ -209,6 +210,7 @@ def test_the_autoencoder_follows_the_channels(
     channels: int, name: str, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autoencoder, "load_autoencoder", lambda name, device: name)
+    monkeypatch.setattr(decoder, "with_kernels", lambda encoder: encoder)
     model = SimpleNamespace(config=SimpleNamespace(in_channels=channels, latent_std=()))
     assert sampling.load_vae(name, model, CPU, "mse") == chosen  # type: ignore[arg-type, comparison-overlap]
 
@@ -230,6 +232,7 @@ def test_an_autoencoder_that_does_not_match_is_an_error(channels: int, name: str
 
 def test_a_pipeline_decodes_with_its_own_autoencoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoencoder, "load_autoencoder", lambda name, device: name)
+    monkeypatch.setattr(decoder, "with_kernels", lambda encoder: encoder)
     model = SimpleNamespace(config=SimpleNamespace(in_channels=4, latent_std=()))
     (tmp_path / "vae").mkdir()
     file = tmp_path / "transformer" / "x.safetensors"

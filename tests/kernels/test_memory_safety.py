@@ -225,7 +225,7 @@ def test_every_allocation_in_c_is_checked() -> None:
             names = "hat|half|buffer|x|keys|values|row|queries|scores|out"
             checked = re.findall(rf"!(?:own\.)?(?:{names})\b|\bstart \?", text)
             assert len(checked) == len(made), path.name
-    assert counts == {"rows.h": 2, "panels.h": 1, "attention.h": 7, "weights.h": 2}
+    assert counts == {"rows.h": 2, "panels.h": 1, "attention.h": 7, "weights.h": 2, "pixels.h": 1}
 
 
 if __name__ == "__main__":

@@ -80,18 +80,18 @@ WORK int project_some(const Projection *shared, int64_t *next)
     const Projection kept = *shared, *p = &kept;
     int64_t I = p->inputs, pieces = padded(p->rows, PIXELS) / PIXELS, panel = I * PANEL, size = padded(I, LANES) * PANEL;
     int64_t rows = padded(TILE_ROWS * I, 16), floats = rows + padded(p->outputs, PANEL) / PANEL * panel + size;
-    float *memory = aligned_alloc(64, (size_t)padded(floats, 16) * 4), *weight = memory + rows;
-    if (!memory) return 1;
+    float *buffer = aligned_alloc(64, (size_t)padded(floats, 16) * 4), *weight = buffer + rows;
+    if (!buffer) return 1;
     for (int64_t n = 0; n < p->outputs; n += PANEL)
         transpose_rows(weight + n / PANEL * panel, PANEL, p->weight, p->outputs, I, n);
     for (int64_t piece; (piece = take(next, pieces)) < pieces;)
         for (int64_t m = piece * PIXELS; m < least((piece + 1) * PIXELS, p->rows); m += TILE_ROWS) {
             int64_t left = least(TILE_ROWS, p->rows - m);
             const float *x = p->x + m * I;
-            if (left < TILE_ROWS) x = memcpy(memory, x, (size_t)(left * I) * 4);
+            if (left < TILE_ROWS) x = memcpy(buffer, x, (size_t)(left * I) * 4);
             project_group(p, weight, x, m, left);
         }
-    free(memory);
+    free(buffer);
     return 0;
 }
 
