@@ -90,7 +90,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
         print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
         if valid:
-            note = f"{median * 1e3:.0f} ms; {shape}, {choice.describe()}, error {error:.2g}"
+            note = f"{median * 1e3:.0f} ms; {shape}, {choice.choice()}, error {error:.2g}"
             record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
     floats = [name for name in candidates if name not in SCHEMES and name != "fp32 eager"]
     best = min(floats, key=lambda name: statistics.median(times[name]))
@@ -99,7 +99,7 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     for name, value in ratios.items():
         print(f"{name}: {value:.3f} ×")
         if valid:
-            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {choice.describe()}")
+            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {choice.choice()}")
     for name, count in counts.items():
         share = bound.share(count, times[name])
         print(f"{name}: the arithmetic at the peaks takes {share:.0f} % of its time")
@@ -122,7 +122,7 @@ def families(setting: Setting) -> None:
     for name in FAMILIES:
         over, share = ratio(times, f"{name} fp32", f"{name} W8A8"), bound.share(counts[name], times[f"{name} W8A8"])
         slow, fast = (1e3 * statistics.median(times[f"{name} {kind}"]) for kind in ("fp32", "W8A8"))
-        note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {choice.describe()}"
+        note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {choice.choice()}"
         print(f"{name:18} W8A8 {over:5.2f} × fp32 eager, {over / first:.2f} of {FAMILIES[0]}'s   {note}")
         print(f"{name:18} the arithmetic at the peaks takes {share:.0f} % of the time of W8A8")
         if valid:
@@ -159,7 +159,7 @@ def compiled_model(model: DiT, x: Tensor, t: Tensor, y: Tensor) -> Run:
 def peak(setting: Setting) -> None:
     """Peak rates of this processor, computed from registers."""
     kernels = choice.kernels()
-    for kind in ffi.PEAKS:
+    for kind in ffi.peaks(kernels):
         name = str(kernels.low_dtype).removeprefix("torch.") if kind == "low" else kind
         rate = max(ffi.peak(kernels, kind, 3_000_000) for _ in range(5)) / 1e9
         print(f"peak from registers, {name}: {rate:.0f} GOP/s")
@@ -169,7 +169,7 @@ def peak(setting: Setting) -> None:
 
 def parts(setting: Setting) -> None:
     """INT8 products relative to the peak in the same round; share of the low-rank branch and of the transforms."""
-    kernels, generator = ffi.kernels(choice.exact()), torch.Generator().manual_seed(0)
+    kernels, generator = choice.kernels(), torch.Generator().manual_seed(0)
     totals: dict[str, float] = {}
     for name, (I, O) in LAYERS.items():
         linear, x = nn.Linear(I, O, device="meta"), torch.randn(2, 256, I, generator=generator)

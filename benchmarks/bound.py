@@ -1,7 +1,7 @@
 """The least time that the arithmetic of a forward pass takes: every operation at the peak rate of its kind.
 
-INT8 products of the blocks at the INT8 peak; attention and low-rank branches at the bf16 peak, or at fp32's on
-processors without bf16 products and beside 8-bit weights; adaLN, embedders and the last layer at the fp32 peak. Reading
+INT8 products of the blocks at the INT8 peak; low-rank branches at the INT16 peak and attention at the bf16 peak, or at
+fp32's on processors without such products; adaLN, embedders and the last layer at the fp32 peak. Reading
 and writing, norms, activations, softmax, transforms and codes are not counted.
 """
 
@@ -16,6 +16,8 @@ from svdit.model.dit import DiT
 from svdit.model.layers import Block
 from svdit.quant.linear import quantized_layers
 
+BRANCHES = {torch.int16: "int16", torch.bfloat16: "low", torch.float32: "fp32"}
+
 
 def operations(model: DiT, batch: int) -> Counter[str]:
     """Operations (a multiply-add is two) of a forward pass of a quantized model, by kind of peak of `ffi.PEAKS`."""
@@ -25,8 +27,7 @@ def operations(model: DiT, batch: int) -> Counter[str]:
         rows = batch * (length(model, name, tokens) if layer.spec.act else 1)
         I, O, R = layer.in_features, layer.out_features, layer.spec.rank
         count["int8" if layer.spec.act else "fp32"] += 2 * rows * I * O
-        branch = "low" if choice.kernels(layer.spec).low_dtype == torch.bfloat16 else "fp32"
-        count[branch] += 2 * rows * R * (I + O)
+        count[BRANCHES[choice.kernels().branch_dtype]] += 2 * rows * R * (I + O)
     for i, block in enumerate(model.blocks):
         if isinstance(block, Block):
             count["low"] += 4 * batch * length(model, f"blocks.{i}", tokens) ** 2 * config.hidden_size
@@ -50,7 +51,7 @@ class Bound:
         self.kernels, self.rounds = kernels, list[dict[str, float]]()
 
     def __call__(self) -> None:
-        self.rounds.append({kind: ffi.peak(self.kernels, kind, 500_000) for kind in ffi.PEAKS})
+        self.rounds.append({kind: ffi.peak(self.kernels, kind, 500_000) for kind in ffi.peaks(self.kernels)})
 
     def share(self, count: Counter[str], times: list[float]) -> float:
         """The bound of `operations` in % of the measured times, both of the same round; the median."""

@@ -6,10 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from svdit.kernels import ops
 from svdit.kernels import reference as ref
-from svdit.kernels.cpu import choice
+from svdit.kernels.cpu import choice, ffi
 from svdit.kernels.formats import Format
 from svdit.kernels.generic import dequantized
 from svdit.kernels.layer import Layer, Linear, LinearSpec, Modulation, Residual
@@ -65,6 +66,32 @@ def random_layer(O: int, I: int, R: int, weight: Format, seed: int, hadamard: in
         l1=torch.randn(O, R, generator=g).bfloat16() if R else None,
         l2=(torch.randn(R, I, generator=g) / I**0.5).bfloat16() if R else None,
     )
+
+
+def branch_bound(kernels: ffi.Kernels, hat: torch.Tensor, l1: torch.Tensor, l2: torch.Tensor) -> torch.Tensor:
+    """How far x̂ L2ᵀ L1ᵀ by the C kernels may be from that of hat (M, I), l1 (O, R), l2 (R, I) in float64: (M, O).
+
+    A word of activations is off by half a step, which is 2⁻¹⁴ of the row's largest number; one of a factor by
+    `half_words`. A sum of two bf16 is off by U_BF16². Numbers round ten times, sums of n numbers in fp32 n times.
+    """
+    size = hat.abs() @ l2.abs().T
+    if kernels.branch_dtype == torch.int16:
+        low = hat @ l2.T
+        half = hat.abs().amax(1, keepdim=True) / 2**14 * 0.5001
+        low_error = half @ l2.abs().sum(1)[None] + (hat.abs() + half).sum(1, keepdim=True) @ half_words(l2)[None]
+        low_error = low_error + (hat.shape[1] / 64 + 10) * U * size
+        half = (low.abs() + low_error).amax(1, keepdim=True) / 2**14 * 0.5001
+        error = (low_error + half) @ l1.abs().T
+        error = error + (low.abs() + low_error + half).sum(1, keepdim=True) @ half_words(l1)[None]
+        return error + (l1.shape[1] / 64 + 10) * U * (size @ l1.abs().T)
+    roundings = 2.1 * U_BF16**2 if kernels.parts == 2 else 0
+    return (roundings + (kernels.parts * sum(l2.shape) + 10) * U) * (size @ l1.abs().T)
+
+
+def half_words(factor: torch.Tensor) -> torch.Tensor:
+    """Half a step of the words of each row of (O, R), with which a number is at most 2¹⁵ and 64 sum to 2¹⁷: (O,)."""
+    size = F.pad(factor.abs(), (0, -factor.shape[1] % 64)).unflatten(1, (-1, 64))
+    return torch.maximum(size.amax((1, 2)) / (2**15 - 1), size.sum(2).amax(1) / (2**17 - 40)) * 0.5001
 
 
 def model_bound(backend: str, bits: int = 8) -> float:

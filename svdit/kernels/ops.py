@@ -47,7 +47,7 @@ def _nothing(*_: object) -> str:
 
 
 def _pack_for_cpu(layer: Layer, inner: bool) -> Linear | None:
-    return cpu.pack(layer, choice.kernels(layer.spec), choice.attention_dtype() if inner else torch.float32)
+    return cpu.pack(layer, choice.kernels(), choice.attention_dtype() if inner else torch.float32)
 
 
 BACKENDS = {  # best first
@@ -85,7 +85,7 @@ def choose(device: torch.device | str = "cpu", backend: str | None = None) -> st
 
 def describe(backend: str) -> str:
     """The backend, and for `cpu` the instruction sets in use."""
-    return f"cpu ({choice.describe()})" if backend == "cpu" else backend
+    return f"cpu ({choice.choice()})" if backend == "cpu" else backend
 
 
 def unsupported(spec: LinearSpec, shape: Shape, backend: str, device: torch.device | str = "cpu") -> str:

@@ -13,10 +13,13 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
     SCHEMES,
     check,
     make,
+    test_a_branch_loses_little_to_rounding,
     test_everything_around_a_layer,
     test_extreme_rows,
     test_float_weights,
+    test_rows_that_words_cannot_hold,
     test_sums_of_the_largest_codes_are_exact,
+    test_the_largest_words_sum_exactly,
     test_threads_do_not_change_a_bit,
     test_weight_only,
 )

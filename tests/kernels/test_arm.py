@@ -18,6 +18,7 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
     SCHEMES,
     check,
     make,
+    test_a_branch_loses_little_to_rounding,
     test_any_shape,
     test_bfloat16_between_layers,
     test_every_hadamard_block,
@@ -27,7 +28,9 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
     test_gated_activations_of_any_shape,
     test_norms_and_gelu_are_precise,
     test_packing_adds_up_what_is_there,
+    test_rows_that_words_cannot_hold,
     test_sums_of_the_largest_codes_are_exact,
+    test_the_largest_words_sum_exactly,
     test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign,
     test_weight_only,
 )
@@ -109,7 +112,7 @@ def test_outputs_equal_those_of_this_processor(kernels: ffi.Kernels, name: str) 
     layer, x = random_layer(100, 320, 0, WEIGHT_FORMATS[name], 2, 64), torch.randn(1, 50, 320)
     assert layer.bias is None
     here, there = (cpu.IntegerLinear(layer, each) for each in (ffi.kernels("portable"), kernels))
-    (codes, steps, _), (others, same, _) = here.quantize(x), there.quantize(x)
+    (codes, steps, *_), (others, same, *_) = here.quantize(x), there.quantize(x)
     assert torch.equal(codes.int() - here.offset, others.int() - there.offset) and torch.equal(steps, same)
     assert torch.equal(here(x), there(x))
 

@@ -126,7 +126,7 @@ def test_every_backend_computes_the_definition(name: str, form: Format, act: For
         pytest.skip(ops.reasons()[backend])
     layer, x = weight_layer(form, act, seed), numbers(Format(), 6, seed + 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(choice, "kernels", lambda spec: ffi.kernels(isa))
+        patch.setattr(choice, "kernels", lambda: ffi.kernels(isa))
         reason = ops.unsupported(layer.spec, layer.shape, backend)
         packed = ops.BACKENDS[backend].pack(generic.with_whole_codes(layer), False)
         y = ops.pack(layer, backend)(x[None])[0]

@@ -21,7 +21,7 @@ if __name__ == "__main__":
 from layers import random_layer, with_spec
 
 from svdit.errors import UserError
-from svdit.kernels.cpu import choice, ffi
+from svdit.kernels.cpu import choice, ffi, packing
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.kernels.layer import HeadNorms, Layer, Modulation, Residual, Rotation
@@ -54,7 +54,7 @@ def calls(kernels: ffi.Kernels) -> Iterator[tuple[str, Callable[[], object]]]:
     packed, only = cpu.IntegerLinear(layer, kernels), cpu.weight_only(weights_alone(layer), kernels)
     x, rows, gate = torch.ones(2, 5, I), torch.ones(2, I), torch.ones(2, O)
     stream, qkv = torch.ones(2, 5, O), torch.ones(2, 5, 3 * I).to(kernels.low_dtype)
-    codes, steps, low = packed.quantize(x)
+    quantized = packed.quantize(x)
     weights, angles = torch.ones(2, 2, I // 2), torch.ones(2, 5, I // 2)
     for name, change in {**MISFITS, **STRIDED}.items():
         images = name == "an image fewer"  # of x and qkv any number is right
@@ -76,18 +76,18 @@ def calls(kernels: ffi.Kernels) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"scale {name}", lambda f=change: packed(x, modulation=Modulation(rows, f(rows)))
         yield f"gate {name}", lambda f=change: packed(x, residual=Residual(stream.clone(), f(gate)))
         yield f"stream {name}", lambda f=change: packed(x, residual=Residual(f(stream), gate))
-        for place, tensor in enumerate((codes, steps, low)):
-            parts: list[torch.Tensor] = [codes, steps, low]
+        for place, tensor in enumerate(quantized):
+            parts = [*quantized]
             parts[place] = change(tensor)
             if not (tensor.shape[1] == 1 and name == "transposed"):  # one column is contiguous in any order
                 yield f"multiply, part {place} {name}", lambda p=tuple(parts): packed.multiply(p, 2)
         stored = layer.tensors["residual_codes"]
         changed = {**layer.tensors, "residual_codes": change(stored)}
         if name not in STRIDED:  # packing makes codes contiguous
-            yield f"codes {name}", lambda t=changed: kernels.pack_weight(replace(layer, tensors=t))
+            yield f"codes {name}", lambda t=changed: packing.pack_weight(replace(layer, tensors=t), kernels)
             if "float" not in name:
-                yield f"factor {name}", lambda f=change: kernels.pack_factor(f(layer.tensors["l1"]), (O, R), 16, 2)
-    yield "rows that are no whole images", lambda: packed.multiply((codes[:9], steps[:9], low[:9]), 2)
+                yield f"factor {name}", lambda f=change: packing.pack_l1(f(layer.tensors["l1"]), (O, R), kernels)
+    yield "rows that are no whole images", lambda: packed.multiply(tuple(part[:9] for part in quantized), 2)
     yield "heads that do not divide", lambda: cpu.attention(qkv, 5, kernels)
     yield "pairs that do not divide", lambda: cpu.attention(qkv, I, kernels, None, Rotation(*torch.ones(2, 5, 1)))
     yield "no heads", lambda: cpu.attention(qkv, 0, kernels)

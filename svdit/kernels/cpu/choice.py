@@ -32,10 +32,9 @@ from svdit.kernels.layer import Layer, LinearSpec, Modulation, Residual
 TORCH = "torch"  # its attention in fp32, one image after the other
 TOKENS, WIDTH, HEADS = 256, 1152, 16  # of the trial's block, one of DiT-XL/2's
 ROUNDS, REPEATS = 3, 6  # runs of a measurement; measurements of which two must agree, at most
-ALIKE = 1.015  # of pairs that differ by less, the one with more fp32 beside its integers is taken
+ALIKE = 1.015  # of pairs that differ by less, one that attends in fp32 is taken, or else one instruction set
 HOPELESS = 1.5  # times the least
 WAIT = 60.0  # seconds for another process that measures
-EXACT = {"avx512bf16": "avx512vnni", "neonbf16": "neoni8mm"}  # the same integer products, and a branch in fp32
 Trial = Callable[[], object]
 
 
@@ -68,24 +67,9 @@ def choice() -> Choice:
     return Choice(measured.linears, attention or measured.attention)
 
 
-def kernels(spec: LinearSpec | None = None) -> ffi.Kernels:
-    """Those for linears, or for a layer of this spec.
-
-    Beside 8-bit weights a branch in bf16 makes more error than the integers, and one in fp32 takes 5 % of a block.
-    """
-    whole = spec is not None and spec.weight is not None and spec.weight.bits == 8
-    return ffi.kernels(exact() if whole else choice().linears)
-
-
-def exact() -> str:
-    """The instruction set for layers of 8-bit weights: the chosen one, with its branch in fp32 where there is such."""
-    name = choice().linears
-    return name if os.environ.get("SVDIT_ISA") else EXACT.get(name, name)
-
-
-def describe() -> str:
-    """The instruction sets in use."""
-    return f"{choice()}" if exact() == choice().linears else f"{choice()}, 8-bit weights {exact()}"
+def kernels() -> ffi.Kernels:
+    """Those for linears."""
+    return ffi.kernels(choice().linears)
 
 
 def attention_kernels() -> ffi.Kernels | None:
@@ -172,16 +156,15 @@ def hopeful(seconds: Mapping[Choice, float]) -> list[Choice]:
 
 
 def best(seconds: Mapping[Choice, float]) -> Choice:
-    """The pair with the fewest seconds, or of those that are ALIKE one with less bf16."""
+    """The pair with the fewest seconds; of those that are ALIKE one that attends in fp32, or one instruction set."""
     least = min(seconds.values())
     alike = [pair for pair, each in seconds.items() if each <= ALIKE * least]
-    return min(alike, key=lambda pair: (rounds(pair), seconds[pair]))
+    return min(alike, key=lambda pair: (rounds(pair), pair.linears != pair.attention, seconds[pair]))
 
 
-def rounds(pair: Choice) -> int:
-    """How many of the two compute in bf16: the low-rank branch, and attention."""
-    own = [name for name in (pair.linears, pair.attention) if name != TORCH]
-    return sum(ffi.kernels(name).low_dtype == torch.bfloat16 for name in own)
+def rounds(pair: Choice) -> bool:
+    """Whether attention computes in bf16."""
+    return pair.attention != TORCH and ffi.kernels(pair.attention).low_dtype == torch.bfloat16
 
 
 def trial_layers(kernels: ffi.Kernels) -> list[linear.IntegerLinear]:

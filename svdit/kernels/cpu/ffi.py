@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from svdit.errors import UserError
-from svdit.kernels import reference as ref
 from svdit.kernels.cpu.build import MissingKernelsError, library
 from svdit.kernels.cpu.features import capabilities, permits_tiles
-from svdit.kernels.layer import Layer
 
 DEPTH_STEP = 16
 AVX512 = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq", "avx512_vnni", "fma3")
@@ -48,12 +46,12 @@ def _structure(name: str, integers: str, pointers: str) -> type[Structure]:
 Rows = _structure(
     "Rows",
     "rows depth tokens stride hadamard rank group lo hi offset wide bf16 rms glu",
-    "x shift scale in_shift in_inverse l2 codes steps low",
+    "x shift scale in_shift in_inverse l2 l2_steps codes steps low low_steps",
 )
 Product = _structure(
     "Product",
     "rows depth outputs tokens stride rank bits gelu group floats offset row_steps bf16",
-    "codes low steps weight multiples offsets channel bias l1 gate residual out",
+    "codes low low_steps steps weight multiples offsets channel bias l1 l1_steps gate residual out",
 )
 Attention = _structure("Attention", "images tokens heads head", "qkv weight bias cos sin out")
 WeightOnly = _structure("WeightOnly", "rows depth outputs bits groups", "x weight scales bias out")
@@ -68,7 +66,7 @@ Projection = _structure("Projection", "rows inputs outputs", "x weight bias out"
 Step = _structure("Step", "kind", "first second")
 STEPS = ("linear", "attend")  # the kinds of Step
 Peak = _structure("Peak", "repeats kind", "")
-PEAKS = ("fp32", "int8", "low")  # kinds of `peak`; low is bf16, or fp32 where attention is
+PEAKS = ("fp32", "int8", "low", "int16")  # kinds of `peak`; low is bf16, or fp32 where attention is
 STRUCTURES = (Rows, Product, Attention, WeightOnly, Packing, Convolution, GroupNorm, Projection, Step)
 SIGNATURES = {
     "quantize_rows": [POINTER(Rows)],
@@ -83,7 +81,7 @@ SIGNATURES = {
     "pack_factor": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p],
     "peak": [POINTER(Peak), POINTER(c_int64)],
     "run": [POINTER(Step), c_int64],
-    "geometry": [POINTER(c_int64 * 14)],
+    "geometry": [POINTER(c_int64 * 17)],
 }
 
 
@@ -141,12 +139,13 @@ class Kernels:
         self.functions = {name: getattr(self.lib, f"{name}_{isa}") for name in SIGNATURES}
         for name, function in self.functions.items():
             function.argtypes, function.restype = SIGNATURES[name], c_int
-        numbers = (c_int64 * 14)()
+        numbers = (c_int64 * 17)()
         self.call("geometry", numbers)
-        self.panel, self.low_panel, self.wide, self.signed, pairs, *sizes = numbers
+        self.panel, self.low_panel, self.low_step, self.wide, self.signed, pairs, words, self.parts, *sizes = numbers
         if sizes != [sizeof(kind) for kind in STRUCTURES]:
             raise RuntimeError(f"structures of csrc/kernels.h have {sizes} bytes; make those of ffi.py match")
-        self.low_dtype = torch.bfloat16 if pairs else torch.float32
+        self.low_dtype = torch.bfloat16 if pairs else torch.float32  # of attention
+        self.branch_dtype = torch.int16 if words else torch.bfloat16 if self.parts == 2 else torch.float32
 
     def call(self, name: str, *arguments: Any) -> None:
         """The function `name` of this instruction set. Raises MemoryError where it cannot allocate its buffers."""
@@ -159,32 +158,6 @@ class Kernels:
         """All steps in order. Raises MemoryError as `call`."""
         if failed := self.functions["run"]((Step * len(steps))(*steps), len(steps)):
             raise MemoryError(f"the CPU kernel {STEPS[steps[failed - 1].kind]} cannot allocate its buffers")
-
-    def pack_weight(self, layer: Layer) -> tuple[Tensor, Tensor]:
-        """The weight in panels, bytes (n,), and the sums of its integers (O,) int32."""
-        (O, I), form, scales = layer.shape, layer.form("residual"), ref.layer_scales(layer)
-        count = padded(O, self.panel) * padded(I, DEPTH_STEP) * form.bits // 8
-        packed = torch.empty(count, dtype=torch.uint8, device="cpu")
-        if count * 8 != O * I * form.bits:  # not all of it is written
-            packed.fill_(0x88 if form.bits == 4 else 0)
-        sums = torch.empty(O, dtype=torch.int32, device="cpu")
-        call = Packing(outputs=O, depth=I, bits=form.bits, group=form.group)
-        codes = layer.tensors["residual_codes"].contiguous()
-        call.stored = pointer(codes, torch.int8 if form.bits == 8 else torch.uint8, (O, -(-I * form.bits // 8)))
-        groups = scales.groups.contiguous()
-        if form.scale == "int8":
-            call.multiples = pointer(groups, torch.int8, (O, form.groups(I)))
-        call.weight, call.sums = packed.data_ptr(), sums.data_ptr()
-        self.call("pack_weight", call)
-        return packed, sums
-
-    def pack_factor(self, factor: Tensor, shape: tuple[int, int], width: int, step: int) -> Tensor:
-        """A factor (O, R), rounded to bf16, to panels (n,) of `width` outputs, R padded to a multiple of `step`."""
-        (O, R), factor = shape, factor.bfloat16().contiguous()
-        depth = padded(R, step)
-        packed = torch.zeros(padded(O, width) * depth, dtype=torch.bfloat16, device="cpu")
-        self.call("pack_factor", pointer(factor, torch.bfloat16, (O, R)), O, R, depth, width, packed.data_ptr())
-        return packed
 
 
 @contextmanager
@@ -258,6 +231,11 @@ def row_pointer(x: Tensor, images: int, columns: int, stride: int) -> int:
     return x.data_ptr()
 
 
+def peaks(kernels: Kernels) -> list[str]:
+    """The kinds of `peak` that these kernels have."""
+    return [kind for kind in PEAKS if kind != "int16" or kernels.branch_dtype == torch.int16]
+
+
 def peak(kernels: Kernels, kind: str, repeats: int = 20_000_000) -> float:
     """Operations per second (a multiply-add is two) of all threads on registers, of a kind of PEAKS, for benchmarks."""
     lanes = c_int64()
@@ -265,5 +243,5 @@ def peak(kernels: Kernels, kind: str, repeats: int = 20_000_000) -> float:
     kernels.call("peak", Peak(repeats=repeats, kind=PEAKS.index(kind)), lanes)
     seconds = time.perf_counter() - start
     pairs = kernels.low_dtype == torch.bfloat16
-    numbers = {"fp32": 1, "int8": 2 if kernels.wide else 4, "low": 2 if pairs else 1}[kind]  # of a lane
+    numbers = {"fp32": 1, "int8": 2 if kernels.wide else 4, "low": 2 if pairs else 1, "int16": 2}[kind]  # of a lane
     return 2 * lanes.value * numbers * repeats * torch.get_num_threads() / seconds

@@ -1,8 +1,9 @@
 """The C kernels as operations on tensors: packed layers, attention.
 
-Integers equal those of reference.py. With bf16 dot products (avx512bf16, neonbf16, and portable, which emulates them),
-attention reads bf16, and the low-rank branch rounds x̂ and x̂ L2ᵀ to it; elsewhere everything is fp32. Factors are
-rounded to bf16, unless they are stored so: 2^−9 relative per element.
+Integers equal those of reference.py. Floats are fp32, with two exceptions. Where there are bf16 dot products
+(avx512bf16, neonbf16, and portable, which emulates them) attention reads bf16. The low-rank branch multiplies integers
+of 16 bits, here called words, on x86 and in portable, which costs 2^−12 of it where bf16 would cost 2^−9; for AMX the
+numbers of x̂ and x̂ L2ᵀ are sums of two bf16. Without words factors are rounded to bf16, unless they are stored so.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from torch import Tensor
 from svdit.kernels import generic
 from svdit.kernels import reference as ref
 from svdit.kernels.checks import check
+from svdit.kernels.cpu import packing
 from svdit.kernels.cpu.ffi import (
     DEPTH_STEP,
     Attention,
@@ -95,16 +97,17 @@ class IntegerLinear:
             raise ValueError("the layer's activations are not quantized")
         self.kernels, self.shape, self.act, self.dtype = kernels, layer.shape, spec.act, dtype  # dtype: of the output
         self.depth, self.outputs, self.rank = padded(I, DEPTH_STEP), padded(O, kernels.panel), spec.rank
-        self.low_rank = padded(spec.rank, kernels.low_panel)
+        self.low_rank = kernels.parts * padded(spec.rank, kernels.low_step)
         self.group = min({form.group, spec.act.group} - {0}, default=0)  # columns that have the same scales
         self.floats = bool(spec.act.group) or not generic.has_integers(spec)  # groups are summed in fp32
         wide = kernels.wide and form.bits == 8
         signed = wide or kernels.signed
         self.codes = torch.int16 if wide else torch.int8 if signed else torch.uint8  # of activations
         self.offset = 0 if signed else 128 if self.act.bits == 8 else -self.act.lo  # makes bytes unsigned
-        numbers = (self.codes.itemsize * self.depth, 4 * self.act.groups(I), kernels.low_dtype.itemsize * self.low_rank)
-        self.row_bytes = numbers  # of codes, steps and x̂ L2ᵀ
-        self._keep(generic.with_float_factors(layer, torch.bfloat16))
+        branch = kernels.branch_dtype
+        numbers = (self.codes.itemsize * self.depth, 4 * self.act.groups(I), branch.itemsize * self.low_rank, 4)
+        self.row_bytes = numbers  # of codes, steps, x̂ L2ᵀ and its step
+        self._keep(generic.with_float_factors(layer, torch.float32 if branch == torch.int16 else torch.bfloat16))
         static = {"depth": I, "rank": self.rank, "offset": self.offset}
         span = {"group": self.act.group, "lo": self.act.lo, "hi": self.act.hi}
         sums = {"group": self.group, "floats": self.floats, "row_steps": self.act.groups(I)}
@@ -116,14 +119,13 @@ class IntegerLinear:
     def _keep(self, layer: Layer) -> None:
         """Everything the kernels read, packed; `layer` itself is not kept."""
         kernels, (O, I) = self.kernels, self.shape
-        weight, sums = kernels.pack_weight(layer)
+        weight, sums = packing.pack_weight(layer, kernels)
         offsets = torch.zeros(self.outputs, dtype=torch.int32, device="cpu")
         offsets[:O] = self.offset * sums
         channel = generic.row_steps(layer) if generic.has_integers(layer.spec) else torch.ones(O, device="cpu")
         self.inputs: dict[str, Tensor | None] = {
             "in_shift": None if layer.in_shift is None else pad(layer.in_shift, self.depth),
             "in_inverse": None if layer.in_scale is None else pad(layer.in_scale.reciprocal(), self.depth),
-            "l2": None,
         }
         self.weights = {
             "weight": weight,
@@ -131,12 +133,11 @@ class IntegerLinear:
             "offsets": offsets,
             "channel": pad(channel, self.outputs),
             "bias": torch.zeros(self.outputs, device="cpu") if layer.bias is None else pad(layer.bias, self.outputs),
-            "l1": None,
         }
         if R := self.rank:
             l1, l2 = layer.tensors["l1"].detach(), layer.tensors["l2"].detach()
-            self.inputs["l2"] = kernels.pack_factor(l2, (R, I), kernels.low_panel, DEPTH_STEP)
-            self.weights["l1"] = kernels.pack_factor(l1, (O, R), kernels.panel, 2)
+            self.inputs["l2"], self.inputs["l2_steps"] = packing.pack_l2(l2, (R, I), kernels)
+            self.weights["l1"], self.weights["l1_steps"] = packing.pack_l1(l1, (O, R), kernels)
 
     def _multiples(self, layer: Layer) -> Tensor:
         """One number per group of columns, (panels, G, panel): int8, or bf16 where groups are summed in fp32."""
@@ -150,29 +151,31 @@ class IntegerLinear:
             whole[:O] = 1
         return whole.view(-1, panel, G).transpose(1, 2).contiguous()
 
-    def quantize(
-        self, x: Tensor, modulation: Modulation | None = None, glu: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, T, I or 2I) to codes (M, padded I) with the offset, steps (M, groups) and x̂ L2ᵀ (M, padded R)."""
+    def quantize(self, x: Tensor, modulation: Modulation | None = None, glu: bool = False) -> tuple[Tensor, ...]:
+        """x (N, T, I or 2I) to codes (M, padded I) with the offset, steps (M, groups), x̂ L2ᵀ (M, padded R) and the
+        steps of its words (M, 1)."""
         M, groups = x.shape[0] * x.shape[1], self.act.groups(self.shape[1])
         codes = torch.empty(M, self.depth, dtype=self.codes, device="cpu")
         steps = torch.empty(M, groups, dtype=torch.float32, device="cpu")
-        low = torch.empty(M, self.low_rank, dtype=self.kernels.low_dtype, device="cpu")
+        low = torch.empty(M, self.low_rank, dtype=self.kernels.branch_dtype, device="cpu")
+        low_steps = torch.zeros(M, 1, dtype=torch.float32, device="cpu")
         call = self._rows(x, modulation, glu)
-        call.codes, call.steps, call.low = codes.data_ptr(), steps.data_ptr(), low.data_ptr()
+        call.codes, call.steps = codes.data_ptr(), steps.data_ptr()
+        call.low, call.low_steps = low.data_ptr(), low_steps.data_ptr()
         self.kernels.call("quantize_rows", call)
-        return codes, steps, low
+        return codes, steps, low, low_steps
 
     def multiply(
-        self, quantized: tuple[Tensor, Tensor, Tensor], N: int, gelu: bool = False, residual: Residual | None = None
+        self, quantized: tuple[Tensor, ...], N: int, gelu: bool = False, residual: Residual | None = None
     ) -> Tensor:
         """The results of `quantize` for N images to (N, T, O)."""
-        codes, steps, low = quantized
+        codes, steps, low, low_steps = quantized
         M = len(codes)
         out, call = self._product(N, M // max(N, 1), gelu, residual)
         call.codes = pointer(codes, self.codes, (call.rows, self.depth))
         call.steps = pointer(steps, torch.float32, (call.rows, self.act.groups(self.shape[1])))
-        call.low = pointer(low, self.kernels.low_dtype, (call.rows, self.low_rank))
+        call.low = pointer(low, self.kernels.branch_dtype, (call.rows, self.low_rank))
+        call.low_steps = pointer(low_steps, torch.float32, (call.rows, 1))
         self.kernels.call("multiply", call)
         return out
 
@@ -215,12 +218,13 @@ class IntegerLinear:
         x = x.contiguous()
         rows = self._rows(x, modulation, glu)
         out, product = self._product(x.shape[0], x.shape[1], gelu, residual)
-        codes, steps, low = (padded(rows.rows * size, ALIGNMENT) for size in self.row_bytes)
-        buffer = empty((codes + steps + low,), torch.uint8)
+        codes, steps, low, low_steps = (padded(rows.rows * size, ALIGNMENT) for size in self.row_bytes)
+        buffer = empty((codes + steps + low + low_steps,), torch.uint8)
         start = buffer.data_ptr()
         rows.codes = product.codes = start
         rows.steps = product.steps = start + codes
         rows.low = product.low = start + codes + steps
+        rows.low_steps = product.low_steps = start + codes + steps + low
         rows.buffer = buffer
         self.kernels.call("linear", rows, product)
         return out

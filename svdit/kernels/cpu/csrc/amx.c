@@ -7,7 +7,8 @@
 #define TILE_VECTORS 4
 #define WIDE 0
 #define PAIRS 1
-#define USE_VNNI "vpdpbusd"
+#define WORDS 0
+#define USE_VNNI
 #define USE_BF16
 #define USE_AMX
 #include "lanes.h"

@@ -7,6 +7,7 @@
 #define TILE_VECTORS 2
 #define WIDE 1
 #define PAIRS 0
+#define WORDS 1
 #include "lanes.h"
 #include "norms.h"
 #include "rows.h"

@@ -7,7 +7,8 @@
 #define TILE_VECTORS 2
 #define WIDE 0
 #define PAIRS 0
-#define USE_VNNI "%{vex%} vpdpbusd"
+#define WORDS 1
+#define USE_VNNI
 #include "lanes.h"
 #include "norms.h"
 #include "rows.h"

@@ -9,8 +9,10 @@
             (vpdpbusd) multiplies and adds four bytes. With USE_I8MM (panels, K / 8, PANEL, 8): smmla takes eight.
    4 bits   (panels, K / 8, PANEL, 4) bytes: of eight columns, byte t holds code t in its low half and code t + 4 in
             its high half, each + 8. One `and` and one shift give the four bytes of columns 0 … 3 and of 4 … 7.
-   bf16     L1 (panels, R / 2, PANEL, 2), L2 (…, K / 2, LOW_PANEL, 2): two columns are adjacent, because one lane of
-            vdpbf16ps multiplies and adds two numbers.
+   factors  L1 (panels, R / 2, PANEL, 2), L2 (…, K / 2, LOW_PANEL, 2), of its last panel perhaps half: two columns are
+            adjacent, because one lane of vpdpwssd or vdpbf16ps multiplies and adds two numbers.
+   words    16-bit integers with one step a row of x̂, x̂ L2ᵀ, L1 and L2: a low-rank branch at twice the rate of fp32, off
+            by 2⁻¹² where one of bf16 is by 2⁻⁹. Sums of RUN pairs are int32, then fp32.
    offset   `dot` takes unsigned activations: 128 is added to 8-bit codes, −lo to codes of lo … hi. It adds offset ·
             (sum of a weight row) to each output, which `offsets` subtracts. 0 where WIDE, signed 16-bit activations, and SIGNED, signed bytes.
    sums     int32 over the whole row where weights are integers with one step per row (two-level multiples are
@@ -32,9 +34,11 @@ typedef struct {
     const float *shift, *scale;                          /* (images, depth) with `stride`, or null */
     const float *in_shift, *in_inverse;                  /* (padded depth), or null; in_inverse is 1 / in_scale */
     const uint16_t *l2;                                  /* as packed by pack_factor */
+    const float *l2_steps;                               /* (padded rank) of words, or null */
     void *codes;                                         /* (rows, padded depth): bytes code + offset; wide: int16 */
     float *steps;                                        /* (rows), or (rows, depth / group) */
-    void *low;                                           /* (rows, padded rank) x̂ L2ᵀ, float or bf16 */
+    void *low;                                           /* (rows, padded rank) x̂ L2ᵀ, float, bf16 or words */
+    float *low_steps;                                    /* (rows) of words */
 } Rows;
 
 /* out = residual + gate · gelu(steps · codes · weightᵀ · channel + low · l1ᵀ + bias); every part after · optional.
@@ -45,6 +49,7 @@ typedef struct {
     int64_t row_steps;         /* 1, or the activations' groups per row, a divisor of depth / group */
     int64_t bf16;              /* out is of this type, else float; then there is no residual */
     const void *codes, *low;   /* from Rows */
+    const float *low_steps;
     const float *steps;        /* (rows, row_steps) */
     const uint8_t *weight;     /* as packed by pack_weight */
     const void *multiples;     /* (panels, depth / group, panel) int8, or bf16, or null */
@@ -52,6 +57,7 @@ typedef struct {
     const float *channel;      /* (padded outputs) fp32 step of each row */
     const float *bias;         /* (padded outputs) */
     const uint16_t *l1;        /* as packed by pack_factor */
+    const float *l1_steps;     /* (padded outputs) of words, or null */
     const float *gate;         /* (images, outputs) with `stride`, or null */
     const float *residual;     /* (rows, outputs), or null */
     void *out;                 /* (rows, outputs), may be the residual itself */

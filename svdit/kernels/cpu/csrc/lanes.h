@@ -1,9 +1,9 @@
 /* A vector of LANES floats or 32-bit integers, and the few operations that differ between instruction sets.
    Everything else is written with GCC's vector extensions, which compile for any processor. An instruction set is
-   a file that defines ISA, TARGET, LANES, TILE_ROWS, TILE_VECTORS, WIDE, PAIRS and includes this one.
+   a file that defines ISA, TARGET, LANES, TILE_ROWS, TILE_VECTORS, WIDE, PAIRS, WORDS and includes this one.
    Activation codes are bytes, unsigned by an offset of 128. WIDE, for want of a dot product of such bytes: beside 8-bit
    weights they are signed and of 16 bits, beside 4-bit weights bytes are summed in 16 bits. PAIRS: bf16 dot products.
-   USE_NEON: bytes are signed. */
+   WORDS: the low-rank branch is computed on integers of 16 bits. USE_NEON: bytes are signed. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,6 +28,11 @@
 #define TIGHT FN
 #endif
 #define UNROLL _Pragma("GCC unroll 32")
+#if defined(USE_VNNI) && LANES == 8
+#define VEX "%{vex%} "
+#else
+#define VEX
+#endif
 
 typedef float VF __attribute__((vector_size(4 * LANES)));
 typedef int32_t VI __attribute__((vector_size(4 * LANES)));
@@ -40,10 +45,25 @@ typedef uint16_t Low;
 #else
 typedef float Low;
 #endif
+/* x̂ and x̂ L2ᵀ in the low-rank branch: words, or floats; for AMX two bf16 a number, all high parts of a row first. */
+#if WORDS
+typedef int16_t Branch;
+#elif defined(USE_AMX)
+typedef uint16_t Branch;
+#else
+typedef float Branch;
+#endif
 
+/* Words of activations are at most WORD; times those of a factor, RUN pairs of them sum to less than 2³¹ (packing.py). */
+enum { WORD = 16383, RUN = 32 };
 enum { STAGES = LANES == 16 ? 4 : LANES == 8 ? 3 : 2 }; /* LANES = 2^STAGES */
 /* CODES: in a lane of `dot`. W: numbers in a lane of `multiply_add`. ADJACENT: columns of one output that are adjacent. */
 enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2, CODES = WIDE ? 2 : 4, W = PAIRS ? 2 : 1 };
+#ifdef USE_AMX
+enum { PARTS = 2, LOW_STEP = LOW_PANEL }; /* LOW_STEP: what the rank is padded to */
+#else
+enum { PARTS = 1, LOW_STEP = LANES };
+#endif
 #ifdef USE_NEON
 enum { SIGNED = 1 };
 #else
@@ -195,6 +215,7 @@ FN void store_shorts(int16_t *to, VI v)
 #define ROUND 12582912.f
 FN VI nearest(VF x) { return (VI)((VU)(x + ROUND) - 0x4b400000); }
 
+FN float from_bits(int32_t u) { float x; memcpy(&x, &u, 4); return x; }
 FN float from_bf16(uint16_t h) { uint32_t u = (uint32_t)h << 16; float x; memcpy(&x, &u, 4); return x; }
 FN VF from_halves(VH x)
 {
@@ -280,7 +301,7 @@ FN VF silu(VF x) { return x / (power_of_two(x * -1.44269504f) + 1.f); }
 FN VI dot(VI acc, VI a, VI b)
 {
 #if defined(USE_VNNI)
-    __asm__(USE_VNNI " %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    __asm__(VEX "vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
     return acc;
 #elif defined(USE_I8MM)
     __asm__("smmla %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(a), "w"(b));
@@ -312,6 +333,21 @@ FN VF multiply_add(VF acc, VI a, VI b)
     return acc + (VF)(a << 16) * (VF)(b << 16) + (VF)(a & high) * (VF)(b & high);
 #endif
 }
+
+#if WORDS
+/* acc + a b, of two 16-bit integers of each lane */
+FN VI multiply_words(VI acc, VI a, VI b)
+{
+#if defined(USE_VNNI)
+    __asm__(VEX "vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+    return acc;
+#elif LANES == 8
+    return acc + (VI)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+#endif
 
 #ifdef USE_AMX
 #include "blocks.h"

@@ -7,6 +7,7 @@
 #define TILE_VECTORS 4
 #define WIDE 0
 #define PAIRS 1
+#define WORDS 0
 #define USE_NEON
 #define USE_I8MM
 #define USE_BFDOT

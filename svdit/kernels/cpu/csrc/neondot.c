@@ -7,6 +7,7 @@
 #define TILE_VECTORS 4
 #define WIDE 0
 #define PAIRS 0
+#define WORDS 0
 #define USE_NEON
 #include "lanes.h"
 #include "norms.h"

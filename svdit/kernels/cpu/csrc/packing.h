@@ -64,7 +64,7 @@ WORK int pack_some(const Packing *shared, int64_t *next)
 
 int EXPORT(pack_weight)(const Packing *p) PARALLEL(pack_some, p)
 
-/* bf16 (outputs, depth) to panels (…, padded depth / 2, width, 2): width PANEL for L1, LOW_PANEL for L2. */
+/* bf16 or words (outputs, depth) to panels (…, padded depth / 2, width, 2). */
 TARGET int EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t depth, int64_t padded_depth,
                                 int64_t width, uint16_t *to)
 {
@@ -74,10 +74,10 @@ TARGET int EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t 
     return 0;
 }
 
-/* What ffi.py must know and agree with: shapes of tiles, WIDE, SIGNED, whether `low` holds bf16, sizes of arguments. */
+/* What ffi.py must know and agree with: shapes of tiles, WIDE, SIGNED, PAIRS, WORDS, PARTS, sizes of arguments. */
 int EXPORT(geometry)(int64_t *to)
 {
-    int64_t numbers[] = {PANEL, LOW_PANEL, WIDE, SIGNED, PAIRS,
+    int64_t numbers[] = {PANEL, LOW_PANEL, LOW_STEP, WIDE, SIGNED, PAIRS, WORDS, PARTS,
                          sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly), sizeof(Packing),
                          sizeof(Convolution), sizeof(GroupNorm), sizeof(Projection), sizeof(Step)};
     memcpy(to, numbers, sizeof numbers);

@@ -5,7 +5,7 @@ typedef struct {
     int64_t repeats, kind; /* of PEAKS */
 } Peak;
 
-enum PEAKS { FP32, INT8, LOW }; /* a multiply-add of floats; `dot`; `multiply_add`, of bf16 where PAIRS */
+enum PEAKS { FP32, INT8, LOW, INT16 }; /* a multiply-add; `dot`; `multiply_add`, of bf16 where PAIRS; `multiply_words` */
 
 #if defined(USE_VNNI) || WIDE
 #define KEEP(x) __asm__ volatile("" : "+v"(x))
@@ -31,6 +31,13 @@ WORK int peak_some(const Peak *p, int64_t *next)
             if (i % TILE_VECTORS == 0) KEEP(a);
             sums[i] = dot(sums[i], a, b[i % TILE_VECTORS]);
         }
+#if WORDS
+    for (int64_t r = 0; p->kind == INT16 && r < p->repeats; r++)
+        UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
+            if (i % TILE_VECTORS == 0) KEEP(a);
+            sums[i] = multiply_words(sums[i], a, b[i % TILE_VECTORS]);
+        }
+#endif
     for (int64_t r = 0; p->kind == FP32 && r < p->repeats; r++)
         UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
             KEEP(x); /* or one product would do for all */

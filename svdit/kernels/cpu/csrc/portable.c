@@ -6,6 +6,7 @@
 #define TILE_VECTORS 2
 #define WIDE 0
 #define PAIRS 1
+#define WORDS 1
 #include "lanes.h"
 #include "norms.h"
 #include "rows.h"

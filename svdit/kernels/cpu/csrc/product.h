@@ -111,17 +111,57 @@ FN void fetch_outputs(const Product *p, int64_t panel, int64_t m0, int64_t rows)
         }
 }
 
+#if WORDS
+/* y += the low-rank branch of RUN pairs from `first` on */
+FN void add_run(VF y[TILE_ROWS][TILE_VECTORS], const Product *p, int64_t panel, const int64_t m[TILE_ROWS], int64_t first)
+{
+    int64_t Rp = padded(p->rank, LOW_STEP), pairs = (p->rank + 1) / 2;
+    const Branch *low[TILE_ROWS];
+    VI sums[TILE_ROWS][TILE_VECTORS];
+    UNROLL for (int i = 0; i < TILE_ROWS; i++) low[i] = (const Branch *)p->low + m[i] * Rp;
+    word_sums(*sums, low, p->l1 + panel * pairs * PANEL * 2, first, least(first + RUN, pairs), TILE_ROWS, TILE_VECTORS);
+    UNROLL for (int j = 0; j < TILE_VECTORS; j++) {
+        VF channel = load(p->l1_steps + panel * PANEL + j * LANES);
+        UNROLL for (int i = 0; i < TILE_ROWS; i++)
+            y[i][j] += __builtin_convertvector(sums[i][j], VF) * (channel * p->low_steps[m[i]]);
+    }
+}
+#endif
+
+/* y += the low-rank branch */
+FN void branch_tile(VF y[TILE_ROWS][TILE_VECTORS], const Product *p, int64_t panel, const int64_t m[TILE_ROWS], Started from)
+{
+    int64_t pairs = (p->rank + 1) / 2;
+    if (!pairs) return;
+    if (from.branch)
+        UNROLL for (int i = 0; i < TILE_ROWS; i++)
+            UNROLL for (int j = 0; j < TILE_VECTORS; j++) y[i][j] += from.branch[i * TILE_VECTORS + j];
+#if WORDS
+    add_run(y, p, panel, m, 0); /* not in the loop, which would keep its scales in memory */
+    for (int64_t first = RUN; first < pairs; first += RUN) add_run(y, p, panel, m, first);
+#else
+    int64_t Rp = padded(p->rank, LOW_STEP);
+    const Branch *low[TILE_ROWS];
+    for (int part = 0; part < PARTS; part++) {
+        const uint16_t *l1 = p->l1 + (panel * pairs + from.pairs) * PANEL * 2;
+        UNROLL for (int i = 0; i < TILE_ROWS; i++)
+            low[i] = (const Branch *)p->low + (m[i] * PARTS + part) * Rp + 2 * from.pairs;
+        low_rank_tile(*y, low, l1, pairs - from.pairs, TILE_ROWS, TILE_VECTORS);
+    }
+#endif
+}
+
 FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, Started from)
 {
-    int64_t Kp = padded(p->depth, DEPTH_STEP), rows = least(TILE_ROWS, p->rows - m0);
+    int64_t Kp = padded(p->depth, DEPTH_STEP), rows = least(TILE_ROWS, p->rows - m0), m[TILE_ROWS];
     int64_t lanes = Kp / (p->bits == 4 ? 4 : CODES);
     const int32_t *a[TILE_ROWS];
     const float *steps[TILE_ROWS];
     VF y[TILE_ROWS][TILE_VECTORS] = {0};
     fetch_outputs(p, panel, m0, rows);
     UNROLL for (int i = 0; i < TILE_ROWS; i++) {
-        int64_t m = m0 + least(i, rows - 1);
-        a[i] = (const int32_t *)p->codes + m * lanes, steps[i] = p->steps + m * p->row_steps;
+        m[i] = m0 + least(i, rows - 1);
+        a[i] = (const int32_t *)p->codes + m[i] * lanes, steps[i] = p->steps + m[i] * p->row_steps;
     }
     if (p->floats) grouped_sums(y, a, steps, b, p);
     else {
@@ -143,16 +183,7 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, St
         VF bias = load(p->bias + panel * PANEL + j * LANES);
         UNROLL for (int i = 0; i < TILE_ROWS; i++) y[i][j] += bias;
     }
-    if (p->rank) {
-        int64_t Rp = padded(p->rank, LOW_PANEL), pairs = (p->rank + 1) / 2;
-        const Low *low[TILE_ROWS];
-        UNROLL for (int i = 0; i < TILE_ROWS; i++)
-            low[i] = (const Low *)p->low + (m0 + least(i, rows - 1)) * Rp + 2 * from.pairs;
-        if (from.branch)
-            UNROLL for (int i = 0; i < TILE_ROWS; i++)
-                UNROLL for (int j = 0; j < TILE_VECTORS; j++) y[i][j] += from.branch[i * TILE_VECTORS + j];
-        low_rank_tile(*y, low, p->l1 + (panel * pairs + from.pairs) * PANEL * 2, pairs - from.pairs, TILE_ROWS, TILE_VECTORS);
-    }
+    branch_tile(y, p, panel, m, from);
     int64_t n = panel * PANEL, left = p->outputs - n;
     UNROLL for (int i = 0; i < TILE_ROWS; i++) {
         if (i >= rows) break;
@@ -166,20 +197,22 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, St
 /* Rows `first` … `last` of one panel. Sums of groups in fp32 are left to product_tile. */
 FN void multiply_rows(const Product *p, Expanded b, int64_t panel, int64_t first, int64_t last)
 {
-    int64_t Kp = padded(p->depth, DEPTH_STEP), Rp = padded(p->rank, LOW_PANEL), pairs = (p->rank + 1) / 2;
+    int64_t Kp = padded(p->depth, DEPTH_STEP), Rp = padded(p->rank, LOW_STEP), pairs = (p->rank + 1) / 2;
     int64_t chunks = p->floats ? 0 : Kp / 64, low_chunks = pairs / 16;
     VI sums[BLOCK_ROWS][TILE_VECTORS] = {0}; /* also of rows that are not there */
-    VF branch[BLOCK_ROWS][TILE_VECTORS] = {0};
+    VF branch[PARTS][BLOCK_ROWS][TILE_VECTORS] = {0};
     for (int64_t m = first, rows; m < last; m += rows) {
         rows = least(last - m, BLOCK_ROWS);
         if (rows < BLOCK_ROWS) configure(rows);
         if (chunks) block_sums(sums, (const uint8_t *)p->codes + m * Kp, Kp, b.codes, PANEL, chunks, rows, 0);
-        if (low_chunks)
-            block_sums(branch, (const Low *)p->low + m * Rp, 2 * Rp, p->l1 + panel * pairs * PANEL * 2, PANEL, low_chunks,
-                       rows, 1);
+        for (int part = 0; low_chunks && part < PARTS; part++)
+            block_sums(branch[part], (const Branch *)p->low + (m * PARTS + part) * Rp, 2 * PARTS * Rp,
+                       p->l1 + panel * pairs * PANEL * 2, PANEL, low_chunks, rows, 1);
+        for (int64_t i = 0; low_chunks && i < rows; i++)
+            UNROLL for (int j = 0; j < TILE_VECTORS; j++) branch[0][i][j] += branch[1][i][j];
         if (rows < BLOCK_ROWS) configure(BLOCK_ROWS);
         for (int64_t i = 0; i < rows; i += TILE_ROWS)
-            product_tile(p, b, panel, m + i, (Started){sums[i], branch[i], 16 * chunks, 16 * low_chunks});
+            product_tile(p, b, panel, m + i, (Started){sums[i], branch[0][i], 16 * chunks, 16 * low_chunks});
     }
 }
 #else

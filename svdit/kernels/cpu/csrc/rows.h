@@ -2,10 +2,33 @@
    projection. BLOCK_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the
    order of reference.rotate, so that behind it all codes are the reference's bit for bit. */
 
-/* acc[i][j] += Σ_k a[i][k] b[k][j]: a of `pairs` · 2 numbers a row, b packed (pairs, vectors · LANES, 2) bf16 */
-FN void low_rank_tile(VF *acc, const Low *const *a, const uint16_t *b, int64_t pairs, int rows, int vectors)
+#if WORDS
+/* sums[i][j] = Σ_k a[i][k] b[k][j] over the pairs from `first` to `last`, at most RUN: they fit 32 bits */
+FN void word_sums(VI *sums, const Branch *const *a, const uint16_t *b, int64_t first, int64_t last, int rows, int vectors)
 {
-#if PAIRS
+    UNROLL for (int i = 0; i < rows * vectors; i++) sums[i] = splat_int(0);
+    for (int64_t k = first; k < last; k++) {
+        VI columns[TILE_VECTORS];
+        UNROLL for (int j = 0; j < vectors; j++) columns[j] = load_int(b + (k * vectors + j) * LANES * 2);
+        UNROLL for (int i = 0; i < rows; i++) {
+            VI row = broadcast(a[i] + 2 * k);
+            UNROLL for (int j = 0; j < vectors; j++)
+                sums[i * vectors + j] = multiply_words(sums[i * vectors + j], row, columns[j]);
+        }
+    }
+}
+#endif
+
+/* acc[i][j] += Σ_k a[i][k] b[k][j]: a of `pairs` · 2 numbers a row, b packed (pairs, vectors · LANES, 2), words or bf16 */
+FN void low_rank_tile(VF *acc, const Branch *const *a, const uint16_t *b, int64_t pairs, int rows, int vectors)
+{
+#if WORDS
+    for (int64_t first = 0; first < pairs; first += RUN) {
+        VI sums[TILE_ROWS * TILE_VECTORS];
+        word_sums(sums, a, b, first, least(first + RUN, pairs), rows, vectors);
+        UNROLL for (int i = 0; i < rows * vectors; i++) acc[i] += __builtin_convertvector(sums[i], VF);
+    }
+#elif defined(USE_AMX)
     for (int64_t k = 0; k < pairs; k++) {
         VI columns[TILE_VECTORS];
         UNROLL for (int j = 0; j < vectors; j++) columns[j] = load_int(b + (k * vectors + j) * LANES * 2);
@@ -39,6 +62,25 @@ FN void to_low(Low *to, VF x)
 #else
     store(to, x);
 #endif
+}
+
+/* `count` numbers, a multiple of LANES, as the branch takes them, and the step of WORDS, which are zeros where `top`, the
+   largest magnitude, is less than 1e-30 or not finite. */
+FN float to_branch(Branch *to, const float *x, int64_t count, float top)
+{
+#if WORDS
+    int32_t mask = -(top > 1e-30f && top < INFINITY);
+    float inverse = WORD / top;
+    for (int64_t k = 0; k < count; k += LANES) store_shorts(to + k, (VI)(load(x + k) * inverse + ROUND) & mask);
+#elif defined(USE_AMX)
+    for (int64_t k = 0; k < count; k += LANES) {
+        VF v = load(x + k);
+        to_low(to + k, v), to_low(to + count + k, v - load_halves(to + k, LANES));
+    }
+#else
+    memcpy(to, x, (size_t)count * sizeof *x);
+#endif
+    return top / WORD;
 }
 
 FN void hadamard(float *x, int64_t columns, int64_t block)
@@ -99,9 +141,9 @@ FN VF prepared(const Rows *r, const Row *row, const Folded *folded, int64_t k, i
     return v;
 }
 
-/* x̂ of row m into `hat`, padded with zeros; returns the bits of its largest magnitude, of which infinity and NaN have
-   the largest. The row that follows is fetched meanwhile. */
-FN int32_t transform_row(const Rows *r, int64_t m, float *hat, Folded *folded)
+/* x̂ of row m into `hat`, padded with zeros; returns its largest magnitude, or what is no number. The row that follows is
+   fetched meanwhile. */
+FN float transform_row(const Rows *r, int64_t m, float *hat, Folded *folded)
 {
     int64_t K = r->depth, bytes = (r->glu ? 2 : 1) * (r->bf16 ? 2 : 4); /* of a column */
     const char *next = (const char *)r->x + (m + 1) * K * bytes;
@@ -129,7 +171,7 @@ FN int32_t transform_row(const Rows *r, int64_t m, float *hat, Folded *folded)
         if (r->hadamard) hadamard(hat, K, r->hadamard);
         for (int64_t k = 0; k < K; k += LANES) most = larger(most, (VI)magnitude(load(hat + k)));
     }
-    return largest_of(most);
+    return from_bits(largest_of(most));
 }
 
 /* Codes that have the offset, of which only the low bits count, from place `at` on. */
@@ -139,15 +181,13 @@ FN void store_codes(const Rows *r, int64_t at, VI codes)
     else store_bytes((uint8_t *)r->codes + at, codes);
 }
 
-/* Codes of row m, and x̂ as the low-rank branch takes it, where `low` is not null; its step is returned, no number
-   where the row holds one that is not finite.
+/* Codes of row m, whose largest magnitude is `top`; their step is returned, no number where the row holds one that is
+   not finite.
    Products with 1 / step round as quotients do unless they lie within 2.3e-5 of the middle between two integers;
    rows with such a number are divided. */
-FN float quantize_row(const Rows *r, const float *hat, Low *low, int64_t m, int32_t most)
+FN float quantize_row(const Rows *r, const float *hat, int64_t m, float top)
 {
     int64_t columns = padded(r->depth, DEPTH_STEP);
-    float top;
-    memcpy(&top, &most, sizeof top);
     float step = top / 127.f, inverse = 1.f / step;
     const float origin = ROUND + (float)r->offset; /* which leaves code + offset in the low bits */
     VF far = {0};
@@ -155,7 +195,6 @@ FN float quantize_row(const Rows *r, const float *hat, Low *low, int64_t m, int3
         VF x = load(hat + k), ratio = x * inverse, shifted = ratio + origin;
         far = at_least(magnitude(ratio - (shifted - origin)), far);
         store_codes(r, m * columns + k, (VI)shifted);
-        if (PAIRS && low) to_low(low + k, x);
     }
     if (largest(far) > 0.49997f || !(step > 1e-30f && step < 1e30f)) {
         if (step == 0) step = 1;
@@ -164,7 +203,7 @@ FN float quantize_row(const Rows *r, const float *hat, Low *low, int64_t m, int3
             store_codes(r, m * columns + k, nearest(ratio) + (int32_t)r->offset);
         }
     }
-    return most < 0x7f800000 ? step : NAN;
+    return top < INFINITY ? step : NAN;
 }
 
 /* The step of one group as stored; `poison` becomes no number where the group holds one that is not finite. */
@@ -205,30 +244,52 @@ FN void quantize_groups(const Rows *r, const float *hat, int64_t m)
     for (int64_t g = 0; g < groups; g++) steps[g] += sum(poison);
 }
 
-enum { PROJECTED = TILE_ROWS * TILE_VECTORS / 2 }; /* rows whose sums of LOW_PANEL columns the registers hold */
+enum { PROJECTED = TILE_ROWS * TILE_VECTORS / 2 }; /* rows whose sums of a panel of columns the registers hold */
 
-/* x̂ L2ᵀ of rows m0 …, of `rows` rows x̂ */
-FN void project(const Rows *r, const Low *hat, int64_t m0, int64_t rows)
+/* Columns c … of x̂ L2ᵀ, for `rows` rows x̂, to rows of `sums`, in units of the steps of words */
+FN void project_panel(const Rows *r, const Branch *hat, float *sums, int64_t rows, int64_t c, int vectors)
 {
-    int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_PANEL), chunks = 0;
-    for (int64_t c = 0; c < Rp; c += LOW_PANEL) {
-        VF sums[BLOCK_ROWS][2] = {0};
+    int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_STEP), chunks = 0;
+    for (int part = 0; part < PARTS; part++, hat += Kp) {
+        VF started[BLOCK_ROWS][2] = {0};
 #ifdef USE_AMX
         chunks = Kp / 32;
-        block_sums(sums, hat, 2 * Kp, r->l2 + c * Kp, LOW_PANEL, chunks, BLOCK_ROWS, 1);
+        block_sums(started, hat, 2 * PARTS * Kp, r->l2 + c * Kp, LOW_PANEL, chunks, BLOCK_ROWS, 1);
 #endif
         for (int64_t m = 0; m < rows; m += PROJECTED) {
-            VF acc[PROJECTED][2];
-            const Low *a[PROJECTED];
+            VF acc[PROJECTED * 2];
+            const Branch *a[PROJECTED];
             UNROLL for (int i = 0; i < PROJECTED; i++) {
-                a[i] = hat + least(m + i, rows - 1) * Kp + 32 * chunks;
-                UNROLL for (int j = 0; j < 2; j++) acc[i][j] = sums[m + i][j];
+                a[i] = hat + least(m + i, rows - 1) * PARTS * Kp + 32 * chunks;
+                UNROLL for (int j = 0; j < vectors; j++) acc[i * vectors + j] = started[m + i][j];
             }
-            low_rank_tile(*acc, a, r->l2 + c * Kp + 32 * chunks * LOW_PANEL, Kp / 2 - 16 * chunks, PROJECTED, 2);
+            low_rank_tile(acc, a, r->l2 + c * Kp + 32 * chunks * LOW_PANEL, Kp / 2 - 16 * chunks, PROJECTED, vectors);
             UNROLL for (int i = 0; i < PROJECTED; i++)
-                if (m + i < rows) UNROLL for (int j = 0; j < 2; j++)
-                    to_low((Low *)r->low + (m0 + m + i) * Rp + c + j * LANES, acc[i][j]);
+                if (m + i < rows) UNROLL for (int j = 0; j < vectors; j++) {
+                    float *to = sums + (m + i) * Rp + c + j * LANES;
+                    store(to, part ? load(to) + acc[i * vectors + j] : acc[i * vectors + j]);
+                }
         }
+    }
+}
+
+/* The branch's share of rows m0 …: x̂ L2ᵀ, of `rows` rows x̂ and their steps. */
+FN void project_rows(const Rows *r, const Branch *hat, const float *steps, float *sums, int64_t m0, int64_t rows)
+{
+    int64_t Rp = padded(r->rank, LOW_STEP);
+    for (int64_t c = 0; c < Rp; c += LOW_PANEL) {
+        if (Rp - c >= LOW_PANEL) project_panel(r, hat, sums, rows, c, 2);
+        else project_panel(r, hat, sums, rows, c, 1);
+    }
+    for (int64_t i = 0; i < rows; i++) {
+        VI most = {0};
+        for (int64_t k = 0; WORDS && k < Rp; k += LANES) {
+            VF x = load(sums + i * Rp + k) * (load(r->l2_steps + k) * steps[i]);
+            store(sums + i * Rp + k, x);
+            most = larger(most, (VI)magnitude(x));
+        }
+        float step = to_branch((Branch *)r->low + (m0 + i) * PARTS * Rp, sums + i * Rp, Rp, from_bits(largest_of(most)));
+        r->low_steps[m0 + i] = step;
     }
 }
 
@@ -236,25 +297,22 @@ WORK int quantize_some(const Rows *shared, int64_t *next)
 {
     const Rows kept = *shared, *r = &kept; /* which no store can change, so that it stays in registers */
     int64_t Kp = padded(r->depth, DEPTH_STEP), blocks = padded(r->rows, BLOCK_ROWS) / BLOCK_ROWS;
-    int64_t vectors = 2 + (PAIRS ? 1 : BLOCK_ROWS); /* of Kp floats: factor, term, x̂ */
-    float *buffer = aligned_alloc(64, (size_t)(vectors * Kp) * sizeof(float)), *hat = buffer + 2 * Kp;
-    Low *half = PAIRS && r->rank ? aligned_alloc(64, (size_t)padded(BLOCK_ROWS * Kp, 32) * sizeof(Low)) : 0;
+    int64_t own = sizeof(Branch) < sizeof(float) ? 1 : BLOCK_ROWS; /* rows of x̂ */
+    int64_t sums = BLOCK_ROWS * padded(r->rank, LOW_STEP), floats = padded((2 + own) * Kp + sums, 16);
+    float *buffer = aligned_alloc(64, (size_t)floats * sizeof(float)), *hat = buffer + 2 * Kp, steps[BLOCK_ROWS];
+    Branch *half = own == 1 && r->rank ? aligned_alloc(64, (size_t)padded(BLOCK_ROWS * PARTS * Kp, 32) * sizeof(Branch)) : 0;
     Folded folded = {-1, buffer, buffer + Kp};
-    int failed = !buffer || (PAIRS && r->rank && !half);
+    int failed = !buffer || (own == 1 && r->rank && !half);
     begin();
     for (int64_t block; !failed && (block = take(next, blocks)) < blocks;) {
         int64_t m0 = block * BLOCK_ROWS, rows = least(BLOCK_ROWS, r->rows - m0);
         for (int64_t i = 0; i < rows; i++) {
-            float *row = hat + (PAIRS ? 0 : i) * Kp;
-            Low *low = half ? half + i * Kp : 0;
-            int32_t most = transform_row(r, m0 + i, row, &folded);
-            if (!r->group) r->steps[m0 + i] = quantize_row(r, row, low, m0 + i, most);
-            else {
-                quantize_groups(r, row, m0 + i);
-                if (low) for (int64_t k = 0; k < Kp; k += LANES) to_low(low + k, load(row + k));
-            }
+            float *row = hat + i % own * Kp, top = transform_row(r, m0 + i, row, &folded);
+            if (r->group) quantize_groups(r, row, m0 + i);
+            else r->steps[m0 + i] = quantize_row(r, row, m0 + i, top);
+            if (half) steps[i] = to_branch(half + i * PARTS * Kp, row, Kp, top);
         }
-        project(r, PAIRS ? half : (Low *)hat, m0, rows);
+        if (r->rank) project_rows(r, half ? half : (Branch *)hat, steps, hat + own * Kp, m0, rows);
     }
     end();
     free(buffer);
