@@ -28,10 +28,10 @@ from svdit.runtime.accelerate import accelerate
 DTYPE = torch.bfloat16 if HAS_BF16 else torch.float32
 
 
-def ours(model: DiT, preset: str, x: Tensor, c: Tensor) -> Run:
-    """svdit with every linear quantized, adaLN included. x (N, T, D), c (N, D)."""
+def ours(model: DiT, preset: str, x: Tensor, c: Tensor, **changes: int) -> Run:
+    """svdit with every linear quantized, adaLN included, by a preset with changes. x (N, T, D), c (N, D)."""
     adaln = "int4" if preset == "w4a8" else "int8"
-    quantize_(model, dit_config(recipe_for(preset, rank=32), adaln), lambda model: model(*model_inputs(16)))
+    quantize_(model, dit_config(recipe_for(preset, **changes), adaln), lambda model: model(*model_inputs(16)))
     fast, c = accelerate(model), F.silu(c)[:, None]
     block = fast.blocks[0]
     return lambda: block(x.clone(), fast.modulations(c, slice(None), [0])[0], None)  # the block updates x in place
@@ -90,6 +90,7 @@ def main() -> None:
     candidates: dict[str, Run] = {"fp32 eager": lambda: block(x, c)}
     for preset in ("w8a8", "w4a8"):
         candidates[f"svdit {preset}"] = ours(copy.deepcopy(model), preset, x, c)
+    candidates["svdit w8a8, rank 32"] = ours(copy.deepcopy(model), "w8a8", x, c, rank=32)
     with torch.no_grad():
         for name, build in {"SDNQ INT8, SVD 32": sdnq, "torchao INT8": torchao, "OpenVINO INT8": openvino}.items():
             try:
@@ -107,7 +108,7 @@ def main() -> None:
             over = ratio(times, name, "svdit w8a8")
             print(f"{name:20} {milliseconds:8.1f} ms, {over:5.2f} × the time of svdit w8a8; error {error:.2g}")
             if keep:
-                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {choice.describe()}"
+                note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {choice.choice()}"
                 record("anchors", f"{name}, time over svdit w8a8", over, "×", note)
 
 
