@@ -14,7 +14,7 @@ over several calibrations, with its standard error.
 import argparse
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -112,12 +112,12 @@ def planned(base: Recipe, same_size: Recipe) -> Choice:
     return choose
 
 
-def backends(full: Pixels, calibrations: int) -> None:
-    """Record the same quantized models on the reference and on the kernels of each instruction set.
+def backends(names: Sequence[str], full: Pixels, calibrations: int) -> None:
+    """Record the same quantized models, by presets, on the reference and on the kernels of each instruction set.
 
     The portable one is skipped: it is slow, and computes the same as avx512bf16.
     """
-    for name in ("w8a8", "w4a8", "w4a4"):
+    for name in names:
         errors: dict[str, list[tuple[float, float, float]]] = {}
         for seed in range(calibrations):
             model = load_model("digits")
@@ -191,7 +191,7 @@ def main() -> None:
     args = parser.parse_args()
     full = draw(load_model("digits"), args.count)
     if args.what == "backends":
-        backends(full, args.calibrations)
+        backends(args.only or ("w8a8", "w4a8", "w4a4"), full, args.calibrations)
         return
     choices = WHAT[args.what]()
     for name in args.only or choices:
