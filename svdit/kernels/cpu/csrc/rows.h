@@ -64,14 +64,13 @@ FN void to_low(Low *to, VF x)
 #endif
 }
 
-/* `count` numbers, a multiple of LANES, as the branch takes them, and the step of WORDS, which are zeros where `top`, the
-   largest magnitude, is less than 1e-30 or not finite. */
+/* `count` numbers, a multiple of LANES, as the branch takes them, and the step of WORDS, for `top`, the largest magnitude.
+   Where WORD / top is infinite, below 5e-35, words are zeros, which lie in the low bits of what is no number. */
 FN float to_branch(Branch *to, const float *x, int64_t count, float top)
 {
 #if WORDS
-    int32_t mask = -(top > 1e-30f && top < INFINITY);
     float inverse = WORD / top;
-    for (int64_t k = 0; k < count; k += LANES) store_shorts(to + k, (VI)(load(x + k) * inverse + ROUND) & mask);
+    for (int64_t k = 0; k < count; k += LANES) store_shorts(to + k, (VI)(load(x + k) * inverse + ROUND));
 #elif defined(USE_AMX)
     for (int64_t k = 0; k < count; k += LANES) {
         VF v = load(x + k);
