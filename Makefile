@@ -40,7 +40,7 @@ sanitize: $(READY)
 	$(BIN)/python -c "from svdit.kernels.cpu.build import *; compile_library(Path('$(SANITIZED)'), '-O1 -g $(SANITIZE)'.split())"
 	LD_PRELOAD="$$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	SVDIT_KERNELS=$(SANITIZED) OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m 'not gpu' \
-	  tests/kernels/test_cpu.py tests/kernels/test_cpu_attention.py tests/kernels/test_cpu_images.py tests/kernels/test_fuzz.py tests/checkpoints/test_hostile.py
+	  tests/kernels/test_cpu.py tests/kernels/test_low_rank.py tests/kernels/test_cpu_attention.py tests/kernels/test_cpu_images.py tests/kernels/test_fuzz.py tests/checkpoints/test_hostile.py
 
 # The kernels for 64-bit Arm; Debian's gcc-aarch64-linux-gnu, libc6-dev-arm64-cross and qemu-user.
 arm: $(READY)

@@ -13,17 +13,19 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
     SCHEMES,
     check,
     make,
-    test_a_branch_loses_little_to_rounding,
     test_everything_around_a_layer,
     test_extreme_rows,
     test_float_weights,
-    test_rows_that_words_cannot_hold,
     test_sums_of_the_largest_codes_are_exact,
-    test_the_largest_words_sum_exactly,
     test_threads_do_not_change_a_bit,
     test_weight_only,
 )
 from kernels.test_cpu_attention import test_attention  # noqa: F401 — this too
+from kernels.test_low_rank import (  # noqa: F401 — and these
+    test_a_branch_loses_little_to_rounding,
+    test_rows_that_words_cannot_hold,
+    test_the_largest_words_sum_exactly,
+)
 from layers import random_layer
 
 from svdit.errors import UserError

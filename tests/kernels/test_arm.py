@@ -18,7 +18,6 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
     SCHEMES,
     check,
     make,
-    test_a_branch_loses_little_to_rounding,
     test_any_shape,
     test_bfloat16_between_layers,
     test_every_hadamard_block,
@@ -28,9 +27,7 @@ from kernels.test_cpu import (  # noqa: F401 — these run with the kernels belo
     test_gated_activations_of_any_shape,
     test_norms_and_gelu_are_precise,
     test_packing_adds_up_what_is_there,
-    test_rows_that_words_cannot_hold,
     test_sums_of_the_largest_codes_are_exact,
-    test_the_largest_words_sum_exactly,
     test_ties_round_to_even_and_the_first_of_the_largest_gives_the_sign,
     test_weight_only,
 )
@@ -39,6 +36,11 @@ from kernels.test_cpu_attention import (  # noqa: F401 — these too
     test_attention_lets_no_bad_number_vanish,
     test_scores_far_below_zero,
     test_weights_of_attention_sum_to_one,
+)
+from kernels.test_low_rank import (  # noqa: F401 — and these
+    test_a_branch_loses_little_to_rounding,
+    test_rows_that_words_cannot_hold,
+    test_the_largest_words_sum_exactly,
 )
 from layers import random_layer, shapes
 

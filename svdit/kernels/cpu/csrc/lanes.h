@@ -334,9 +334,10 @@ FN VF multiply_add(VF acc, VI a, VI b)
 #endif
 }
 
+/* acc + a b, for two numbers of the low-rank branch in each lane */
 #if WORDS
-/* acc + a b, of two 16-bit integers of each lane */
-FN VI multiply_words(VI acc, VI a, VI b)
+typedef VI Sum;
+FN Sum multiply_pairs(Sum acc, VI a, VI b)
 {
 #if defined(USE_VNNI)
     __asm__(VEX "vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
@@ -347,6 +348,9 @@ FN VI multiply_words(VI acc, VI a, VI b)
     return acc + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
+#elif defined(USE_AMX)
+typedef VF Sum;
+FN Sum multiply_pairs(Sum acc, VI a, VI b) { return multiply_add(acc, a, b); }
 #endif
 
 #ifdef USE_AMX

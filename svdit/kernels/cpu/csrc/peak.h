@@ -5,7 +5,7 @@ typedef struct {
     int64_t repeats, kind; /* of PEAKS */
 } Peak;
 
-enum PEAKS { FP32, INT8, LOW, INT16 }; /* a multiply-add; `dot`; `multiply_add`, of bf16 where PAIRS; `multiply_words` */
+enum PEAKS { FP32, INT8, LOW, INT16 }; /* a multiply-add; `dot`; `multiply_add`, of bf16 where PAIRS; `multiply_pairs` */
 
 #if defined(USE_VNNI) || WIDE
 #define KEEP(x) __asm__ volatile("" : "+v"(x))
@@ -35,7 +35,7 @@ WORK int peak_some(const Peak *p, int64_t *next)
     for (int64_t r = 0; p->kind == INT16 && r < p->repeats; r++)
         UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
             if (i % TILE_VECTORS == 0) KEEP(a);
-            sums[i] = multiply_words(sums[i], a, b[i % TILE_VECTORS]);
+            sums[i] = multiply_pairs(sums[i], a, b[i % TILE_VECTORS]);
         }
 #endif
     for (int64_t r = 0; p->kind == FP32 && r < p->repeats; r++)

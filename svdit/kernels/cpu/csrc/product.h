@@ -117,9 +117,9 @@ FN void add_run(VF y[TILE_ROWS][TILE_VECTORS], const Product *p, int64_t panel, 
 {
     int64_t Rp = padded(p->rank, LOW_STEP), pairs = (p->rank + 1) / 2;
     const Branch *low[TILE_ROWS];
-    VI sums[TILE_ROWS][TILE_VECTORS];
+    VI sums[TILE_ROWS][TILE_VECTORS] = {0};
     UNROLL for (int i = 0; i < TILE_ROWS; i++) low[i] = (const Branch *)p->low + m[i] * Rp;
-    word_sums(*sums, low, p->l1 + panel * pairs * PANEL * 2, first, least(first + RUN, pairs), TILE_ROWS, TILE_VECTORS);
+    pair_sums(*sums, low, p->l1 + panel * pairs * PANEL * 2, first, least(first + RUN, pairs), TILE_ROWS, TILE_VECTORS);
     UNROLL for (int j = 0; j < TILE_VECTORS; j++) {
         VF channel = load(p->l1_steps + panel * PANEL + j * LANES);
         UNROLL for (int i = 0; i < TILE_ROWS; i++)

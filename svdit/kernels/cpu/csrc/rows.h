@@ -2,18 +2,17 @@
    projection. BLOCK_ROWS rows at a time stay in cache between the passes. The sums of the Hadamard transform run in the
    order of reference.rotate, so that behind it all codes are the reference's bit for bit. */
 
-#if WORDS
-/* sums[i][j] = Σ_k a[i][k] b[k][j] over the pairs from `first` to `last`, at most RUN: they fit 32 bits */
-FN void word_sums(VI *sums, const Branch *const *a, const uint16_t *b, int64_t first, int64_t last, int rows, int vectors)
+#if WORDS || defined(USE_AMX)
+/* sums[i][j] += Σ_k a[i][k] b[k][j] over the pairs from `first` to `last`; of words at most RUN fit 32 bits */
+FN void pair_sums(Sum *sums, const Branch *const *a, const uint16_t *b, int64_t first, int64_t last, int rows, int vectors)
 {
-    UNROLL for (int i = 0; i < rows * vectors; i++) sums[i] = splat_int(0);
     for (int64_t k = first; k < last; k++) {
         VI columns[TILE_VECTORS];
         UNROLL for (int j = 0; j < vectors; j++) columns[j] = load_int(b + (k * vectors + j) * LANES * 2);
         UNROLL for (int i = 0; i < rows; i++) {
             VI row = broadcast(a[i] + 2 * k);
             UNROLL for (int j = 0; j < vectors; j++)
-                sums[i * vectors + j] = multiply_words(sums[i * vectors + j], row, columns[j]);
+                sums[i * vectors + j] = multiply_pairs(sums[i * vectors + j], row, columns[j]);
         }
     }
 }
@@ -24,20 +23,12 @@ FN void low_rank_tile(VF *acc, const Branch *const *a, const uint16_t *b, int64_
 {
 #if WORDS
     for (int64_t first = 0; first < pairs; first += RUN) {
-        VI sums[TILE_ROWS * TILE_VECTORS];
-        word_sums(sums, a, b, first, least(first + RUN, pairs), rows, vectors);
+        VI sums[TILE_ROWS * TILE_VECTORS] = {0};
+        pair_sums(sums, a, b, first, least(first + RUN, pairs), rows, vectors);
         UNROLL for (int i = 0; i < rows * vectors; i++) acc[i] += __builtin_convertvector(sums[i], VF);
     }
 #elif defined(USE_AMX)
-    for (int64_t k = 0; k < pairs; k++) {
-        VI columns[TILE_VECTORS];
-        UNROLL for (int j = 0; j < vectors; j++) columns[j] = load_int(b + (k * vectors + j) * LANES * 2);
-        UNROLL for (int i = 0; i < rows; i++) {
-            VI row = broadcast(a[i] + 2 * k);
-            UNROLL for (int j = 0; j < vectors; j++)
-                acc[i * vectors + j] = multiply_add(acc[i * vectors + j], row, columns[j]);
-        }
-    }
+    pair_sums(acc, a, b, 0, pairs, rows, vectors);
 #else
     for (int64_t k = 0; k < pairs; k++, b += 2 * LANES * vectors)
         UNROLL for (int odd = 0; odd < 2; odd++) {
