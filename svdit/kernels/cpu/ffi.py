@@ -136,6 +136,8 @@ class Kernels:
         self.isa, self.lib = isa, library()
         if not built(isa):
             raise UserError(f"the CPU kernels were compiled without {isa}, which needs GCC 11, Clang 16 or newer")
+        if isa == "amx":
+            permits_tiles()  # once a process must have asked
         self.functions = {name: getattr(self.lib, f"{name}_{isa}") for name in SIGNATURES}
         for name, function in self.functions.items():
             function.argtypes, function.restype = SIGNATURES[name], c_int

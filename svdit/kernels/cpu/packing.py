@@ -33,6 +33,8 @@ def pack_weight(layer: Layer, kernels: Kernels) -> tuple[Tensor, Tensor]:
 def pack_l1(l1: Tensor, shape: tuple[int, int], kernels: Kernels) -> tuple[Tensor, Tensor | None]:
     """L1 (O, R) to panels (n,), rounded to bf16; or as words, with their steps (padded O,)."""
     l1, steps = _factor(l1, shape, kernels)
+    if kernels.parts == 2:  # once for each part of x̂ L2ᵀ
+        l1 = F.pad(l1, (0, -shape[1] % kernels.low_step)).repeat(1, 2)
     packed = _panels(l1, kernels.panel, 2, kernels)
     return packed, None if steps is None else pad(steps, padded(shape[0], kernels.panel))
 

@@ -3,8 +3,8 @@
 #define ISA amx
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8,amx-bf16")))
 #define LANES 16
-#define TILE_ROWS 4
-#define TILE_VECTORS 4
+#define TILE_ROWS 8
+#define TILE_VECTORS 2
 #define WIDE 0
 #define PAIRS 1
 #define WORDS 0

@@ -7,11 +7,16 @@
 /* 16 queries or 32: with more, most lanes of the last ones would be empty. */
 enum { QUERY_VECTORS = LANES == 4 ? 4 : 2, QUERIES = QUERY_VECTORS * LANES };
 enum { KEYS = TILE_VECTORS > QUERY_VECTORS ? 8 : TILE_ROWS };
+#ifdef USE_AMX
+enum { STEP = BLOCK_ROWS };
+#else
+enum { STEP = KEYS };
+#endif
 
 typedef struct {
     int64_t tokens, columns, width, value_width; /* width: columns padded for keys and queries */
     Low *keys;     /* (padded tokens, width) */
-    Low *values;   /* (padded tokens / W, value_width, W) */
+    Low *values;   /* (padded tokens / W, value_width, W); by AMX (padded columns, value_width) */
     Low *row;      /* (LANES, width), of queries */
     Low *queries;  /* (width / W, QUERIES, W) */
     float *scores; /* (padded tokens, QUERIES); in their place the weights, Low (padded tokens / W, QUERIES, W) */
@@ -32,6 +37,18 @@ FN VF softmax_weight(VF t)
 #endif
 }
 
+#ifdef USE_AMX
+/* to (STEP, QUERIES) = a b: a of `count` rows, `row` numbers apart; of both `pairs` of neighbors lie side by side, padded
+   to whole registers */
+FN void head_block(float *to, const Low *a, int64_t row, int64_t count, const Low *b, int64_t pairs)
+{
+    Left left = left_of(a, 2 * row, count);
+    FENCE;
+    clear_block();
+    for (int64_t at = 0; at < 4 * pairs; at += 64) multiply_block(left, at, b, 1, QUERY_VECTORS, 0);
+    store_block((char *)to, 4 * QUERIES, QUERY_VECTORS);
+}
+#else
 /* acc[i][j] = Σ_k a[i · row + k · step] b[k][j], b of QUERIES columns; W neighbors k lie side by side in both */
 FN void head_tile(VF acc[KEYS][QUERY_VECTORS], const Low *a, int64_t row, int64_t step, const Low *b, int64_t steps)
 {
@@ -49,15 +66,35 @@ FN void head_tile(VF acc[KEYS][QUERY_VECTORS], const Low *a, int64_t row, int64_
         }
     }
 }
+#endif
 
-/* Behind the last key the tile has copies of it: they leave the largest score as it is. */
+/* Behind the last key a tile has copies of it: they leave the largest score as it is. */
 FN void pack_keys(const Head *own, const Part *k)
 {
     int64_t T = own->tokens, t;
     for (t = 0; t < T; t += LANES) prepare(k, own->keys + t * own->width, own->width, t, least(T - t, LANES));
-    for (t = T; t < padded(T, KEYS); t++) prepare(k, own->keys + t * own->width, own->width, T - 1, 1);
+    for (t = T; t < padded(T, STEP); t++) prepare(k, own->keys + t * own->width, own->width, T - 1, 1);
 }
 
+#ifdef USE_AMX
+/* Pairs of tokens lie in the lanes, a column of each head after the other, and are transposed. */
+FN void pack_values(const Head *own, const Part *v)
+{
+    int64_t T = own->tokens, H = own->columns;
+    for (int64_t t = 0; t < T; t += 2 * LANES)
+        for (int64_t d = 0; d < H; d += LANES) {
+            VF block[LANES];
+            UNROLL for (int i = 0; i < LANES; i++) {
+                const Low *x = v->x + (t + 2 * i) * v->stride + d;
+                VF first = load_halves(x, t + 2 * i < T ? H - d : 0);
+                VF second = load_halves(x + v->stride, t + 2 * i + 1 < T ? H - d : 0);
+                block[i] = (VF)((VU)first >> 16 | (VU)second);
+            }
+            transpose(block);
+            UNROLL for (int i = 0; i < LANES; i++) memcpy(own->values + (d + i) * own->value_width + t, block + i, sizeof *block);
+        }
+}
+#else
 FN void pack_values(const Head *own, const Part *v)
 {
     for (int64_t t = 0; t < own->tokens; t += W) {
@@ -69,6 +106,7 @@ FN void pack_values(const Head *own, const Part *v)
         }
     }
 }
+#endif
 
 /* QUERIES queries from t on; behind the last token the lanes keep what was there. */
 FN void pack_queries(const Head *own, const Part *q, int64_t t)
@@ -89,14 +127,22 @@ FN void pack_queries(const Head *own, const Part *q, int64_t t)
 FN void multiply_keys(const Head *own, VF most[QUERY_VECTORS])
 {
     UNROLL for (int j = 0; j < QUERY_VECTORS; j++) most[j] = splat(-INFINITY);
-    for (int64_t t = 0; t < own->tokens; t += KEYS) {
+    for (int64_t t = 0; t < own->tokens; t += STEP) {
+        const Low *keys = own->keys + t * own->width;
+        float *to = own->scores + t * QUERIES;
+#ifdef USE_AMX
+        head_block(to, keys, own->width, STEP, own->queries, own->width / 2);
+        for (int i = 0; i < STEP; i++)
+            UNROLL for (int j = 0; j < QUERY_VECTORS; j++) most[j] = at_least(load(to + i * QUERIES + j * LANES), most[j]);
+#else
         VF acc[KEYS][QUERY_VECTORS];
-        head_tile(acc, own->keys + t * own->width, own->width, W, own->queries, padded(own->columns, W) / W);
+        head_tile(acc, keys, own->width, W, own->queries, padded(own->columns, W) / W);
         UNROLL for (int i = 0; i < KEYS; i++)
             UNROLL for (int j = 0; j < QUERY_VECTORS; j++) {
-                store(own->scores + (t + i) * QUERIES + j * LANES, acc[i][j]);
+                store(to + i * QUERIES + j * LANES, acc[i][j]);
                 most[j] = at_least(acc[i][j], most[j]);
             }
+#endif
     }
 }
 
@@ -118,30 +164,36 @@ FN void softmax(const Head *own, const VF most[QUERY_VECTORS], VF total[QUERY_VE
             total[j] = multiply_add(total[j], (VI)weight, ones);
             store(to + j * LANES, weight);
         }
+    for (int64_t t = padded(own->tokens, W); t < padded(own->tokens, STEP); t += W, to += QUERIES)
+        UNROLL for (int j = 0; j < QUERY_VECTORS; j++) store(to + j * LANES, (VF){0});
 }
 
 /* Weights times values, over the sums of the weights, to rows of `stride` of the tokens from t on. */
 FN void multiply_values(const Head *own, const VF total[QUERY_VECTORS], float *out, int64_t stride, int64_t t)
 {
-    VF inverse[QUERY_VECTORS];
-    UNROLL for (int j = 0; j < QUERY_VECTORS; j++) inverse[j] = 1.f / total[j];
-    for (int64_t d = 0; d < own->columns; d += KEYS) {
+    const Low *weights = (const Low *)own->scores;
+    for (int64_t d = 0; d < own->columns; d += STEP) {
+#ifdef USE_AMX
+        const Low *values = own->values + d * own->value_width;
+        head_block(own->out + d * QUERIES, values, own->value_width, own->columns - d, weights, padded(own->tokens, STEP) / 2);
+#else
         VF acc[KEYS][QUERY_VECTORS];
-        int64_t step = own->value_width * W;
-        head_tile(acc, own->values + d * W, W, step, (const Low *)own->scores, padded(own->tokens, W) / W);
+        head_tile(acc, own->values + d * W, W, own->value_width * W, weights, padded(own->tokens, W) / W);
         UNROLL for (int i = 0; i < KEYS; i++)
-            UNROLL for (int j = 0; j < QUERY_VECTORS; j++)
-                store(own->out + (d + i) * QUERIES + j * LANES, acc[i][j] * inverse[j]);
+            UNROLL for (int j = 0; j < QUERY_VECTORS; j++) store(own->out + (d + i) * QUERIES + j * LANES, acc[i][j]);
+#endif
     }
-    for (int64_t d = 0; d < own->columns; d += LANES)
-        for (int64_t j = 0; j < QUERY_VECTORS; j++) {
+    for (int64_t j = 0; j < QUERY_VECTORS; j++) {
+        VF inverse = 1.f / total[j];
+        for (int64_t d = 0; d < own->columns; d += LANES) {
             VF block[LANES];
-            UNROLL for (int i = 0; i < LANES; i++) block[i] = load(own->out + (d + i) * QUERIES + j * LANES);
+            UNROLL for (int i = 0; i < LANES; i++) block[i] = load(own->out + (d + i) * QUERIES + j * LANES) * inverse;
             transpose(block);
             UNROLL for (int64_t i = 0; i < LANES; i++)
                 if (t + j * LANES + i < own->tokens)
                     store_upto(out + (t + j * LANES + i) * stride + d, block[i], own->columns - d);
         }
+    }
 }
 
 /* Tokens t … end of a pair of image and head, if there is such a pair. */
@@ -181,15 +233,21 @@ FN void *zeros(int64_t bytes)
 WORK int attend_some(const Attention *shared, int64_t *next)
 {
     const Attention kept = *shared, *a = &kept; /* which no store can change */
-    int64_t T = padded(a->tokens, W * KEYS), H = a->head, pairs = a->images * a->heads, low = sizeof(Low);
+    int64_t T = padded(a->tokens, W * STEP), H = a->head, pairs = a->images * a->heads, low = sizeof(Low);
     Head own = {.tokens = a->tokens, .columns = H, .width = padded(H, W * LANES), .value_width = padded(H, KEYS)};
-    own.keys = zeros(T * own.width * low), own.values = zeros(T * own.value_width * low);
+    int64_t rows = T;
+#ifdef USE_AMX
+    own.value_width = T, rows = padded(H, STEP);
+#endif
+    own.keys = zeros(T * own.width * low), own.values = zeros(rows * own.value_width * low);
     own.row = zeros(LANES * own.width * low), own.queries = zeros(QUERIES * own.width * low);
-    own.scores = zeros(T * QUERIES * 4), own.out = zeros((padded(H, LANES) + KEYS) * QUERIES * 4);
+    own.scores = zeros(T * QUERIES * 4), own.out = zeros((padded(H, STEP) + LANES) * QUERIES * 4);
     int failed = !own.keys || !own.values || !own.row || !own.queries || !own.scores || !own.out;
     int64_t pair = take(next, pairs);
+    begin();
     prefetch_tokens(a, pair, 0, a->tokens);
     for (int64_t then; !failed && pair < pairs; pair = then) attend(a, pair, then = take(next, pairs), &own);
+    end();
     free(own.keys), free(own.values), free(own.row), free(own.queries), free(own.scores), free(own.out);
     return failed;
 }

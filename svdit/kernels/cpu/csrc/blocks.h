@@ -21,50 +21,69 @@ FN void configure(int64_t rows)
     _tile_loadconfig(&shape);
 }
 
+/* GCC's intrinsics name nothing of what they read and write. */
+#define FENCE __asm__ volatile("" : : : "memory")
+
 FN void begin(void) { configure(BLOCK_ROWS); }
 FN void end(void) { _tile_release(); }
 
-/* The sums += both halves of the rows times both of the columns. */
-FN void multiply_registers(int halves)
+/* Sums 2 · half and the one behind it += half of the rows times the columns: 16 of them, or with two `vectors` 32. */
+FN void multiply_half(int half, int halves, int vectors)
 {
-    if (halves) {
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    } else {
-        _tile_dpbusd(0, 4, 6);
-        _tile_dpbusd(1, 4, 7);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
-    }
+    if (half && halves) _tile_dpbf16ps(2, 5, 6);
+    else if (half) _tile_dpbusd(2, 5, 6);
+    else if (halves) _tile_dpbf16ps(0, 4, 6);
+    else _tile_dpbusd(0, 4, 6);
+    if (vectors < 2) return;
+    if (half && halves) _tile_dpbf16ps(3, 5, 7);
+    else if (half) _tile_dpbusd(3, 5, 7);
+    else if (halves) _tile_dpbf16ps(1, 4, 7);
+    else _tile_dpbusd(1, 4, 7);
 }
 
-/* to (rows, columns) = a b, for `chunks` of 64 bytes of each row of a, rows `stride` bytes apart: codes, or with
-   `halves` bf16. b lies as `dot`, or multiply_add, reads it. */
-FN void block_sums(void *to, const void *a, int64_t stride, const void *b, int64_t columns, int64_t chunks, int64_t rows,
-                   int halves)
+FN void clear_block(void)
 {
-    const int64_t row = 4 * columns; /* bytes of b and of `to` */
-    int64_t second = rows > HALF ? HALF * stride : 0;
-    __asm__ volatile("" : : : "memory"); /* GCC's _tile_loadd names nothing of what it reads */
-    for (int64_t at = 0; at < row; at += 128) {
-        const char *left = a, *right = (const char *)b + at;
-        char *sums = (char *)to + at;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t k = 0; k < chunks; k++, left += 64, right += HALF * row) {
-            _tile_loadd(4, left, stride);
-            _tile_loadd(5, left + second, stride);
-            _tile_loadd(6, right, row);
-            _tile_loadd(7, right + 64, row);
-            multiply_registers(halves);
-        }
-        _tile_stored(0, sums, row);
-        _tile_stored(1, sums + 64, row);
-        _tile_stored(2, sums + HALF * row, row);
-        _tile_stored(3, sums + HALF * row + 64, row);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* The rows of a block, `stride` bytes apart, the second half of them `second` bytes behind the first, or none if 0. */
+typedef struct {
+    const char *start;
+    int64_t stride, second;
+} Left;
+
+FN Left left_of(const void *start, int64_t stride, int64_t rows)
+{
+    return (Left){start, stride, rows > HALF ? HALF * stride : 0};
+}
+
+/* The sums += a b over bytes at … at + 63 of each row of a: codes, or with `halves` bf16. b lies as `dot`, or multiply_add,
+   reads it, `vectors` a row. With `pass` a need not stay in the L1 cache, so that b does. */
+FN void multiply_block(Left a, int64_t at, const void *b, int halves, int vectors, int pass)
+{
+    const char *left = a.start + at, *right = (const char *)b + at * HALF * vectors;
+    if (pass) _tile_stream_loadd(4, left, a.stride);
+    else _tile_loadd(4, left, a.stride);
+    _tile_loadd(6, right, 64 * vectors);
+    if (vectors == 2) _tile_loadd(7, right + 64, 128);
+    multiply_half(0, halves, vectors);
+    if (!a.second) return;
+    if (pass) _tile_stream_loadd(5, left + a.second, a.stride);
+    else _tile_loadd(5, left + a.second, a.stride);
+    multiply_half(1, halves, vectors);
+}
+
+/* The sums to rows of `row` bytes, those of the second half HALF rows behind the first. */
+FN void store_block(char *to, int64_t row, int vectors)
+{
+    _tile_stored(0, to, row);
+    _tile_stored(2, to + HALF * row, row);
+    if (vectors == 2) {
+        _tile_stored(1, to + 64, row);
+        _tile_stored(3, to + HALF * row + 64, row);
     }
+    FENCE;
 }

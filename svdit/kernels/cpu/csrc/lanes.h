@@ -60,9 +60,9 @@ enum { STAGES = LANES == 16 ? 4 : LANES == 8 ? 3 : 2 }; /* LANES = 2^STAGES */
 /* CODES: in a lane of `dot`. W: numbers in a lane of `multiply_add`. ADJACENT: columns of one output that are adjacent. */
 enum { PANEL = LANES * TILE_VECTORS, LOW_PANEL = LANES * 2, CODES = WIDE ? 2 : 4, W = PAIRS ? 2 : 1 };
 #ifdef USE_AMX
-enum { PARTS = 2, LOW_STEP = LOW_PANEL }; /* LOW_STEP: what the rank is padded to */
+enum { PARTS = 2 };
 #else
-enum { PARTS = 1, LOW_STEP = LANES };
+enum { PARTS = 1 };
 #endif
 #ifdef USE_NEON
 enum { SIGNED = 1 };

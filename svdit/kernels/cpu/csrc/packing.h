@@ -77,7 +77,7 @@ TARGET int EXPORT(pack_factor)(const uint16_t *factor, int64_t outputs, int64_t 
 /* What ffi.py must know and agree with: shapes of tiles, WIDE, SIGNED, PAIRS, WORDS, PARTS, sizes of arguments. */
 int EXPORT(geometry)(int64_t *to)
 {
-    int64_t numbers[] = {PANEL, LOW_PANEL, LOW_STEP, WIDE, SIGNED, PAIRS, WORDS, PARTS,
+    int64_t numbers[] = {PANEL, LOW_PANEL, LANES, WIDE, SIGNED, PAIRS, WORDS, PARTS,
                          sizeof(Rows), sizeof(Product), sizeof(Attention), sizeof(WeightOnly), sizeof(Packing),
                          sizeof(Convolution), sizeof(GroupNorm), sizeof(Projection), sizeof(Step)};
     memcpy(to, numbers, sizeof numbers);

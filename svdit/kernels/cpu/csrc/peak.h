@@ -1,5 +1,5 @@
-/* The most this processor can do out of registers, for benchmarks: TILE_ROWS · TILE_VECTORS sums side by side, or for
-   integers by AMX those of a block. */
+/* The most this processor can do out of registers, for benchmarks: TILE_ROWS · TILE_VECTORS sums side by side, or by
+   AMX those of a block. */
 
 typedef struct {
     int64_t repeats, kind; /* of PEAKS */
@@ -23,7 +23,8 @@ WORK int peak_some(const Peak *p, int64_t *next)
     for (int j = 0; j < TILE_VECTORS; j++) b[j] = splat_int(j + 1);
 #ifdef USE_AMX
     begin();
-    for (int64_t r = 0; p->kind == INT8 && r < p->repeats; r++) multiply_registers(0);
+    for (int64_t r = 0; p->kind == INT8 && r < p->repeats; r++) multiply_half(0, 0, 2), multiply_half(1, 0, 2);
+    for (int64_t r = 0; p->kind == LOW && r < p->repeats; r++) multiply_half(0, 1, 2), multiply_half(1, 1, 2);
     end();
 #endif
     for (int64_t r = 0; p->kind == INT8 && !DOTS && r < p->repeats; r++)
@@ -43,7 +44,7 @@ WORK int peak_some(const Peak *p, int64_t *next)
             KEEP(x); /* or one product would do for all */
             totals[i] += x * y;
         }
-    for (int64_t r = 0; p->kind == LOW && r < p->repeats; r++)
+    for (int64_t r = 0; p->kind == LOW && !DOTS && r < p->repeats; r++)
         UNROLL for (int i = 0; i < TILE_ROWS * TILE_VECTORS; i++) {
             KEEP(low);
             totals[i] = multiply_add(totals[i], low, low);
@@ -56,6 +57,7 @@ WORK int peak_some(const Peak *p, int64_t *next)
 int EXPORT(peak)(const Peak *p, int64_t *lanes)
 {
     *lanes = TILE_ROWS * TILE_VECTORS * LANES;
+    if (p->kind == LOW && DOTS) *lanes = DOTS;
     if (p->kind == INT8) *lanes = DOTS ? DOTS : *lanes * ADJACENT / 4; /* smmla is eight products a lane */
     PARALLEL(peak_some, p)
 }

@@ -239,34 +239,38 @@ enum { PROJECTED = TILE_ROWS * TILE_VECTORS / 2 }; /* rows whose sums of a panel
 /* Columns c … of x̂ L2ᵀ, for `rows` rows x̂, to rows of `sums`, in units of the steps of words */
 FN void project_panel(const Rows *r, const Branch *hat, float *sums, int64_t rows, int64_t c, int vectors)
 {
-    int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LOW_STEP), chunks = 0;
-    for (int part = 0; part < PARTS; part++, hat += Kp) {
-        VF started[BLOCK_ROWS][2] = {0};
+    int64_t Kp = padded(r->depth, DEPTH_STEP), Rp = padded(r->rank, LANES), chunks = 0;
+    const uint16_t *l2 = r->l2 + c * Kp;
+    VF started[BLOCK_ROWS][2] = {0};
 #ifdef USE_AMX
-        chunks = Kp / 32;
-        block_sums(started, hat, 2 * PARTS * Kp, r->l2 + c * Kp, LOW_PANEL, chunks, BLOCK_ROWS, 1);
+    chunks = Kp / 32;
+    clear_block();
+    for (int part = 0; part < PARTS; part++) {
+        Left a = left_of(hat + part * Kp, 2 * PARTS * Kp, BLOCK_ROWS);
+        for (int64_t k = 0; k < chunks; k++) multiply_block(a, 64 * k, l2, 1, vectors, 0);
+    }
+    store_block((char *)started, sizeof *started, vectors);
 #endif
-        for (int64_t m = 0; m < rows; m += PROJECTED) {
-            VF acc[PROJECTED * 2];
+    for (int64_t m = 0; m < rows; m += PROJECTED) {
+        VF acc[PROJECTED * 2];
+        UNROLL for (int i = 0; i < PROJECTED; i++)
+            UNROLL for (int j = 0; j < vectors; j++) acc[i * vectors + j] = started[m + i][j];
+        for (int part = 0; part < PARTS; part++) {
             const Branch *a[PROJECTED];
-            UNROLL for (int i = 0; i < PROJECTED; i++) {
-                a[i] = hat + least(m + i, rows - 1) * PARTS * Kp + 32 * chunks;
-                UNROLL for (int j = 0; j < vectors; j++) acc[i * vectors + j] = started[m + i][j];
-            }
-            low_rank_tile(acc, a, r->l2 + c * Kp + 32 * chunks * LOW_PANEL, Kp / 2 - 16 * chunks, PROJECTED, vectors);
             UNROLL for (int i = 0; i < PROJECTED; i++)
-                if (m + i < rows) UNROLL for (int j = 0; j < vectors; j++) {
-                    float *to = sums + (m + i) * Rp + c + j * LANES;
-                    store(to, part ? load(to) + acc[i * vectors + j] : acc[i * vectors + j]);
-                }
+                a[i] = hat + (least(m + i, rows - 1) * PARTS + part) * Kp + 32 * chunks;
+            low_rank_tile(acc, a, l2 + 32 * chunks * LANES * vectors, Kp / 2 - 16 * chunks, PROJECTED, vectors);
         }
+        UNROLL for (int i = 0; i < PROJECTED; i++)
+            if (m + i < rows)
+                UNROLL for (int j = 0; j < vectors; j++) store(sums + (m + i) * Rp + c + j * LANES, acc[i * vectors + j]);
     }
 }
 
 /* The branch's share of rows m0 …: x̂ L2ᵀ, of `rows` rows x̂ and their steps. */
 FN void project_rows(const Rows *r, const Branch *hat, const float *steps, float *sums, int64_t m0, int64_t rows)
 {
-    int64_t Rp = padded(r->rank, LOW_STEP);
+    int64_t Rp = padded(r->rank, LANES);
     for (int64_t c = 0; c < Rp; c += LOW_PANEL) {
         if (Rp - c >= LOW_PANEL) project_panel(r, hat, sums, rows, c, 2);
         else project_panel(r, hat, sums, rows, c, 1);
@@ -288,7 +292,7 @@ WORK int quantize_some(const Rows *shared, int64_t *next)
     const Rows kept = *shared, *r = &kept; /* which no store can change, so that it stays in registers */
     int64_t Kp = padded(r->depth, DEPTH_STEP), blocks = padded(r->rows, BLOCK_ROWS) / BLOCK_ROWS;
     int64_t own = sizeof(Branch) < sizeof(float) ? 1 : BLOCK_ROWS; /* rows of x̂ */
-    int64_t sums = BLOCK_ROWS * padded(r->rank, LOW_STEP), floats = padded((2 + own) * Kp + sums, 16);
+    int64_t sums = BLOCK_ROWS * padded(r->rank, LANES), floats = padded((2 + own) * Kp + sums, 16);
     float *buffer = aligned_alloc(64, (size_t)floats * sizeof(float)), *hat = buffer + 2 * Kp, steps[BLOCK_ROWS];
     Branch *half = own == 1 && r->rank ? aligned_alloc(64, (size_t)padded(BLOCK_ROWS * PARTS * Kp, 32) * sizeof(Branch)) : 0;
     Folded folded = {-1, buffer, buffer + Kp};
