@@ -22,6 +22,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ from svdit.runtime.accelerate import accelerate
 
 HAS_BF16 = any(capabilities().get(name) for name in ("avx512_bf16", "bf16"))  # bf16 is Arm's
 SCHEMES = {"W8A8": ("W8A8", "int8"), "W4A8": ("W4A8", "int4"), "W4A4": ("W4A4", "int4")}  # blocks and adaLN
-UNMEASURED = ("amx", "neonbf16", "neoni8mm", "neondot")
+UNMEASURED = ("neonbf16", "neoni8mm", "neondot")
 RESIDENT = Path("/proc/self/status")  # of Linux
 FAMILIES = ("DiT-XL/2", "LightningDiT-XL/1", "JiT-B/16")
 LAYERS = {"qkv": (1152, 3456), "proj": (1152, 1152), "fc1": (1152, 4608), "fc2": (4608, 1152)}
@@ -251,10 +252,11 @@ def pair_times(config: DiTConfig, known: list[str], setting: Setting) -> dict[st
     """Median seconds of a model for every pair of instruction sets for linears and attention."""
     model, inputs, runs = random_model(config, "W4A8", rank=setting.rank), model_inputs(2, config), dict[str, Run]()
     for linears, attention in itertools.product(known, (*known, choice.TORCH)):
-        os.environ |= {"SVDIT_ISA": linears, "SVDIT_ATTENTION": attention}
-        choice.choice.cache_clear()
-        fast, kernels = accelerate(copy.deepcopy(model)), choice.choice()
+        with patch.dict(os.environ, {"SVDIT_ISA": linears, "SVDIT_ATTENTION": attention}):
+            choice.choice.cache_clear()
+            fast, kernels = accelerate(copy.deepcopy(model)), choice.choice()
         runs[str(kernels)] = lambda fast=fast, kernels=kernels: run_with(kernels, lambda: fast(*inputs))
+    choice.choice.cache_clear()
     return {pair: statistics.median(seconds) for pair, seconds in measure(runs, 3 * setting.rounds).items()}
 
 

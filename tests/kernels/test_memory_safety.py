@@ -176,12 +176,12 @@ import resource, sys
 import torch
 from layers import random_layer, with_spec
 from svdit.kernels.cpu import ffi, linear as cpu
-from svdit.kernels.formats import Format
+from svdit.kernels.formats import WEIGHT_FORMATS, Format
 
 K = cpu.LONGEST = 2**21
 kernels = ffi.kernels(sys.argv[1])
 layer = random_layer(1, K, 0, Format(8), 0)
-packed = cpu.IntegerLinear(layer, kernels)
+packed = cpu.IntegerLinear(random_layer(1, K, 0, WEIGHT_FORMATS["int4-channel"], 0), kernels)
 only = cpu.weight_only(with_spec(layer, act=None), kernels)
 x, qkv = torch.ones(1, 1, K), torch.zeros(1, K, 3).to(kernels.low_dtype)
 quantized, many = packed.quantize(x), torch.ones(1, 8, K)

@@ -45,7 +45,7 @@ FN void head_block(float *to, const Low *a, int64_t row, int64_t count, const Lo
     Left left = left_of(a, 2 * row, count);
     FENCE;
     clear_block();
-    for (int64_t at = 0; at < 4 * pairs; at += 64) multiply_block(left, at, b, 1, QUERY_VECTORS, 0);
+    for (int64_t at = 0; at < 4 * pairs; at += 64) multiply_block(left, at, b, 1, QUERY_VECTORS, BOTH);
     store_block((char *)to, 4 * QUERIES, QUERY_VECTORS);
 }
 #else

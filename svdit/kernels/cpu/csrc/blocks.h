@@ -60,18 +60,22 @@ FN Left left_of(const void *start, int64_t stride, int64_t rows)
     return (Left){start, stride, rows > HALF ? HALF * stride : 0};
 }
 
+enum { BOTH, LEFT, RIGHT }; /* which operand stays in the L1 cache: the other one need not */
+
 /* The sums += a b over bytes at … at + 63 of each row of a: codes, or with `halves` bf16. b lies as `dot`, or multiply_add,
-   reads it, `vectors` a row. With `pass` a need not stay in the L1 cache, so that b does. */
-FN void multiply_block(Left a, int64_t at, const void *b, int halves, int vectors, int pass)
+   reads it, `vectors` a row. */
+FN void multiply_block(Left a, int64_t at, const void *b, int halves, int vectors, int keep)
 {
     const char *left = a.start + at, *right = (const char *)b + at * HALF * vectors;
-    if (pass) _tile_stream_loadd(4, left, a.stride);
+    if (keep == RIGHT) _tile_stream_loadd(4, left, a.stride);
     else _tile_loadd(4, left, a.stride);
-    _tile_loadd(6, right, 64 * vectors);
-    if (vectors == 2) _tile_loadd(7, right + 64, 128);
+    if (keep == LEFT) _tile_stream_loadd(6, right, 64 * vectors);
+    else _tile_loadd(6, right, 64 * vectors);
+    if (vectors == 2 && keep == LEFT) _tile_stream_loadd(7, right + 64, 128);
+    else if (vectors == 2) _tile_loadd(7, right + 64, 128);
     multiply_half(0, halves, vectors);
     if (!a.second) return;
-    if (pass) _tile_stream_loadd(5, left + a.second, a.stride);
+    if (keep == RIGHT) _tile_stream_loadd(5, left + a.second, a.stride);
     else _tile_loadd(5, left + a.second, a.stride);
     multiply_half(1, halves, vectors);
 }

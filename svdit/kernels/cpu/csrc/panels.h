@@ -6,6 +6,7 @@ typedef struct {
     VI *multiples;  /* where WIDE (groups, TILE_VECTORS), each twice in its 32 bits */
     VF *scales;     /* with `floats` (groups, TILE_VECTORS) */
     VI *starts;     /* and then −offset · the sum of a group's codes */
+    int64_t size;   /* bytes from one panel to the next */
 } Expanded;
 
 /* Four bytes of each lane, as two products of 16 bits, times `twice`; all fit 8 bits. */
@@ -107,12 +108,20 @@ FN Expanded expand(const Product *p, int64_t panel, int64_t size, Expanded own)
     return own;
 }
 
-/* A buffer for one panel: `bytes` of codes, and the numbers of `groups`; `multiples`, its start, is null where there is
-   no memory. */
-FN Expanded new_panel(int64_t bytes, int64_t groups)
+/* Buffers for `count` panels: `bytes` of codes, and the numbers of `groups`; `multiples`, the start of all, is null where
+   there is no memory. */
+FN Expanded new_panels(int64_t count, int64_t bytes, int64_t groups)
 {
-    size_t each = (size_t)padded(groups * TILE_VECTORS * (int64_t)sizeof(VI), 64);
-    char *buffer = aligned_alloc(64, (size_t)padded(bytes, 64) + 3 * each);
+    int64_t each = padded(groups * TILE_VECTORS * (int64_t)sizeof(VI), 64), size = padded(bytes, 64) + 3 * each;
+    char *buffer = aligned_alloc(64, (size_t)(count * size));
     if (!buffer) return (Expanded){0};
-    return (Expanded){buffer + 3 * each, (VI *)buffer, (VF *)(buffer + each), (VI *)(buffer + 2 * each)};
+    return (Expanded){buffer + 3 * each, (VI *)buffer, (VF *)(buffer + each), (VI *)(buffer + 2 * each), size};
+}
+
+/* Number i of them. */
+FN Expanded panel_of(Expanded all, int64_t i)
+{
+    int64_t at = i * all.size;
+    return (Expanded){(char *)all.codes + at, (VI *)((char *)all.multiples + at), (VF *)((char *)all.scales + at),
+                      (VI *)((char *)all.starts + at), all.size};
 }

@@ -189,90 +189,34 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, St
 }
 
 #ifdef USE_AMX
-enum { UNIT = BLOCK_ROWS }; /* of rows */
-enum { RESIDENT = 40 << 10, KEPT = 5 << 18 }; /* bytes of a panel that stay in the L1 cache, and of rows in L2 */
-
-/* A block of rows whose sums are there, and how many of them are finished. */
-typedef struct {
-    VI sums[BLOCK_ROWS][TILE_VECTORS];
-    VF branch[BLOCK_ROWS][TILE_VECTORS];
-    int64_t first, finished, lanes;
-} BlockSums;
-
-/* The outputs of a block up to its row `rows`. */
-WORK void finish_block(const Product *p, const Expanded *b, int64_t panel, BlockSums *block, int64_t rows)
-{
-    for (int64_t i; (i = block->finished) < rows; block->finished += TILE_ROWS)
-        product_tile(p, *b, panel, block->first + i, (Started){block->sums[i], block->branch[i], block->lanes});
-}
-
-/* Rows `first` … `last` of one panel: while registers multiply a block, the one before it is finished. Sums of groups in
-   fp32 are left to product_tile. */
-FN void multiply_rows(const Product *p, Expanded b, int64_t panel, int64_t first, int64_t last)
-{
-    int64_t Kp = padded(p->depth, DEPTH_STEP), Rp = padded(p->rank, LANES), chunks = p->floats ? 0 : Kp / 64, ready = 0;
-    int64_t low_row = PARTS * Rp * (int64_t)sizeof(Branch), lines = last > first ? 32 * BLOCK_ROWS / (last - first) + 1 : 0;
-    const char *l1 = (const char *)p->l1 + panel * PANEL * low_row, *next = (const char *)b.codes + PANEL * Kp;
-    BlockSums block = {0}; /* also of rows that are not there */
-    FENCE;
-    for (int64_t m = first, rows; m < last; m += rows) {
-        rows = least(last - m, BLOCK_ROWS);
-        if (rows < BLOCK_ROWS) configure(rows);
-        Left codes = left_of((const char *)p->codes + m * Kp, Kp, rows);
-        Left low = left_of((const char *)p->low + m * low_row, low_row, rows);
-        clear_block();
-        for (int64_t k = 0; k < chunks; k++) {
-            if (p->bits == 8)
-                for (int64_t i = 0; i < lines; i++, next += 64) __builtin_prefetch(next, 0, 2);
-            multiply_block(codes, 64 * k, b.codes, 0, 2, PANEL * Kp <= RESIDENT);
-            if (block.finished * chunks < ready * (k + 1)) finish_block(p, &b, panel, &block, ready * (k + 1) / chunks);
-        }
-        finish_block(p, &b, panel, &block, ready);
-        store_block((char *)block.sums, sizeof *block.sums, 2);
-        if (Rp) {
-            clear_block();
-            for (int64_t at = 0; at < low_row; at += 64) multiply_block(low, at, l1, 1, 2, 0);
-            store_block((char *)block.branch, sizeof *block.branch, 2);
-        }
-        block.first = m, block.finished = 0, block.lanes = 16 * chunks, ready = rows;
-        if (rows < BLOCK_ROWS) configure(BLOCK_ROWS);
-    }
-    finish_block(p, &b, panel, &block, ready);
-}
+#include "tiled.h"
 #else
-enum { UNIT = TILE_ROWS };
-
 /* Rows `first` … `last` of one panel. */
 FN void multiply_rows(const Product *p, Expanded b, int64_t panel, int64_t first, int64_t last)
 {
     for (int64_t m = first; m < last; m += TILE_ROWS) product_tile(p, b, panel, m, (Started){0});
 }
-#endif
 
 WORK int multiply_some(const Product *shared, int64_t *next)
 {
     const Product kept = *shared, *p = &kept; /* which no store can change */
     int64_t Kp = padded(p->depth, DEPTH_STEP), panels = padded(p->outputs, PANEL) / PANEL;
     int64_t size = p->group ? p->group : p->depth;
-    int64_t units = padded(p->rows, UNIT) / UNIT, parts = padded(4 * team(), panels) / panels;
-    Expanded own = new_panel(PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size), b = own;
+    int64_t tiles = padded(p->rows, TILE_ROWS) / TILE_ROWS, parts = padded(4 * team(), panels) / panels;
+    Expanded own = new_panels(1, PANEL * Kp * (p->bits == 4 ? 1 : 4 / CODES), p->depth / size), b = own;
     if (!own.multiples) return 1;
-    parts = least(parts, padded(units, 8) / 8); /* of the rows, where panels are few for so many threads */
-#ifdef USE_AMX
-    int64_t most = padded(p->rows * Kp, KEPT) / KEPT; /* or where a panel's product is done before they are read again */
-    if (parts < most) parts = least(most, units);
-#endif
-    begin();
+    parts = least(parts, padded(tiles, 8) / 8); /* of the rows, where panels are few for so many threads */
     for (int64_t piece, last = -1, panel; (piece = take(next, panels * parts)) < panels * parts; last = panel) {
-        int64_t part = UNIT == TILE_ROWS ? piece % parts : piece / panels;
-        panel = UNIT == TILE_ROWS ? piece / parts : piece % panels;
+        int64_t part = piece % parts;
+        panel = piece / parts;
         if (panel != last) b = expand(p, panel, size, own);
-        int64_t first = units * part / parts * UNIT, behind = units * (part + 1) / parts * UNIT;
+        int64_t first = tiles * part / parts * TILE_ROWS, behind = tiles * (part + 1) / parts * TILE_ROWS;
         multiply_rows(p, b, panel, first, least(behind, p->rows));
     }
-    end();
     free(own.multiples); /* the start of the buffer */
     return 0;
 }
+
+#endif
 
 int EXPORT(multiply)(const Product *p) PARALLEL(multiply_some, p)

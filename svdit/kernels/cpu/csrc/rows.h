@@ -247,7 +247,7 @@ FN void project_panel(const Rows *r, const Branch *hat, float *sums, int64_t row
     clear_block();
     for (int part = 0; part < PARTS; part++) {
         Left a = left_of(hat + part * Kp, 2 * PARTS * Kp, BLOCK_ROWS);
-        for (int64_t k = 0; k < chunks; k++) multiply_block(a, 64 * k, l2, 1, vectors, 0);
+        for (int64_t k = 0; k < chunks; k++) multiply_block(a, 64 * k, l2, 1, vectors, BOTH);
     }
     store_block((char *)started, sizeof *started, vectors);
 #endif
