@@ -322,7 +322,7 @@ def short_name(row: Row) -> str:
     name = re.sub(r", \d+ cores.*", "", row["machine"])
     if name == "AMD EPYC":
         return "Zen 3" if row["date"] < "2026-11-25" else "Zen 5"
-    return extract(r"\(([^()]+), family", name) or name.replace("(R)", "").removesuffix(" Processor")
+    return extract(r"\(([^()]+), family", name) or name.replace("(R)", "").replace(" Processor", "")
 
 
 def cell(row: Row) -> str:

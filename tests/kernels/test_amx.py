@@ -52,7 +52,7 @@ def test_blocks_of_any_shape(kernels: ffi.Kernels, scheme: str) -> None:
     """Rows in whole blocks and parts of one; columns and ranks that fill registers, and some left."""
     grouped = any(form.group for form in SCHEMES[scheme])
     for seed, (M, I) in enumerate(product((1, 15, 16, 17, 32, 33, 70), (48, 64, 200, 256))):
-        layer = make(scheme, (3, 64, 130)[seed % 3], padded(I, grouped), (0, 7, 32, 33, 70)[seed % 5], seed)
+        layer = make(scheme, (3, 64, 600)[seed % 3], padded(I, grouped), (0, 7, 32, 33, 70)[seed % 5], seed)
         check(layer, torch.randn(M, layer.shape[1], generator=torch.Generator().manual_seed(seed)), kernels)
 
 
@@ -60,9 +60,19 @@ def padded(columns: int, grouped: bool) -> int:
     return ffi.padded(columns, 64) if grouped else columns
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "int4-channel"])
-def test_without_a_branch_outputs_equal_those_of_avx512(kernels: ffi.Kernels, name: str) -> None:
-    layer, x = random_layer(100, 320, 0, WEIGHT_FORMATS[name], 1, 64), torch.randn(1, 50, 320)
+@pytest.mark.parametrize(
+    ("name", "rows", "outputs"),
+    [
+        ("int8", 50, 100),
+        ("int4", 50, 600),
+        ("int4-channel", 50, 100),
+        pytest.param("int4", 4200, 40, id="rows in parts"),
+    ],
+)
+def test_without_a_branch_outputs_equal_those_of_avx512(
+    kernels: ffi.Kernels, name: str, rows: int, outputs: int
+) -> None:
+    layer, x = random_layer(outputs, 320, 0, WEIGHT_FORMATS[name], 1, 64), torch.randn(1, rows, 320)
     expected = cpu.IntegerLinear(layer, ffi.kernels("avx512bf16"))(x)
     assert torch.equal(cpu.IntegerLinear(layer, kernels)(x), expected)
 

@@ -1,4 +1,4 @@
-/* AVX-512 with VNNI and BF16 as in avx512bf16.c, and the products of layers by AMX. */
+/* AVX-512 with VNNI and BF16 as in avx512bf16.c, and the products of layers and of attention by AMX. */
 #if defined(__x86_64__) && __has_include(<amxint8intrin.h>) /* GCC 11 or newer */
 #define ISA amx
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8,amx-bf16")))

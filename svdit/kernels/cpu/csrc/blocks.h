@@ -2,7 +2,7 @@
    rows of 64 bytes; those of a block of fewer rows are shorter. What does not fill 64 bytes of a row is left to the
    caller. Registers belong to a thread; Linux permits them on request (features.py). */
 
-enum { BLOCK_ROWS = 32, HALF = 16, DOTS = 4 * HALF * HALF * HALF }; /* DOTS: of multiply_registers */
+enum { BLOCK_ROWS = 32, HALF = 16, DOTS = 4 * HALF * HALF * HALF }; /* DOTS: of both halves */
 
 /* The operand of ldtilecfg. Registers 0 … 3 are sums, 4 and 5 both halves of the rows, 6 and 7 weights. */
 typedef struct {

@@ -10,7 +10,8 @@
    4 bits   (panels, K / 8, PANEL, 4) bytes: of eight columns, byte t holds code t in its low half and code t + 4 in
             its high half, each + 8. One `and` and one shift give the four bytes of columns 0 … 3 and of 4 … 7.
    factors  L1 (panels, R / 2, PANEL, 2), L2 (…, K / 2, LOW_PANEL, 2), of its last panel perhaps half: two columns are
-            adjacent, because one lane of vpdpwssd or vdpbf16ps multiplies and adds two numbers.
+            adjacent, because one lane of vpdpwssd or vdpbf16ps multiplies and adds two numbers. For AMX L1, its R padded
+            to 16, lies there twice, once for each part of x̂ L2ᵀ.
    words    16-bit integers with one step a row of x̂, x̂ L2ᵀ, L1 and L2: a low-rank branch at twice the rate of fp32, off
             by 2⁻¹² where one of bf16 is by 2⁻⁹. Sums of RUN pairs are int32, then fp32.
    offset   `dot` takes unsigned activations: 128 is added to 8-bit codes, −lo to codes of lo … hi. It adds offset ·
@@ -37,7 +38,7 @@ typedef struct {
     const float *l2_steps;                               /* (padded rank) of words, or null */
     void *codes;                                         /* (rows, padded depth): bytes code + offset; wide: int16 */
     float *steps;                                        /* (rows), or (rows, depth / group) */
-    void *low;                                           /* (rows, padded rank) x̂ L2ᵀ, float, bf16 or words */
+    void *low;                                           /* (rows, padded rank) x̂ L2ᵀ, float or words; AMX: two bf16 each */
     float *low_steps;                                    /* (rows) of words */
 } Rows;
 

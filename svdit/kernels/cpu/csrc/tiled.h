@@ -15,7 +15,8 @@ typedef struct {
 WORK void finish_block(const Product *p, BlockSums *block, int64_t rows)
 {
     for (int64_t i; (i = block->finished) < rows; block->finished += TILE_ROWS)
-        product_tile(p, block->b, block->panel, block->first + i, (Started){block->sums[i], block->branch[i], block->lanes});
+        product_tile(p, block->b, block->panel, block->first + i,
+                     (Started){block->sums[i], block->branch[i], block->lanes});
 }
 
 /* Weights that are fetched meanwhile: `lines` for each 64 columns of a block. */
@@ -26,11 +27,13 @@ typedef struct {
 
 /* The sums of `rows` rows from m on and a panel b; `block` has those before. Sums of groups in fp32 are left to
    product_tile. */
-FN void multiply_panel(const Product *p, Expanded b, int64_t panel, int64_t m, int64_t rows, int keep, Ahead *ahead, BlockSums *block)
+FN void multiply_panel(const Product *p, Expanded b, int64_t panel, int64_t m, int64_t rows, int keep, Ahead *ahead,
+                       BlockSums *block)
 {
     int64_t Kp = padded(p->depth, DEPTH_STEP), chunks = p->floats ? 0 : Kp / 64;
     int64_t low_row = PARTS * padded(p->rank, LANES) * (int64_t)sizeof(Branch);
-    Left codes = left_of((const char *)p->codes + m * Kp, Kp, rows), low = left_of((const char *)p->low + m * low_row, low_row, rows);
+    Left codes = left_of((const char *)p->codes + m * Kp, Kp, rows);
+    Left low = left_of((const char *)p->low + m * low_row, low_row, rows);
     clear_block();
     for (int64_t k = 0; k < chunks; k++) {
         for (int64_t i = 0; i < ahead->lines; i++, ahead->next += 64) __builtin_prefetch(ahead->next, 0, 2);
@@ -46,7 +49,8 @@ FN void multiply_panel(const Product *p, Expanded b, int64_t panel, int64_t m, i
             multiply_block(low, at, (const char *)p->l1 + panel * PANEL * low_row, 1, 2, BOTH);
         store_block((char *)block->branch, sizeof *block->branch, 2);
     }
-    block->b = b, block->panel = panel, block->first = m, block->rows = rows, block->lanes = 16 * chunks, block->finished = 0;
+    block->b = b, block->panel = panel, block->lanes = 16 * chunks;
+    block->first = m, block->rows = rows, block->finished = 0;
 }
 
 /* Rows `first` … `last` of `count` panels. */
