@@ -16,7 +16,7 @@ PAGES = tuple(
     DOCS / f"{name}.md" for name in ("quantization", "recovery", "evaluation", "performance", "caching", "diffusers")
 )
 MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
-TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r", (?:amx|avx\w+|neon\w+|portable)\b"  # in notes
+TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r"(?:^|, )(?:amx|avx\w+|neon\w+|portable)\b"  # in notes
 Row = dict[str, str]
 Rows = Sequence[Row]
 
