@@ -1,8 +1,8 @@
 """The C kernels as operations on tensors: packed layers, attention.
 
-Integers equal those of reference.py. Floats are fp32, with two exceptions. Where there are bf16 products
-(amx, avx512bf16, neonbf16, and portable, which emulates them) attention reads bf16. The low-rank branch multiplies integers
-of 16 bits, here called words, on x86 and in portable, which costs 2^−12 of it where bf16 would cost 2^−9; for AMX the
+Integers equal those of reference.py. Floats are fp32, with two exceptions. Where there are bf16 products (amx,
+avx512bf16, neonbf16, and portable, which emulates them) attention reads bf16. The low-rank branch multiplies integers
+of 16 bits, called words here, on x86 and in portable, which costs 2^−12 of it where bf16 would cost 2^−9; for AMX the
 numbers of x̂ and x̂ L2ᵀ are sums of two bf16. Without words factors are rounded to bf16, unless they are stored so.
 """
 
