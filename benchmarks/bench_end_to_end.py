@@ -16,6 +16,7 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -123,10 +124,11 @@ def backends(names: Sequence[str], full: Pixels, calibrations: int) -> None:
             model = load_model("digits")
             quantize_(model, presets()[name](model, seed), calibration(model, seed))
             for isa in ("reference", *ffi.isas()[:-1]):
-                os.environ["SVDIT_ISA"] = "" if isa == "reference" else isa
-                choice.choice.cache_clear()
-                fast = accelerate(copy.deepcopy(model), isa if isa == "reference" else "cpu")
-                errors.setdefault(isa, []).append(differences(draw(fast, len(full)), full))
+                with patch.dict(os.environ, {"SVDIT_ISA": "" if isa == "reference" else isa}):
+                    choice.choice.cache_clear()
+                    fast = accelerate(copy.deepcopy(model), isa if isa == "reference" else "cpu")
+                    errors.setdefault(isa, []).append(differences(draw(fast, len(full)), full))
+            choice.choice.cache_clear()
         for isa, pairs in errors.items():
             psnr, pooled, relative = np.mean(pairs, axis=0)
             note = f"pooled {pooled:.2f}; {len(full)} digits, DDIM 50, cfg 1.5, rank 8; relative L2 {relative:.4f}; "

@@ -137,7 +137,7 @@ class Kernels:
         if not built(isa):
             raise UserError(f"the CPU kernels were compiled without {isa}, which needs GCC 11, Clang 16 or newer")
         if isa == "amx":
-            permits_tiles()  # once a process must have asked
+            permits_tiles()  # which a process must ask for
         self.functions = {name: getattr(self.lib, f"{name}_{isa}") for name in SIGNATURES}
         for name, function in self.functions.items():
             function.argtypes, function.restype = SIGNATURES[name], c_int

@@ -6,11 +6,10 @@
 
 /* 16 queries or 32: with more, most lanes of the last ones would be empty. */
 enum { QUERY_VECTORS = LANES == 4 ? 4 : 2, QUERIES = QUERY_VECTORS * LANES };
-enum { KEYS = TILE_VECTORS > QUERY_VECTORS ? 8 : TILE_ROWS };
 #ifdef USE_AMX
-enum { STEP = BLOCK_ROWS };
+enum { KEYS = BLOCK_ROWS };
 #else
-enum { STEP = KEYS };
+enum { KEYS = TILE_VECTORS > QUERY_VECTORS ? 8 : TILE_ROWS };
 #endif
 
 typedef struct {
@@ -38,8 +37,8 @@ FN VF softmax_weight(VF t)
 }
 
 #ifdef USE_AMX
-/* to (STEP, QUERIES) = a b: a of `count` rows, `row` numbers apart; of both `pairs` of neighbors lie side by side, padded
-   to whole registers */
+/* to (KEYS, QUERIES) = a b: a of `count` rows, `row` numbers apart; in both `pairs` of neighbors k lie side by side, and
+   fill registers */
 FN void head_block(float *to, const Low *a, int64_t row, int64_t count, const Low *b, int64_t pairs)
 {
     Left left = left_of(a, 2 * row, count);
@@ -73,7 +72,7 @@ FN void pack_keys(const Head *own, const Part *k)
 {
     int64_t T = own->tokens, t;
     for (t = 0; t < T; t += LANES) prepare(k, own->keys + t * own->width, own->width, t, least(T - t, LANES));
-    for (t = T; t < padded(T, STEP); t++) prepare(k, own->keys + t * own->width, own->width, T - 1, 1);
+    for (t = T; t < padded(T, KEYS); t++) prepare(k, own->keys + t * own->width, own->width, T - 1, 1);
 }
 
 #ifdef USE_AMX
@@ -91,7 +90,8 @@ FN void pack_values(const Head *own, const Part *v)
                 block[i] = (VF)((VU)first >> 16 | (VU)second);
             }
             transpose(block);
-            UNROLL for (int i = 0; i < LANES; i++) memcpy(own->values + (d + i) * own->value_width + t, block + i, sizeof *block);
+            Low *to = own->values + d * own->value_width + t;
+            UNROLL for (int i = 0; i < LANES; i++) memcpy(to + i * own->value_width, block + i, sizeof *block);
         }
 }
 #else
@@ -127,13 +127,14 @@ FN void pack_queries(const Head *own, const Part *q, int64_t t)
 FN void multiply_keys(const Head *own, VF most[QUERY_VECTORS])
 {
     UNROLL for (int j = 0; j < QUERY_VECTORS; j++) most[j] = splat(-INFINITY);
-    for (int64_t t = 0; t < own->tokens; t += STEP) {
+    for (int64_t t = 0; t < own->tokens; t += KEYS) {
         const Low *keys = own->keys + t * own->width;
         float *to = own->scores + t * QUERIES;
 #ifdef USE_AMX
-        head_block(to, keys, own->width, STEP, own->queries, own->width / 2);
-        for (int i = 0; i < STEP; i++)
-            UNROLL for (int j = 0; j < QUERY_VECTORS; j++) most[j] = at_least(load(to + i * QUERIES + j * LANES), most[j]);
+        head_block(to, keys, own->width, KEYS, own->queries, own->width / 2);
+        for (int i = 0; i < KEYS; i++)
+            UNROLL for (int j = 0; j < QUERY_VECTORS; j++)
+                most[j] = at_least(load(to + i * QUERIES + j * LANES), most[j]);
 #else
         VF acc[KEYS][QUERY_VECTORS];
         head_tile(acc, keys, own->width, W, own->queries, padded(own->columns, W) / W);
@@ -164,18 +165,21 @@ FN void softmax(const Head *own, const VF most[QUERY_VECTORS], VF total[QUERY_VE
             total[j] = multiply_add(total[j], (VI)weight, ones);
             store(to + j * LANES, weight);
         }
-    for (int64_t t = padded(own->tokens, W); t < padded(own->tokens, STEP); t += W, to += QUERIES)
+#ifdef USE_AMX
+    for (int64_t t = padded(own->tokens, W); t < padded(own->tokens, KEYS); t += W, to += QUERIES)
         UNROLL for (int j = 0; j < QUERY_VECTORS; j++) store(to + j * LANES, (VF){0});
+#endif
 }
 
 /* Weights times values, over the sums of the weights, to rows of `stride` of the tokens from t on. */
 FN void multiply_values(const Head *own, const VF total[QUERY_VECTORS], float *out, int64_t stride, int64_t t)
 {
     const Low *weights = (const Low *)own->scores;
-    for (int64_t d = 0; d < own->columns; d += STEP) {
+    for (int64_t d = 0; d < own->columns; d += KEYS) {
 #ifdef USE_AMX
         const Low *values = own->values + d * own->value_width;
-        head_block(own->out + d * QUERIES, values, own->value_width, own->columns - d, weights, padded(own->tokens, STEP) / 2);
+        int64_t pairs = padded(own->tokens, KEYS) / 2;
+        head_block(own->out + d * QUERIES, values, own->value_width, own->columns - d, weights, pairs);
 #else
         VF acc[KEYS][QUERY_VECTORS];
         head_tile(acc, own->values + d * W, W, own->value_width * W, weights, padded(own->tokens, W) / W);
@@ -233,15 +237,15 @@ FN void *zeros(int64_t bytes)
 WORK int attend_some(const Attention *shared, int64_t *next)
 {
     const Attention kept = *shared, *a = &kept; /* which no store can change */
-    int64_t T = padded(a->tokens, W * STEP), H = a->head, pairs = a->images * a->heads, low = sizeof(Low);
+    int64_t T = padded(a->tokens, W * KEYS), H = a->head, pairs = a->images * a->heads, low = sizeof(Low);
     Head own = {.tokens = a->tokens, .columns = H, .width = padded(H, W * LANES), .value_width = padded(H, KEYS)};
     int64_t rows = T;
 #ifdef USE_AMX
-    own.value_width = T, rows = padded(H, STEP);
+    own.value_width = T, rows = padded(H, KEYS);
 #endif
     own.keys = zeros(T * own.width * low), own.values = zeros(rows * own.value_width * low);
     own.row = zeros(LANES * own.width * low), own.queries = zeros(QUERIES * own.width * low);
-    own.scores = zeros(T * QUERIES * 4), own.out = zeros((padded(H, STEP) + LANES) * QUERIES * 4);
+    own.scores = zeros(T * QUERIES * 4), own.out = zeros((padded(H, KEYS) + LANES) * QUERIES * 4);
     int failed = !own.keys || !own.values || !own.row || !own.queries || !own.scores || !own.out;
     int64_t pair = take(next, pairs);
     begin();
