@@ -42,7 +42,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ffi.Kernels:
     path, every = tmp_path_factory.mktemp("amx") / "amx.so", build.files()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "files", lambda: [name for name in every if Path(name).stem in ("amx", "source")])
-        build.compile_library(path, ["-O1", "-include", str(Path(__file__).with_name("tiles.h"))])
+        build.compile_library(path, ["-include", str(Path(__file__).with_name("tiles.h"))])
         patch.setattr(ffi, "library", lambda: ctypes.CDLL(str(path)))
         return ffi.Kernels("amx")
 
