@@ -35,8 +35,8 @@ def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
 
 
 def steady(times: list[float]) -> bool:
-    """Whether the spread of the baseline's times is at most SPREAD."""
+    """Whether the spread of the times of the same work is at most SPREAD."""
     low, *_, high = statistics.quantiles(times, n=10) if len(times) > 2 else times
     if high / low > SPREAD:
-        print(f"VOID: the baseline varied by a factor of {high / low:.2f} (limit {SPREAD}); the machine is busy")
+        print(f"VOID: the same work varied by a factor of {high / low:.2f} (limit {SPREAD}); the machine is busy")
     return high / low <= SPREAD
