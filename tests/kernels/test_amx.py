@@ -26,13 +26,13 @@ from kernels.test_low_rank import (  # noqa: F401 — and these
     test_rows_that_words_cannot_hold,
     test_the_largest_words_sum_exactly,
 )
-from layers import random_layer
+from layers import random_layer, with_spec
 
 from svdit.errors import UserError
 from svdit.kernels.cpu import build, choice, ffi
 from svdit.kernels.cpu import linear as cpu
 from svdit.kernels.cpu.features import cpuinfo, permits_tiles
-from svdit.kernels.formats import WEIGHT_FORMATS, Format
+from svdit.kernels.formats import Format
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +60,35 @@ def padded(columns: int, grouped: bool) -> int:
     return ffi.padded(columns, 64) if grouped else columns
 
 
+@pytest.mark.parametrize("act", [32, 64, 128, 256])
+@pytest.mark.parametrize("weight", [32, 64, 128, 256])
+def test_groups_of_activations_and_weights(kernels: ffi.Kernels, weight: int, act: int) -> None:
+    layer = with_spec(random_layer(70, 768, 33, Format(4, weight, "bf16"), 1), act=Format(4, act, "bf16", "full"))
+    check(layer, torch.randn(50, 768, generator=torch.Generator().manual_seed(1)), kernels)
+
+
 @pytest.mark.parametrize(
-    ("name", "rows", "outputs"),
+    ("scheme", "rows", "outputs"),
     [
-        ("int8", 50, 100),
-        ("int4", 50, 600),
-        ("int4-channel", 50, 100),
-        pytest.param("int4", 4200, 40, id="rows in parts"),
+        ("W8A8", 50, 100),
+        ("W4A8", 50, 600),
+        ("W4A8 channel", 50, 100),
+        ("W4A4", 50, 600),
+        ("W8A8 of floating scales", 50, 100),
+        pytest.param("W4A8", 4200, 40, id="rows in parts"),
     ],
 )
 def test_without_a_branch_outputs_equal_those_of_avx512(
-    kernels: ffi.Kernels, name: str, rows: int, outputs: int
+    kernels: ffi.Kernels, scheme: str, rows: int, outputs: int
 ) -> None:
-    layer, x = random_layer(outputs, 320, 0, WEIGHT_FORMATS[name], 1, 64), torch.randn(1, rows, 320)
+    layer, x = make(scheme, outputs, 320, 0, 1, 64), torch.randn(1, rows, 320)
     expected = cpu.IntegerLinear(layer, ffi.kernels("avx512bf16"))(x)
     assert torch.equal(cpu.IntegerLinear(layer, kernels)(x), expected)
 
 
-def test_a_row_does_not_depend_on_the_others(kernels: ffi.Kernels) -> None:
-    packed, x = cpu.IntegerLinear(random_layer(70, 200, 40, Format(8), 1), kernels), torch.randn(1, 83, 200)
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A4"])
+def test_a_row_does_not_depend_on_the_others(kernels: ffi.Kernels, scheme: str) -> None:
+    packed, x = cpu.IntegerLinear(make(scheme, 70, 192, 40, 1), kernels), torch.randn(1, 83, 192)
     parts = x.split((1, 3, 16, 17, 32, 14), 1)
     assert torch.equal(packed(x), torch.cat([packed(part) for part in parts], 1))
 
@@ -97,8 +107,9 @@ def test_every_thread_configures_and_releases_its_registers(kernels: ffi.Kernels
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 33])
 @pytest.mark.parametrize("part", [0, 2], ids=["codes", "low"])
-def test_nothing_behind_the_last_row_is_read(kernels: ffi.Kernels, rows: int, part: int) -> None:
-    packed, many = cpu.IntegerLinear(random_layer(70, 200, 40, Format(8), 1), kernels), torch.randn(1, 64, 200)
+@pytest.mark.parametrize("scheme", ["W8A8", "W4A4"])
+def test_nothing_behind_the_last_row_is_read(kernels: ffi.Kernels, scheme: str, rows: int, part: int) -> None:
+    packed, many = cpu.IntegerLinear(make(scheme, 70, 192, 40, 1), kernels), torch.randn(1, 64, 192)
     expected, whole = packed(many[:, :rows]), packed.quantize(many)
     first, last = (whole[part][row:].data_ptr() for row in (rows, 63))
     forbidden = (ctypes.c_int64 * 3).in_dll(kernels.lib, "forbidden")

@@ -16,25 +16,29 @@ FN VI times(VI bytes, VI twice)
     return (VI)((even & 255) | (odd << 8));
 }
 
-/* acc + the sum of each lane's four signed bytes */
+/* acc + the sum of each lane's four signed bytes; of no use where activations are signed too */
 FN VI byte_sum(VI acc, VI bytes)
 {
-    for (int shift = 24; shift >= 0; shift -= 8) acc += (VI)((VU)bytes << shift) >> 24;
-    return acc;
+#if WIDE
+    return acc + (VI)_mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), (__m256i)bytes), _mm256_set1_epi16(1));
+#else
+    return dot(acc, splat_int(0x01010101), bytes);
+#endif
 }
 
 /* What stands for whole groups: multiples, or the scales that they are of the outputs' steps. */
 FN void expand_groups(const Product *p, int64_t panel, int64_t groups, Expanded to)
 {
-    const int8_t *multiples = (const int8_t *)p->multiples + panel * groups * PANEL;
+    const uint8_t *bytes = (const uint8_t *)p->multiples + panel * groups * PANEL;
     const uint16_t *halves = (const uint16_t *)p->multiples + panel * groups * PANEL;
-    for (int64_t i = 0; i < groups * TILE_VECTORS; i++)
-        for (int lane = 0; lane < LANES; lane++) {
-            int64_t at = i * LANES + lane;
-            int multiple = p->group && !p->floats ? multiples[at] : 1;
-            if (p->floats) to.scales[i][lane] = from_bf16(halves[at]) * p->channel[panel * PANEL + at % PANEL];
-            else to.multiples[i][lane] = (multiple & 0xffff) | (int)((unsigned)multiple << 16);
+    const float *channel = p->channel + panel * PANEL;
+    for (int64_t i = 0; i < groups * TILE_VECTORS; i++) {
+        if (p->floats) to.scales[i] = load_halves(halves + i * LANES, LANES) * load(channel + i % TILE_VECTORS * LANES);
+        else {
+            VI multiple = p->group ? load_bytes(bytes + i * LANES) : splat_int(1);
+            to.multiples[i] = (multiple & 0xffff) | multiple << 16;
         }
+    }
 }
 
 /* Vector j of a panel's first and second four columns of eight */

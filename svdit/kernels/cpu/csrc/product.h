@@ -92,10 +92,11 @@ FN void finish(const Product *p, const float *gate, int64_t m, int64_t n, int64_
     }
 }
 
-/* What others computed of a tile's sums: those over the first `lanes` of the codes, and the branch. */
+/* What others computed of a tile's sums: those over the first `lanes` of the codes, or all of groups in fp32, and the
+   branch. */
 typedef struct {
     const VI *sums;
-    const VF *branch;
+    const VF *groups, *branch;
     int64_t lanes;
 } Started;
 
@@ -158,7 +159,8 @@ FN void product_tile(const Product *p, Expanded b, int64_t panel, int64_t m0, St
         m[i] = m0 + least(i, rows - 1);
         a[i] = (const int32_t *)p->codes + m[i] * lanes, steps[i] = p->steps + m[i] * p->row_steps;
     }
-    if (p->floats) grouped_sums(y, a, steps, b, p);
+    if (from.groups) memcpy(y, from.groups, sizeof y);
+    else if (p->floats) grouped_sums(y, a, steps, b, p);
     else {
         VI acc[TILE_ROWS][TILE_VECTORS] = {0};
         if (from.sums) memcpy(acc, from.sums, sizeof acc);

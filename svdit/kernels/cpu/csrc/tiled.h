@@ -3,20 +3,56 @@
 
 enum { GROUP = 8, GROUP_BYTES = 320 << 10, BLOCK_BYTES = 40 << 10, PART_BYTES = 5 << 18 };
 
-/* Sums of a block of rows and a panel, and how many of its rows are finished. */
+/* Sums of a block of rows and a panel, those of groups in fp32 of its first `scaled` rows, and how many are finished. */
 typedef struct {
     VI sums[BLOCK_ROWS][TILE_VECTORS];
-    VF branch[BLOCK_ROWS][TILE_VECTORS];
+    VF groups[BLOCK_ROWS][TILE_VECTORS], branch[BLOCK_ROWS][TILE_VECTORS];
     Expanded b;
-    int64_t panel, first, rows, lanes, finished;
+    int64_t panel, first, rows, lanes, scaled, finished;
 } BlockSums;
 
 /* The outputs of a block up to its row `rows`. */
 WORK void finish_block(const Product *p, BlockSums *block, int64_t rows)
 {
-    for (int64_t i; (i = block->finished) < rows; block->finished += TILE_ROWS)
-        product_tile(p, block->b, block->panel, block->first + i,
-                     (Started){block->sums[i], block->branch[i], block->lanes});
+    for (int64_t i; (i = block->finished) < rows; block->finished += TILE_ROWS) {
+        Started tile = {block->sums[i], i < block->scaled ? block->groups[i] : 0, block->branch[i], block->lanes};
+        product_tile(p, block->b, block->panel, block->first + i, tile);
+    }
+}
+
+/* Sums of groups of whole registers, times their steps: rows m … m + HALF − 1 and vector j of a panel. Tiles multiply a
+   group while vectors add the one before it. */
+WORK void multiply_groups(const Product *p, Expanded b, int64_t m, int j, VF (*to)[TILE_VECTORS])
+{
+    int64_t Kp = padded(p->depth, DEPTH_STEP), groups = p->depth / p->group, stride = p->row_steps, share = groups / stride;
+    const char *rows = (const char *)p->codes + m * Kp;
+    const float *steps = p->steps + m * stride;
+    const VI *columns = (const VI *)b.codes + j;
+    VI sums[HALF];
+    VF y[HALF] = {0};
+    for (int64_t g = 0, left = share; g <= groups; g++) {
+        _tile_zero(0);
+        for (int64_t k = 0; k < p->group && g < groups; k += 64, rows += 64, columns += HALF * TILE_VECTORS) {
+            _tile_loadd(4, rows, Kp);
+            _tile_loadd(6, columns, sizeof *columns * TILE_VECTORS);
+            _tile_dpbusd(0, 4, 6);
+        }
+        FENCE;
+        if (g) {
+            int64_t at = (g - 1) * TILE_VECTORS + j;
+            VI start = b.starts[at];
+            VF scale = b.scales[at];
+            UNROLL for (int i = 0; i < HALF; i++) {
+                float step = steps[i / 4 * 4 * stride + i % 4 * stride]; /* few pointers */
+                y[i] += __builtin_convertvector(sums[i] + start, VF) * (scale * step);
+            }
+            if (!--left) left = share, steps++;
+        }
+        FENCE;
+        _tile_stored(0, sums, sizeof *sums);
+        FENCE;
+    }
+    UNROLL for (int i = 0; i < HALF; i++) to[i][j] = y[i];
 }
 
 /* Weights that are fetched meanwhile: `lines` for each 64 columns of a block. */
@@ -25,8 +61,8 @@ typedef struct {
     int64_t lines;
 } Ahead;
 
-/* The sums of `rows` rows from m on and a panel b; `block` has those before. Sums of groups in fp32 are left to
-   product_tile. */
+/* The sums of `rows` rows from m on and a panel b; `block` has those before. Groups in fp32 of other sizes, and of rows
+   that fill no register, are left to product_tile. */
 FN void multiply_panel(const Product *p, Expanded b, int64_t panel, int64_t m, int64_t rows, int keep, Ahead *ahead,
                        BlockSums *block)
 {
@@ -42,7 +78,10 @@ FN void multiply_panel(const Product *p, Expanded b, int64_t panel, int64_t m, i
         if (block->finished < due) finish_block(p, block, due);
     }
     finish_block(p, block, block->rows);
-    store_block((char *)block->sums, sizeof *block->sums, 2);
+    if (!p->floats) store_block((char *)block->sums, sizeof *block->sums, 2);
+    block->scaled = p->floats && p->group % 64 == 0 ? rows / HALF * HALF : 0;
+    for (int64_t i = 0; i < block->scaled; i += HALF)
+        for (int j = 0; j < TILE_VECTORS; j++) multiply_groups(p, b, m + i, j, block->groups + i);
     if (low_row) {
         clear_block();
         for (int64_t at = 0; at < low_row; at += 64)
