@@ -121,7 +121,8 @@ def together(backend: str, linears: Iterable[Linear]) -> Callable[[], AbstractCo
 
 
 def float_linear(weight: Tensor, bias: Tensor | None, backend: str) -> Linear:
-    """A layer that is not quantized, of weight (O, I) and bias (O,)."""
+    """A layer that is not quantized, of weight (O, I) and bias (O,) of any float type, computed in fp32."""
+    weight, bias = weight.float(), None if bias is None else bias.float()
     if backend == "cpu":
         return cpu.float_linear(weight, bias, choice.kernels())
     return composed(by_image(lambda x: F.linear(x.float(), weight, bias)))

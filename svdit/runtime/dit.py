@@ -86,6 +86,11 @@ def head_norms(attention: Attention) -> HeadNorms | None:
     return HeadNorms(*stacked) if stacked else None
 
 
+def in_fp32(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of any float type; the same tensor where it is fp32."""
+    return nn.Parameter(parameter.detach().float(), requires_grad=False)
+
+
 class FastDiT(DiT):
     """`model.dit.DiT` for inference; it cannot be saved, copied or moved."""
 
@@ -101,9 +106,9 @@ class FastDiT(DiT):
         )
         first, _, second = model.t_embedder.mlp
         self.t_first, self.t_second = pack(first, "t_embedder.mlp.0"), pack(second, "t_embedder.mlp.2")
-        self.y_embedder, self.pos_embed = model.y_embedder, model.pos_embed
+        self.y_embedder, self.pos_embed = model.y_embedder, in_fp32(model.pos_embed)
         if self.config.context_tokens:
-            self.in_context_posemb = model.in_context_posemb
+            self.in_context_posemb = in_fp32(model.in_context_posemb)
         if self.config.rope:
             self.register_buffer("rotation", model.rotation.float(), persistent=False)
         blocks = [block for block in model.blocks if isinstance(block, Block)]
@@ -139,7 +144,7 @@ class FastDiT(DiT):
             x = cast(FastLinear, layer).fused(x)
         x = (x + self.pos_embed).contiguous()                                     # (N, T, D)
         t, y, place = distinct(t, y)
-        label = self.y_embedder(y)                                                # (different (t, y), D)
+        label = self.y_embedder(y).float()                                        # (different (t, y), D)
         hidden = silu(self.t_first.fused(sinusoids(t)[:, None]))                  # (different (t, y), 1, D)
         c = silu(self.t_second.fused(hidden) + label[:, None])                    # (different (t, y), 1, D)
         running = [i for i in range(self.config.depth) if not cache or cache.runs(i)]

@@ -74,6 +74,18 @@ def test_every_backend_computes_the_same(name: str, config: str) -> None:
         assert torch.equal(torch.cat(alone), images), backend
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["dit", "jit"])
+@torch.no_grad()
+def test_checkpoints_of_any_float_type_are_computed_in_fp32(name: str, dtype: torch.dtype) -> None:
+    model = quantized(name, "w8a8").to(dtype)
+    expected = deepcopy(model).float()(*inputs(model))
+    for backend in USABLE:
+        images = accelerate(deepcopy(model), backend)(*inputs(model))
+        assert images.dtype == torch.float32, backend
+        assert relative(images, expected) < model_bound(backend, 8), backend
+
+
 @pytest.mark.skipif("cpu" not in USABLE, reason="no library")
 @torch.no_grad()
 def test_torchs_attention_does_not_wait_for_the_end_of_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
