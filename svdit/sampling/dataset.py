@@ -33,7 +33,8 @@ from svdit.sampling.batch import (
     generate_images,
     plan_for,
 )
-from svdit.sampling.sinks import SINKS, Sink, npz_path
+from svdit.sampling.parts import NAME as PARTS
+from svdit.sampling.sinks import SINKS, Sink, earlier_path, npz_path
 from svdit.sampling.writers import Writers
 from svdit.storage.checksum import digest
 from svdit.storage.manifest import read_manifest, write_manifest
@@ -47,6 +48,7 @@ LABEL_POLICIES: dict[str, Callable[[int, Sequence[int], int], list[int]]] = {
 OF_MODEL = ("family", "prediction", "time", "path", "noise_scale", "uint8")  # of its configuration
 # Fields that may differ between the run that created a folder and the one that resumes it.
 MAY_CHANGE = {"num_images", "labels", "files", "checkpoint", "command"}
+ARCHIVES = ("*.tar", f"{PARTS}/*.tar", "features/*.npz")  # in which sinks keep what they have of a set
 POLL = 0.1  # seconds between two looks at what the other processes have finished
 
 
@@ -220,22 +222,30 @@ def _open(folder: Path, manifest: dict[str, Any], sink: Sink, locks: ExitStack) 
         raise UserError(f"{npz} is a folder where a file belongs; remove or rename it")
     if record.exists():
         _compare(record, manifest)
-    elif present := images.list_images(folder):
-        raise UserError(f"{folder} contains {len(present)} images but no manifest.json; choose an empty folder")
-    elif npz.exists():
-        _set_aside(npz)
+    else:
+        _check_empty(folder)
+        for other in filter(Path.exists, (npz, earlier_path(npz))):
+            _set_aside(other, npz)
     missing = sink.missing()
     write_manifest(record, manifest)
     return missing
 
 
-def _set_aside(npz: Path) -> None:
-    """Rename the .npz of another set, of a folder that was renamed for example. Raises UserError if that is taken."""
+def _check_empty(folder: Path) -> None:
+    """Raises UserError for images, archives or features, whose settings nobody knows without a manifest."""
+    archives = (path for pattern in ARCHIVES for path in folder.glob(pattern))
+    if present := [*images.list_images(folder), *sorted(archives)]:
+        stray = present[0].relative_to(folder)
+        raise UserError(f"{folder} contains {stray} but no manifest.json; choose an empty folder")
+
+
+def _set_aside(other: Path, npz: Path) -> None:
+    """Rename images of another set, of a folder that was renamed for example. Raises UserError if that is taken."""
     kept = npz.with_suffix(".other.npz")
     if kept.exists():
-        raise UserError(f"{npz} is not of this set and {kept} exists; remove one of them, or choose another folder")
-    npz.rename(kept)
-    warn(f"{npz} was not of this set and is now {kept}")
+        raise UserError(f"{other} is not of this set and {kept} exists; remove one of them, or choose another folder")
+    other.rename(kept)
+    warn(f"{other} was not of this set and is now {kept}")
 
 
 def _compare(record: Path, manifest: dict[str, Any]) -> None:

@@ -220,7 +220,7 @@ class NpzOnly(ImageSink):
     def open(self, folder: Path, manifest: dict[str, Any]) -> None:
         """See `Sink`."""
         super().open(folder, manifest)
-        self.earlier = self.npz.with_name(f".{self.npz.name}.earlier")
+        self.earlier = earlier_path(self.npz)
 
     def missing(self) -> list[int]:
         """See `Sink`; the .npz of a set that grows is set aside until the new one is complete."""
@@ -234,6 +234,8 @@ class NpzOnly(ImageSink):
             self.npz.unlink(missing_ok=True)
         discard_damaged(self.parts.paths(), self.is_whole)
         kept = count_images(self.earlier, self.size)
+        if not kept:
+            self.earlier.unlink(missing_ok=True)
         return self.without([*self.names[:kept], *places(self.parts.paths())])
 
     def finish(self) -> Path:
@@ -255,6 +257,11 @@ SINKS: dict[str, Callable[[], Sink]] = {"png": PngFiles, "tar": TarShards, "npz"
 def npz_path(folder: Path) -> Path:
     """DIR.npz beside DIR."""
     return folder.with_name(f"{folder.name}.npz")
+
+
+def earlier_path(npz: Path) -> Path:
+    """Where the images of a set that grows are until it is complete."""
+    return npz.with_name(f".{npz.name}.earlier")
 
 
 def count_images(npz: Path, size: int) -> int:

@@ -122,7 +122,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--ckpt {quantized} --rank-ratio 0.5", "0.5", "without a rank ratio", "omit it"),
         ("--sample-dir ''", "'' is not a path"),
         ("--sample-dir {text}", "text", "choose another"),
-        ("--sample-dir {real}", "contains 2 images but no manifest.json", "choose an empty folder"),
+        ("--sample-dir {real}", ".png but no manifest.json", "choose an empty folder"),
         ("--sample-dir {set}/deeper", "inside the images of", "choose a folder outside"),
         ("--seed 1", "unrecognized arguments: --seed 1", "did you mean"),
     ],

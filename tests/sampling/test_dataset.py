@@ -325,7 +325,7 @@ def test_damaged_images_are_generated_again(
 
 def test_foreign_images_are_refused(tmp_path: Path) -> None:
     images.write_png(tmp_path / "cat.png", np.zeros((8, 8, 3), np.uint8))
-    with pytest.raises(UserError, match=r"contains 1 images but no manifest\.json"):
+    with pytest.raises(UserError, match=r"contains cat\.png but no manifest\.json"):
         draw(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Every form of a set holds the same images; all resume, grow, and find damage and strays."""
 
 import json
+import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Sequence
@@ -87,6 +88,48 @@ def test_an_interrupted_set_keeps_its_batches(tmp_path: Path, reference: np.ndar
     assert drawn[0] == 3.5  # three are there, and a quarter of the steps of two are done
     assert np.array_equal(arrays(resumed), reference)
     assert visible(folder) == expected(form)
+
+
+@pytest.mark.parametrize("form", SINKS)
+@pytest.mark.parametrize("interrupted", [True, False], ids=["interrupted", "complete"])
+def test_images_without_a_manifest_are_not_taken_for_those_of_this_set(
+    tmp_path: Path, reference: np.ndarray, form: str, interrupted: bool
+) -> None:
+    folder = tmp_path / "set"
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            draw(folder, sink=form, seed=SEED + 1, label_policy="balanced", progress=interrupt_at(4.5))
+    else:
+        draw(folder, sink=form, seed=SEED + 1, label_policy="balanced")
+    (folder / "manifest.json").unlink()
+    if form == "npz" and not interrupted:  # the folder is empty
+        assert np.array_equal(arrays(draw(folder, sink=form)), reference)
+        assert (tmp_path / "set.other.npz").exists()
+        return
+    with pytest.raises(UserError, match=r"contains .*00000\d\.\w+ but no manifest\.json; choose an empty folder"):
+        draw(folder, sink=form)
+
+
+def test_a_deleted_set_that_was_to_grow_is_not_taken_up(tmp_path: Path, reference: np.ndarray) -> None:
+    folder = tmp_path / "set"
+    draw(folder, count=3, sink="npz", seed=SEED + 1)
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, sink="npz", seed=SEED + 1, progress=interrupt_at(0))
+    shutil.rmtree(folder)
+    assert np.array_equal(arrays(draw(folder, sink="npz")), reference)
+    assert len(arrays(tmp_path / "set.other.npz")) == 3
+
+
+def test_damage_to_the_images_of_a_set_that_grows_is_repaired(tmp_path: Path, reference: np.ndarray) -> None:
+    folder, earlier = tmp_path / "set", tmp_path / ".set.npz.earlier"
+    draw(folder, count=3, sink="npz")
+    with pytest.raises(KeyboardInterrupt):
+        draw(folder, sink="npz", progress=interrupt_at(0))
+    content = bytearray(earlier.read_bytes())
+    content[500] ^= 1
+    earlier.write_bytes(content)
+    assert np.array_equal(arrays(draw(folder, sink="npz")), reference)
+    assert visible(folder) == expected("npz")
 
 
 @pytest.mark.parametrize("form", IN_PARTS)
