@@ -5,6 +5,7 @@ to nearest on the calibration sample, times the share that GPTQ leaves, times th
 on the model's (`sensitivities`).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -116,8 +117,10 @@ class Planner:
         calls: list[Call],
         statistics: dict[str, Statistics] | None = None,
     ) -> None:
-        """The options' errors are weighted by the sensitivities on these calls of the model."""
+        """The options' errors are weighted by the sensitivities on these calls; UserError if one is not finite."""
         weights, self.energy = sensitivities(model, selection.recipes, calls)
+        if bad := [name for name, weight in weights.items() if not math.isfinite(weight)]:
+            raise UserError(f"the effect of layer {bad[0]} on the output is not finite; use a checkpoint in float32")
         self.options = {n: [o._replace(error=o.error * weights[n]) for o in options[n]] for n in selection.recipes}
         self.selection, self.statistics = selection, statistics
         self.fixed = sum(t.nbytes for t in model.state_dict().values()) + HEADER * len(options)

@@ -4,7 +4,7 @@ For v ~ N(0, I), E‖Jᵀv‖² = ‖J‖²_F, and one backward pass of v·outpu
 of variance σ² on a layer's output then adds σ²‖J‖²_F to the squared error of the model's output, to first order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,8 +22,8 @@ Call = tuple[Any, ...]  # positional arguments
 def recording(loop: ForwardLoop, calls: list[Call], seed: int = 0) -> ForwardLoop:
     """The loop, which also stores in `calls` the arguments of CALLS random calls, cut to ROWS rows.
 
-    Calls that are held out are not stored. The returned loop raises UserError if the model is never called, or with
-    keyword arguments only.
+    The batch is that of the first tensor with rows. Calls that are held out are not stored. The returned loop raises
+    UserError if the model is never called, or without such a tensor by position.
     """
 
     def recorded(model: nn.Module) -> None:
@@ -33,12 +33,14 @@ def recording(loop: ForwardLoop, calls: list[Call], seed: int = 0) -> ForwardLoo
         def keep(module: nn.Module, inputs: Call) -> None:
             if is_held_out():
                 return
-            if not inputs:
-                raise UserError("the forward loop passes the model keyword arguments only; pass its input by position")
-            rows = torch.randperm(len(inputs[0]), generator=generator, device="cpu")[:ROWS]
+            batches = [x for x in inputs if isinstance(x, Tensor) and x.ndim]
+            if not batches:
+                raise UserError("the forward loop passes the model no batch by position; pass its input by position")
+            N = len(batches[0])
+            rows = torch.randperm(N, generator=generator, device="cpu")[:ROWS]
             key = float(torch.rand((), generator=generator, device="cpu"))
-            with full_precision(inputs[0].device):
-                kept.append((key, tuple(x[rows].clone() if isinstance(x, Tensor) else x for x in inputs)))
+            with full_precision(batches[0].device):
+                kept.append((key, tuple(_rows(x, rows, N) for x in inputs)))
             kept.sort(key=lambda entry: entry[0])
             del kept[CALLS:]
 
@@ -51,31 +53,54 @@ def recording(loop: ForwardLoop, calls: list[Call], seed: int = 0) -> ForwardLoo
     return recorded
 
 
+def _rows(x: Any, rows: Tensor, N: int) -> Any:
+    """A copy of these rows of an argument of N rows; another argument as it is."""
+    if not isinstance(x, Tensor):
+        return x
+    return x[rows].clone() if x.ndim and len(x) == N else x.clone()
+
+
 @torch.inference_mode(False)
 def sensitivities(model: nn.Module, names: Iterable[str], calls: list[Call]) -> tuple[dict[str, float], float]:
-    """For each named layer ‖J‖²_F over its number of outputs per row, and the mean squared norm of the output."""
-    names = list(names)
-    outputs: dict[str, Tensor] = {}
-    total, energy = dict.fromkeys(names, 0.0), 0.0
+    """For each named layer ‖J‖²_F over its number of outputs per row, and the mean squared norm of the output, which is
+    the first tensor of what the model returns.
+
+    The effects of a layer that runs several times in a call add up; without an effect it has 0.
+    """
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    total, energy = dict.fromkeys(outputs, 0.0), 0.0
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            outputs[name] = output if output.requires_grad else output.requires_grad_()
-            return outputs[name]
+            outputs[name].append(output if output.requires_grad else output.requires_grad_())
+            return outputs[name][-1]
 
         return hook
 
     generator = torch.Generator().manual_seed(0)
     with ExitStack() as stack:
-        for name in names:
+        for name in outputs:
             stack.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
         stack.enter_context(evaluating(model))
         for inputs in calls:
+            for kept in outputs.values():
+                kept.clear()
             with torch.enable_grad():
-                y = model(*inputs)
+                y = _first(model(*inputs))
                 v = torch.randn(y.shape, generator=generator, device="cpu").to(y)
-                gradients = torch.autograd.grad((v * y).sum(), [outputs[name] for name in names])
-            for name, gradient in zip(names, gradients, strict=True):
-                total[name] += float(gradient.square().sum()) / gradient.shape[-1] / len(calls)
-            energy += float(y.detach().square().sum()) / len(calls)
+                ran = [(name, output) for name, kept in outputs.items() for output in kept]
+                gradients = torch.autograd.grad((v * y).sum(), [output for _, output in ran], allow_unused=True)
+            for (name, _), gradient in zip(ran, gradients, strict=True):
+                if gradient is not None:
+                    total[name] += float(gradient.float().square().sum()) / gradient.shape[-1] / len(calls)
+            energy += float(y.detach().float().square().sum()) / len(calls)
     return total, energy
+
+
+def _first(output: Any) -> Tensor:
+    """The first tensor of what a model returns: a tensor, a tuple, or a mapping, as of diffusers. Raises UserError."""
+    while isinstance(output, (Mapping, Sequence)) and output:
+        output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if not isinstance(output, Tensor):
+        raise UserError(f"the model returns a {type(output).__name__} and no tensor; a plan needs its output")
+    return output

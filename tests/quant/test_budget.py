@@ -1,17 +1,20 @@
 """Bits and ranks by budget: exact choice, sensitivities against finite differences, better than uniform."""
 
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from svdit.errors import UserError
 from svdit.model.dit import DiT
-from svdit.quant.budget import HEADER, Option, Table, layer_options, plan_
+from svdit.quant.budget import HEADER, Option, Planner, Table, layer_options, observed, plan_
 from svdit.quant.config import RECIPES, QuantConfig, Rule, dit_config
 from svdit.quant.observe import Statistics
 from svdit.quant.quantize import quantize_
@@ -61,6 +64,63 @@ def test_sensitivity_is_the_effect_of_noise() -> None:
             width = model.get_submodule(name).out_features
             assert estimated[name] == pytest.approx(change / (noise**2 * width), rel=0.2)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Odd(nn.Module):
+    """`often` runs three times, `rarely` for three tokens only, and nothing reads what `never` returns."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.often, self.rarely, self.never = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor, time: Tensor) -> Any:
+        for _ in range(3):
+            x = torch.tanh(self.often(x)) * 1.5 + time
+        self.never(x)
+        return self.wrap(self.rarely(x) if x.shape[1] == 3 else x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda y: y, lambda y: (y, None), lambda y: {"sample": y}, lambda y: [(y,)]],
+    ids=["tensor", "tuple", "mapping", "nested"],
+)
+def test_sensitivity_in_models_of_any_structure(wrap: Callable[[Tensor], Any]) -> None:
+    torch.manual_seed(0)
+    model, noise, calls = Odd(wrap), 1e-3, list[Call]()
+    data = [torch.randn(5, tokens, 16) for tokens in (3, 2) * 20]
+    recording(lambda model: [model(x, torch.tensor(0.1)) for x in data], calls)(model)
+    assert len(calls) == 16 and all(len(x) == 2 and time.ndim == 0 for x, time in calls)
+    estimated, _ = sensitivities(model, ["often", "rarely", "never"], calls)
+    assert estimated["never"] == 0
+    model.wrap = lambda y: y
+    with torch.no_grad():
+        for name in ("often", "rarely"):
+            layer, change = model.get_submodule(name), 0.0
+            for call in calls:
+                y = model(*call)
+                with layer.register_forward_hook(lambda m, i, o: o + noise * torch.randn_like(o)):
+                    change += sum(float((model(*call) - y).square().sum()) for _ in range(50)) / 50 / len(calls)
+            assert estimated[name] == pytest.approx(change / (noise**2 * 16), rel=0.25)
+
+
+def test_sensitivity_does_not_overflow_in_half_precision() -> None:
+    """Sums of squares exceed float16's largest number, 65504, where no output does."""
+    model = nn.Linear(16, 16)
+    calls = [(torch.randn(2, 4000, 16),)]
+    expected, half = sensitivities(nn.Sequential(model), ["0"], calls), nn.Sequential(deepcopy(model).half())
+    estimated = sensitivities(half, ["0"], [(calls[0][0].half(),)])
+    assert expected[1] > 1e4 and estimated[1] == pytest.approx(expected[1], rel=1e-2)
+    assert estimated[0]["0"] == pytest.approx(expected[0]["0"], rel=1e-2) and expected[0]["0"] * 16 > 65504
+
+
+def test_an_effect_that_is_not_finite_is_an_error() -> None:
+    model, inputs = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)), torch.randn(4, 64)
+    planner = observed(model, QuantConfig((Rule("0", RECIPE),)), lambda model: model(inputs))
+    model[1].weight.data.fill_(torch.inf)
+    with pytest.raises(UserError, match=r"the effect of layer 0 on the output is not finite; use a checkpoint in floa"):
+        Planner(model, planner.selection, planner.options, [(inputs,)])
 
 
 def test_calls_are_recorded_and_cut(tiny: DiT) -> None:
