@@ -111,13 +111,18 @@ class Report:
         """Write `metrics.json`, `metrics.md` and the images."""
         content = self.to_json()
         plain = json.dumps({**content, "sha256": digest(content, {})}, indent=1, ensure_ascii=False)
-        flat_lists = re.sub(r"\[[^\[\]{}]*\]", lambda numbers: " ".join(numbers[0].split()), plain)
-        texts = {"metrics.json": flat_lists + "\n", "metrics.md": self.markdown()}
+        texts = {"metrics.json": _flat_lists(plain) + "\n", "metrics.md": self.markdown()}
         for name, text in texts.items():
             with atomic_path(folder / name) as temporary:
                 temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         for name, image in self.images.items():
             write_png(folder / f"{name}.png", image)
+
+
+def _flat_lists(text: str) -> str:
+    """JSON with each list of numbers on one line."""
+    string_or_numbers = r'"(?:[^"\\]|\\.)*"|\[[^][{}"]*\]'
+    return re.sub(string_or_numbers, lambda m: m[0] if m[0][0] == '"' else " ".join(m[0].split()), text)
 
 
 def _plain(estimate: Estimate) -> dict[str, Any]:

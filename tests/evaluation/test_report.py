@@ -40,6 +40,14 @@ def test_json_keeps_every_number(tmp_path: Path):
     assert len((tmp_path / "new" / "metrics.json").read_text().splitlines()) < 60  # lists stay on one line
 
 
+@pytest.mark.parametrize("name", ["run  1", "画像\u3000集", "[1,  2]", 'a "[  ]" b', "\\\\  [\\"])
+def test_names_stay_as_they_are(tmp_path: Path, name: str):
+    inputs = {"fake": {"images": 3, "path": f"/sets/{name}"}}
+    Report(ESTIMATES, {"comparable": True}, inputs, {}, (f"{name} has 3 images",)).save(tmp_path)
+    content = read_report(tmp_path)
+    assert (content["inputs"], content["warnings"]) == (inputs, [f"{name} has 3 images"])
+
+
 def test_table_and_notes():
     table = report().markdown()
     assert "| fid    | 12.35 | 0.37 | 12.30    |" in table
