@@ -1,5 +1,5 @@
 # For CPUs:        docker build --tag svdit .
-# For NVIDIA GPUs: docker build --tag svdit:cuda --target cuda .    (docker run --gpus all …)
+# For NVIDIA GPUs: docker build --tag svdit:cuda --target cuda .    (docker run --gpus all --shm-size 8g …)
 # docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD":/data svdit sample --ckpt digits
 
 ARG PYTHON=3.11

@@ -33,10 +33,11 @@ REMEDIES = {
 LESS_MEMORY = "use a smaller batch or model, or a machine with more memory"
 NO_MEMORY = r"out of memory|not enough memory|can't allocate memory|Cannot allocate memory|Unable to allocate"
 LOST = r"gloo|NCCL|TCPStore|Connection (closed|reset) by peer|Broken pipe"
+SHARED_MEMORY = r"shared memory|</torch_|Bus error"
 OF_TORCH = {  # RuntimeErrors by their text: what happened and what to do
-    r"shared memory|</torch_|Bus error": (
+    SHARED_MEMORY: (
         "not enough shared memory for the data loading workers",
-        "use --num-workers 0, or a larger /dev/shm (docker run --shm-size)",
+        "enlarge /dev/shm (docker run --shm-size), or train with --num-workers 0",
     ),
     r"DataLoader worker .*(is killed|exited unexpectedly)": (
         "a data loading worker was killed, probably for lack of memory",
@@ -111,10 +112,15 @@ def failed(action: str, path: object, error: OSError) -> str:
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """The operating system's error that `error` is, or whose text it has where Rust, torch or a worker raised it."""
+    """The operating system's error that `error` is, or whose text it has where Rust, torch or a worker raised it.
+
+    None for a lack of shared memory, which is no file that anybody named.
+    """
     if isinstance(error, OSError) and error.errno:
         return error
     text = str(error).strip()
+    if re.search(SHARED_MEMORY, text):
+        return None
     number = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\] [^:]*(?:: '(.+)')?|: [^:]+ \((\d+)\)$", text)
     code = int(number[1] or number[2] or number[4]) if number else 0
     if number is None or (number[4] and os.strerror(code) not in text):

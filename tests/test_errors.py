@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from svdit.errors import REMEDIES, UnreadableError, UserError, sentence
+from svdit.files import writing
 
 
 @pytest.mark.parametrize("code", REMEDIES)
@@ -68,6 +69,13 @@ def test_a_lack_of_memory_is_a_sentence_with_the_remedy(allocate: object) -> Non
     assert message.startswith("not enough memory (")
     assert message.endswith("); choose a smaller --batch-size")
     assert "\n" not in message
+
+
+def test_shared_memory_that_is_full_is_not_the_file_that_is_written(tmp_path: Path) -> None:
+    text = "unable to write to file </torch_7_1>: No space left on device (28)"
+    with pytest.raises(RuntimeError, match="torch_7_1") as raised, writing(tmp_path / "features"):
+        raise RuntimeError(text)
+    assert "not enough shared memory" in str(sentence(raised.value))
 
 
 @pytest.mark.parametrize(

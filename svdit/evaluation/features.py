@@ -36,6 +36,7 @@ Rows = npt.NDArray[np.float32]
 SUMMED = ("pool", "spatial")
 FORMAT = "features 3"  # of the cached files; part of the key, so other formats are never read
 WORKERS_FROM = 1000  # below this many images per process, starting workers costs more time than they save
+SHARED = Path("/dev/shm")  # where workers leave their batches
 
 
 class NotFiniteError(UserError):
@@ -183,7 +184,7 @@ def _extract_into(
         full_precision(),
         progress(f"features of {images.source.path.name}", how.progress and rank() == 0, "images") as update,
     ):
-        for places, batch in _batches(pixels, how.batch_size, _workers(len(pixels), how.device)):
+        for places, batch in _batches(pixels, how.batch_size, _workers(pixels, how)):
             features = network(batch.to(how.device))
             broken += places[~finite(features).cpu()].tolist()
             for layer, sums in moments.items():
@@ -240,11 +241,18 @@ def _batches(pixels: _Pixels, size: int, workers: int) -> Iterator[tuple[Tensor,
         raise UserError(sentence(error)) from None
 
 
-def _workers(count: int, device: torch.device) -> int:
-    """One worker keeps a CPU busy; a GPU handles thousands of images per second, and a core decodes about 500."""
-    if count < WORKERS_FROM:
+def _workers(pixels: _Pixels, how: Extraction) -> int:
+    """One worker keeps a CPU busy; a GPU handles thousands of images per second, and a core decodes about 500.
+
+    So many that their batches, of which each keeps three, fit into the shared memory, 64 MB in Docker.
+    """
+    if len(pixels) < WORKERS_FROM:
         return 0
-    return 1 if device.type == "cpu" else max(1, min(16, (os.cpu_count() or 1) // world_size() - 1))
+    workers = 1 if how.device.type == "cpu" else max(1, min(16, (os.cpu_count() or 1) // world_size() - 1))
+    if SHARED.exists():
+        waiting = 3 * how.batch_size * pixels[0][1].nbytes * world_size()
+        workers = min(workers, shutil.disk_usage(SHARED).free // waiting)
+    return workers
 
 
 def create_rows(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.memmap[Any, Any]]:

@@ -3,12 +3,14 @@
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from svdit.errors import UserError
+from svdit.evaluation import features as extraction
 from svdit.evaluation.features import Extraction, Features, cache_key, extract, features_folder
 from svdit.evaluation.opening import open_source
 from svdit.evaluation.sources import ImageSet
@@ -144,6 +146,19 @@ def test_workers_do_not_change_the_features(
     monkeypatch.setattr("svdit.evaluation.features.WORKERS_FROM", 1)
     parallel = run(images, tiny_network, tmp_path / "b")
     np.testing.assert_array_equal(alone.rows["pool"], parallel.rows["pool"])
+
+
+@pytest.mark.parametrize(("batches", "workers"), [(0, 0), (2, 0), (3, 1), (8, 2), (1000, 3)])
+def test_workers_leave_space_in_shared_memory(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch, batches: int, workers: int
+):
+    """Docker gives 64 MB; a worker has two batches waiting and one in use."""
+    monkeypatch.setattr(extraction, "WORKERS_FROM", 1)
+    monkeypatch.setattr(extraction, "SHARED", Path("/"))
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    pixels, how = extraction._Pixels(images), Extraction(Path("/"), torch.device("cuda"), 7)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=batches * 7 * pixels[0][1].nbytes))
+    assert extraction._workers(pixels, how) == workers
 
 
 def test_an_error_in_a_worker_is_one_sentence(
