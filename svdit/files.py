@@ -104,6 +104,13 @@ def sweep(parent: Path) -> None:
                 os.close(lock)
 
 
+def remove_empty(folder: Path) -> None:
+    """Delete the folder, with what killed processes left in it; one that holds anything else stays."""
+    sweep(folder)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def remove_unfinished() -> None:
     """Delete this process's temporary folders, before it ends without unwinding the stack."""
     for folder in list(unfinished):

@@ -172,6 +172,16 @@ def test_the_next_process_deletes_what_a_killed_one_left_and_nothing_else(tmp_pa
     assert kept < set(tmp_path.iterdir())
 
 
+def test_a_folder_is_removed_with_what_killed_processes_left_and_kept_with_anything_else(tmp_path: Path) -> None:
+    ours, others = tmp_path / "ours", tmp_path / "others"
+    for folder in (ours, others):
+        (folder / ".svdit-456.tmp").mkdir(parents=True)
+    (others / ".DS_Store").touch()
+    for folder in (ours, others, tmp_path / "none"):
+        files.remove_empty(folder)
+    assert [*tmp_path.rglob("*")] == [others, others / ".DS_Store"]
+
+
 def test_temporary_names_are_unpredictable_private_and_short(tmp_path: Path) -> None:
     """Nobody can place a symbolic link under the name; a file whose own name just fits can be written."""
     path = tmp_path / ("n" * 251 + ".bin")

@@ -6,6 +6,7 @@ import json
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from svdit import __version__
 from svdit.cli.quantize import remove
 from svdit.evaluation.paired import psnr
-from svdit.files import atomic_path, check_zip, temporary_folder, writing
+from svdit.files import atomic_path, check_zip, remove_empty, temporary_folder, writing
 from svdit.images import Pixels, write_png
 from svdit.integrations.calls import Calls
 from svdit.integrations.diffusers import attach_
@@ -114,13 +115,17 @@ class Job:
                 tick(i + 1, len(self.compared))
         return images
 
-    def save(self, folder: PipelineFolder, variant: str | None) -> None:
-        """Write the whole pipeline under a temporary name, and rename it."""
-        with writing(self.args.output), temporary_folder(self.args.output.parent) as place:
+    @contextmanager
+    def saved(self, folder: PipelineFolder, variant: str | None) -> Iterator[None]:
+        """Write the whole pipeline under a temporary name, and rename it at the end: an interrupted run can resume."""
+        with temporary_folder(self.args.output.parent) as place:
             whole = place / "pipeline"
-            self.model.save_pretrained(whole / self.component)
-            folder.copy(whole, self.component, variant)
-            whole.rename(self.args.output)
+            with writing(self.args.output):
+                self.model.save_pretrained(whole / self.component)
+                folder.copy(whole, self.component, variant)
+            yield
+            with writing(self.args.output):
+                whole.rename(self.args.output)
 
     def accelerate(self) -> str:
         """Pack the quantized layers; returns those in fp32 as a sentence."""
@@ -152,5 +157,4 @@ class Job:
         self.calls.remove()
         remove(self.work / "layers")
         self._images_file.unlink(missing_ok=True)
-        if self.work.is_dir() and not any(self.work.iterdir()):
-            self.work.rmdir()
+        remove_empty(self.work)

@@ -256,10 +256,11 @@ def write_report(
 
 def remove(folder: Path) -> None:
     """Delete the finished layers of a run that is complete."""
+    from svdit.files import remove_empty
+
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    if folder.is_dir():
-        folder.rmdir()
+    remove_empty(folder)
 
 
 def summary(report: "QuantReport") -> "tuple[Table, str]":

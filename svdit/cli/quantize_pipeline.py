@@ -91,18 +91,18 @@ def run(args: argparse.Namespace) -> Result:
         sums = [fingerprint(file) for file in folder.weights(component, variant)]
         job = Job(args, sampler, component, lines, json.dumps([record, sums]))
         report, kept = job.quantize()
-        job.save(folder, variant)
-        fallbacks = job.accelerate()
-        psnr = job.compare()
-        drawn = job.draw(beside["images.png"], psnr)
-        source = {"file": folder.path.resolve().name, "sha256": hashlib.sha256("".join(sums).encode()).hexdigest()}
-        content = {
-            **outputs.circumstances(args.command_line, device),
-            **{"model": f"{sampler.kind}, {component}", "source": source, "settings": record},
-            **{"kept": list(kept), "reasons": kept, "fallbacks": fallbacks or None, "psnr": psnr},
-            **report.to_dict(),
-        }
-        write_json(beside["report.json"], content)
+        with job.saved(folder, variant):
+            fallbacks = job.accelerate()
+            psnr = job.compare()
+            drawn = job.draw(beside["images.png"], psnr)
+            source = {"file": folder.path.resolve().name, "sha256": hashlib.sha256("".join(sums).encode()).hexdigest()}
+            content = {
+                **outputs.circumstances(args.command_line, device),
+                **{"model": f"{sampler.kind}, {component}", "source": source, "settings": record},
+                **{"kept": list(kept), "reasons": kept, "fallbacks": fallbacks or None, "psnr": psnr},
+                **report.to_dict(),
+            }
+            write_json(beside["report.json"], content)
         job.remove()
     warnings = [*report.warnings, *filter(None, [fallbacks])]
     for warning in warnings:

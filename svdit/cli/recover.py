@@ -133,6 +133,7 @@ def write_report(output: Path, data: dict[str, Any], state: "State", about: str)
 
 def remove(folder: Path) -> None:
     """Delete the state of a run that is complete."""
+    from svdit.files import remove_empty
+
     (folder / "recovery.pt").unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    remove_empty(folder)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svdit.errors import UserError
-from svdit.files import atomic_path, sha256
+from svdit.files import atomic_path, remove_empty, sha256
 from svdit.printing import warn
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.select import names_by_linear
@@ -106,8 +106,7 @@ class Calls:
         """Delete the folder's own files."""
         for file in (self.folder / SUMMARY, *self.files()):
             file.unlink(missing_ok=True)
-        if self.folder.is_dir():
-            self.folder.rmdir()
+        remove_empty(self.folder)
 
 
 def data(value: Any, name: str) -> Any:

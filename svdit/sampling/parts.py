@@ -5,10 +5,10 @@ A killed run loses only what it was drawing or writing, on any file system, whic
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 from svdit.errors import UnreadableError, UserError
+from svdit.files import remove_empty
 from svdit.printing import warn
 from svdit.progress import counted, progress
 from svdit.storage.tar import PackedFile, tar_members, write_tar
@@ -34,8 +34,7 @@ class Parts:
         """Delete the parts of a set that is complete."""
         for path in self.paths():
             path.unlink()
-        with suppress(OSError):  # it does not exist, or another version left something in it
-            self.folder.rmdir()
+        remove_empty(self.folder)
 
 
 def places(archives: Iterable[Path]) -> dict[str, PackedFile]:

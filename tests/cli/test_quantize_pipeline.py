@@ -1,7 +1,9 @@
 """`svdit quantize --pipeline`: a whole pipeline in and out; an interrupted run resumes; mistakes are sentences."""
 
 import json
+import os
 import shutil
+import signal
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from PIL import Image
 
 from svdit.cli import command, parser
+from svdit.cli.pipeline_job import Job
 from svdit.integrations.diffusers import published_timesteps_
 from svdit.quant import quantize as module
 from svdit.quant.linear import quantized_layers
@@ -111,10 +114,17 @@ def test_an_interrupted_run_resumes(
         quantize(dit, tmp_path / "out", "--preset", "w4a8")
     assert "out.partial/calls is from a run with other settings" in capsys.readouterr().err
     calls.append(-1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "compare", lambda job: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(SystemExit):
+            quantize(dit, tmp_path / "out", "--preset", "w8a8")
+    assert not (tmp_path / "out").exists()  # it comes last, so that the comparison can be made up for
     quantize(dit, tmp_path / "out", "--preset", "w8a8")
     assert len(solved) == len(set(solved)) == 14
     assert calls[5:] == [14, 14]  # only the images of the quantized model
-    assert not (tmp_path / "out.partial").exists()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".lock") == [
+        "out", "out.images.png", "out.report.json"
+    ]  # fmt: skip
     file = "transformer/diffusion_pytorch_model.safetensors"
     assert (tmp_path / "out" / file).read_bytes() == (done / file).read_bytes()
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from svdit.errors import UserError
+from svdit.files import PREFIX, SUFFIX
 from svdit.integrations.calls import Calls
 
 
@@ -80,6 +81,7 @@ def test_a_finished_recording_is_used_again(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "calls.json").write_text("{")
     assert not again.load() and "is damaged" in capsys.readouterr().err
     (tmp_path / "00007.pt").touch()  # of an interrupted run that kept more calls
+    (tmp_path / f"{PREFIX}killed{SUFFIX}").mkdir()
     calls.record(model, [lambda: model(torch.ones(1, 4))])
     assert len(replayed(calls)) == 1
     calls.remove()
