@@ -11,7 +11,7 @@ from benchmarks import structure
 ROOT = Path(__file__).parents[1]
 GROUND = {
     *("errors", "fields", "files", "holdout", "images", "distributed", "download", "peers"),
-    *("extras", "pictures", "printing", "progress", "restarts", "sheet", "shims", "storage"),
+    *("extras", "pictures", "printing", "progress", "restarts", "sheet", "shims", "storage", "threads"),
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "restarts": {"printing"},
@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "files": {"errors", "printing", "restarts"},
     "holdout": set(),
     "shims": set(),
+    "threads": set(),
     "extras": {"errors", "shims"},
     "printing": set(),
     "progress": {"printing"},

@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from svdit.images import (
 )
 from svdit.progress import Update, counted, progress
 from svdit.storage.tar import PackedFile
+from svdit.threads import in_threads
 
 Indices = npt.NDArray[np.int64]
 
@@ -95,8 +95,8 @@ class Source:
         if self.array is not None:
             digest.update(sha256(self.path).encode() + indices.astype("<i8").tobytes())
             return digest.hexdigest(), len(indices) - len({hash(self.array[i].tobytes()) for i in indices})
-        with ThreadPoolExecutor() as pool, progress(f"reading {self.path.name}", show_progress, "images") as update:
-            hashes = pool.map(sha256, (self.files[i] for i in indices))
+        with progress(f"reading {self.path.name}", show_progress, "images") as update:
+            hashes = in_threads(sha256, (self.files[i] for i in indices))
             file_hashes = list(counted(hashes, len(indices), update))
         for index, file_hash in zip(indices, file_hashes, strict=True):
             digest.update(os.fsencode(f"{self.names[index]} {file_hash}"))

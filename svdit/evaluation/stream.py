@@ -15,7 +15,6 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +55,7 @@ from svdit.files import atomic_path, writing
 from svdit.images import Pixels, list_images
 from svdit.printing import warn
 from svdit.storage.npz import map_npz, npz_keys
+from svdit.threads import in_threads
 
 Part = dict[str, npt.NDArray[Any]]
 NEED_IMAGES = ("num_images", "compare", "resize_to")  # options that choose or change images
@@ -99,8 +99,7 @@ class Stream:
             raise UserError(
                 f"{self.folder} contains {min(strays)}, but no images are stored with --evaluate; move it elsewhere"
             )
-        with ThreadPoolExecutor() as pool:
-            present = {i for indices in pool.map(self._usable, self._paths()) for i in indices}
+        present = {i for indices in in_threads(self._usable, self._paths()) for i in indices}
         return [i for i in range(self.inputs.fake.count) if i not in present]
 
     @torch.inference_mode()

@@ -4,7 +4,6 @@ A killed run loses only what it was drawing or writing, on any file system, whic
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from svdit.errors import UnreadableError, UserError
@@ -12,6 +11,7 @@ from svdit.files import remove_empty
 from svdit.printing import warn
 from svdit.progress import counted, progress
 from svdit.storage.tar import PackedFile, tar_members, write_tar
+from svdit.threads import in_threads
 
 NAME = ".parts"
 
@@ -59,8 +59,8 @@ def discard_damaged(archives: Iterable[Path], is_whole: Callable[[PackedFile], b
             return False
 
     archives = list(archives)
-    with ThreadPoolExecutor() as pool, progress("checking finished batches", unit="archives") as update:
-        for path, whole in zip(archives, counted(pool.map(check, archives), len(archives), update), strict=True):
+    with progress("checking finished batches", unit="archives") as update:
+        for path, whole in zip(archives, counted(in_threads(check, archives), len(archives), update), strict=True):
             if not whole:
                 path.unlink()
                 warn(f"{path} is damaged; its images are generated again")

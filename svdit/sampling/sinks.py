@@ -3,12 +3,9 @@
 A sink knows which images are there, stores batches, and completes the set. Memory holds a few images.
 """
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,10 +18,9 @@ from svdit.progress import counted, progress
 from svdit.sampling.parts import Parts, discard_damaged, places
 from svdit.storage.npz import map_npz, write_npz
 from svdit.storage.tar import PackedFile, write_tar
+from svdit.threads import in_threads
 
 SHARD = 1000  # images in an archive
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @runtime_checkable
@@ -105,7 +101,7 @@ class ImageSink:
         if count_images(self.npz, self.size) != len(self.names):
             count = len(self.names)
             with progress(f"writing {self.npz.name}", unit="images") as update:
-                write_npz(self.npz, counted(read_ahead(read, range(count)), count, update), count)
+                write_npz(self.npz, counted(in_threads(read, range(count)), count, update), count)
 
 
 class PngFiles(ImageSink):
@@ -127,8 +123,8 @@ class PngFiles(ImageSink):
 
     def damaged(self, names: set[str]) -> set[str]:
         """The files that are not whole."""
-        with ThreadPoolExecutor() as pool, progress(f"checking {self.folder.name}", unit="images") as update:
-            whole = pool.map(lambda name: images.is_whole_png(self.folder / name, self.size), names)
+        with progress(f"checking {self.folder.name}", unit="images") as update:
+            whole = in_threads(lambda name: images.is_whole_png(self.folder / name, self.size), names)
             counts = counted(whole, len(names), update)
             damaged = {name for name, is_whole in zip(names, counts, strict=True) if not is_whole}
         if damaged:
@@ -281,16 +277,3 @@ def count_images(npz: Path, size: int) -> int:
         warn(f"{npz} is damaged and is written again")
         return 0
     return len(array)
-
-
-def read_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` in order, by threads that are a few results ahead."""
-    threads = min(16, os.cpu_count() or 1)
-    pending: deque[Future[R]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
