@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import numpy as np
 from torch import Tensor
 
 from svdit.errors import UserError, nearest
@@ -20,7 +21,8 @@ def class_numbers(labels: Labels, model: DiT) -> list[int]:
         values = [values]
     if not isinstance(values, Iterable):
         raise UserError(f"labels is {labels!r}; pass a list of class numbers or names, [0, 1, 2] for example")
-    numbers = [_number(label, model) for label in values]
+    plain = (label.item() if isinstance(label, np.generic | Tensor) and label.ndim == 0 else label for label in values)
+    numbers = [_number(label, model) for label in plain]
     if not numbers:
         raise UserError("there are no labels; pass at least one class, [0, 1, 2] for example")
     return numbers

@@ -24,6 +24,7 @@ from svdit.cli.sample import default_classes
 from svdit.diffusion.guidance import guided
 from svdit.diffusion.samplers import ddpm
 from svdit.diffusion.schedule import make_schedule
+from svdit.errors import UserError
 from svdit.model.config import FAMILIES
 from svdit.model.dit import DiT
 from svdit.model.vae import BLOCKS, CONFIG, VAE, WEIGHTS, VAEConfig
@@ -85,6 +86,11 @@ def test_classes_have_names_where_the_checkpoint_has(tmp_path: Path, capsys: pyt
     model = load_model(saved(tmp_path / "tiny.safetensors"))
     model.class_names = ("1", "2", "4", "cat", "dog fish")
     assert class_numbers(["cat", "2", "1", "dog fish", "3", "0", "002"], model) == [3, 1, 0, 4, 3, 0, 1]
+    assert class_numbers([np.int64(3), torch.tensor(4), np.uint8(0)], model) == [3, 4, 0]
+    assert class_numbers(np.int64(3), model) == class_numbers(torch.tensor([3]), model) == [3]
+    for label in (True, 1.0, np.True_, np.float64(1), torch.tensor(1.0), torch.tensor([1, 2])):
+        with pytest.raises(UserError, match="there is no class"):
+            class_numbers([label], model)  # type: ignore[list-item]
     save_model(model, tmp_path / "named.safetensors")
     argv = ["--ckpt", str(tmp_path / "named.safetensors"), *FAST, "--output", str(tmp_path / "a.png")]
     command("sample", [*argv, "--classes", "cat", "4"])
