@@ -34,6 +34,7 @@ Scores = npt.NDArray[np.float64]
 PSNR_CAP = 100.0
 OF_ALL_PAIRS = ("psnr_pooled", "identical_pairs")  # keys without a value of each pair
 WINDOW, SIGMA = 11, 1.5
+SMALLEST = {"ssim": WINDOW, "lpips": 16}  # height and width; VGG16 halves images four times
 LPIPS_URLS = (
     "https://download.pytorch.org/models/vgg16-397923af.pth",
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-vgg16-lpips.pth",
@@ -60,8 +61,9 @@ def pair_scores(
 def paired_metrics(scores: Mapping[str, Scores], blocks: Blocks) -> Estimates:
     """Means over pairs of the distances (N,) by name, the pooled PSNR, and the number of identical pairs."""
     estimates = {name: _mean(values, blocks) for name, values in scores.items()}
-    if np.isnan(scores["ssim"]).any():
-        estimates["ssim"] = Estimate(None, reason=f"images must be at least {WINDOW}×{WINDOW}")
+    for name, size in SMALLEST.items():
+        if name in scores and np.isnan(scores[name]).any():
+            estimates[name] = Estimate(None, reason=f"images must be at least {size}×{size}")
     identical = scores["relative_l2"] == 0
     squares = _mean(np.where(identical, 0, 255**2 * 10 ** (-scores["psnr"] / 10)), blocks)
     pooled = [_decibels(square or 0) for square in (squares.value, *squares.leave_out)]
@@ -95,8 +97,8 @@ def relative_l2(a: Pixels, b: Pixels) -> float:
 
 
 def ssim(a: Pixels, b: Pixels) -> float:
-    """SSIM of two uint8 (H, W, 3) images; NaN for images smaller than the window."""
-    if min(a.shape[:2]) < WINDOW:
+    """SSIM of two uint8 (H, W, 3) images; NaN for those smaller than SMALLEST."""
+    if min(a.shape[:2]) < SMALLEST["ssim"]:
         return float("nan")
     x, y = (torch.from_numpy(pixels.astype(np.float64)).permute(2, 0, 1) for pixels in (a, b))
     mean_x, mean_y, xx, yy, xy = _blur(torch.stack([x, y, x * x, y * y, x * y]))  # (3, H - 10, W - 10) each
@@ -121,7 +123,10 @@ def _blur(x: Tensor) -> Tensor:
 
 
 def load_lpips(device: torch.device) -> Distance:
-    """LPIPS on `device`. Raises UserError if a weight file is missing or contains code."""
+    """LPIPS on `device`, NaN for images smaller than SMALLEST.
+
+    Raises UserError if a weight file is missing or contains code.
+    """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for url in LPIPS_URLS:
         _check_weights(folder / url.rsplit("/", 1)[1], url)
@@ -129,6 +134,8 @@ def load_lpips(device: torch.device) -> Distance:
 
     @torch.inference_mode()
     def distance(a: Pixels, b: Pixels) -> float:
+        if min(a.shape[:2]) < SMALLEST["lpips"]:
+            return float("nan")
         pair = torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2).to(device)
         return float(network(pair[:1], pair[1:]))
 

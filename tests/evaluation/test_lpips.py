@@ -66,3 +66,5 @@ def test_distance_is_the_formula_over_unit_features(checkpoints: Path, monkeypat
     assert distance(a, b) == pytest.approx(expected, rel=1e-3)
     assert distance(a, a) == 0
     assert np.isclose(distance(a, b), distance(b, a))
+    for size, usable in ((16, True), (15, False)):
+        assert np.isfinite(distance(a[:size], b[:size])) == usable

@@ -87,6 +87,9 @@ def test_distances_can_be_added_and_small_images_have_no_ssim(tmp_path: Path):
     assert estimates["lpips"].value == 2 / 8
     assert estimates["ssim"].value is None
     assert "at least 11×11" in (estimates["ssim"].reason or "")
+    scores = {"psnr": np.ones(2), "ssim": np.ones(2), "relative_l2": np.ones(2), "lpips": np.full(2, np.nan)}
+    lpips = paired_metrics(scores, assign_blocks(2))["lpips"]
+    assert lpips.value is None and lpips.reason == "images must be at least 16×16"
 
 
 def test_distances_do_not_use_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
