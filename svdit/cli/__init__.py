@@ -6,8 +6,8 @@ Each command's module has `parser()`, which imports no torch, and `run(args)`, w
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from types import ModuleType
 
@@ -72,23 +72,32 @@ def command(name: str, argv: list[str] | None = None) -> None:
         own = module(name, argv)
         args = parser(name, argv).parse_args(argv)
         args.command_line = shlex.join(["svdit", name, *argv])  # for the outputs that record it
-        try:
-            with quietly(args.quiet), redirect_stdout(sys.stderr if args.json else sys.stdout):
-                result: Result | None = own.run(args)
-            if result:  # after all files are written: printing fails where the reader of a pipe has gone
-                result.print(args)
-                sys.stdout.flush()
+        with explained(name), quietly(args.quiet), redirect_stdout(sys.stderr if args.json else sys.stdout):
+            result: Result | None = own.run(args)
+        if result:  # after all files are written: printing fails where the reader of a pipe has gone
+            result.print(args)
+            sys.stdout.flush()
+            with explained(name):
                 result.then()
-        except Exception as error:
-            sys.stdout.flush()  # fails again where stdout is what cannot be written
-            message = sentence(error, *LESS_MEMORY.get(name, ()))
-            if message is None:
-                raise
-            fail(f"svdit {name}: {message}")
         if result and result.problem:
             if is_first():
                 write_error(f"svdit {name}: {result.problem}")
             sys.exit(1)
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """End the command with one line for an error that the user can fix; one in writing to stdout passes."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        sys.stdout.flush()  # fails again where stdout is what cannot be written
+        message = sentence(error, *LESS_MEMORY.get(name, ()))
+        if message is None:
+            raise
+        fail(f"svdit {name}: {message}")
 
 
 def parser(name: str, argv: Sequence[str] = ()) -> Parser:

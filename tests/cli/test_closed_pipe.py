@@ -61,6 +61,14 @@ def test_results_are_saved_before_anything_is_printed(
         assert [row["step"] for row in read_curve(tmp_path / "run" / "loss.csv")] == ["1", "2"]
 
 
+def test_a_long_output_ends_quietly_too(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Python drops what does not fit its buffer, so that no later write fails."""
+    monkeypatch.setattr("svdit.cli.result.Result.print", lambda result, args: print("x" * 100_000))
+    with closed_stdout(), pytest.raises(SystemExit) as stop:
+        command("inspect", ["digits"])
+    assert (stop.value.code, capfd.readouterr().err) == (1, "")
+
+
 @pytest.mark.parametrize("argv", ["--version", "--help", "quantize --help"])
 def test_the_interpreter_exits_without_an_error_message(argv: str) -> None:
     reader, writer = os.pipe()
