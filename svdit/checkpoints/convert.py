@@ -60,7 +60,7 @@ def from_diffusers(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
         for ours, name in REPEATED.items():
             for kind in kinds.get(f"transformer_blocks.0.{name}", ("weight",)):
                 first, *others = [left.pop(f"transformer_blocks.{i}.{name}.{kind}") for i in range(depth)]
-                if not all(torch.equal(first, other) for other in others):
+                if not all(same(first, other) for other in others):
                     raise UserError(
                         f"the blocks of this diffusers DiT differ in {name}.{kind}; a published DiT shares it"
                     )
@@ -77,6 +77,11 @@ def from_diffusers(state: Mapping[str, Tensor], input_size: int) -> dict[str, Te
             "pass an unchanged DiTTransformer2DModel"
         )
     return {"pos_embed": position, **result}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether tensors (…) are equal, on the meta device of shape."""
+    return a.shape == b.shape if a.is_meta else torch.equal(a, b)
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

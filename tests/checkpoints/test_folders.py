@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from svdit.checkpoints.convert import to_diffusers
 from svdit.checkpoints.folders import DIFFUSERS, vae_beside
 from svdit.checkpoints.store import load_model, locate, save_model
+from svdit.cli import command
 from svdit.errors import UserError
 from svdit.model.dit import DiT
 
@@ -42,6 +43,7 @@ def test_variants_and_pipelines(
 ) -> None:
     folder_of(tmp_path / place, theirs, variant)
     assert same(load_model(tmp_path), tiny)
+    command("inspect", [str(tmp_path), "--quiet"])
 
 
 @pytest.mark.parametrize("place", ["", "transformer"])
