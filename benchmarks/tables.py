@@ -91,6 +91,12 @@ def pooled_or_mean(row: Row) -> float:
     return float(extract("pooled ([0-9.]+)", row["note"]) or row["value"])
 
 
+def label(method: str) -> str:
+    """A preset, or SVDQuant with GPTQ, which no preset is."""
+    published = re.fullmatch("svdquant-w(.)a(.)", method)
+    return f"SVDQuant W{published[1]}A{published[2]}, GPTQ" if published else f"`{method}`"
+
+
 def families(rows: Rows) -> str:
     """Each method on a digits model of every family: PSNR, and what quantization adds to the Fréchet distance."""
     measured = {name: row for name, row in latest(rows, "families").items() if not name.startswith("CIFAR")}
@@ -100,7 +106,7 @@ def families(rows: Rows) -> str:
     for method in sorted({name.split(" ")[1] for name in measured if name.endswith("PSNR")}, key=order_of_method):
         decibels = [with_pooled(measured.get(f"{model} {method} PSNR")) for model in models]
         changes = [difference(measured.get(f"{model} {method} Fréchet")) for model in models]
-        lines.append([f"`{method}`", *decibels, *changes])
+        lines.append([label(method), *decibels, *changes])
     columns = [f"{model}, dB" for model in models] + [f"{model}, Fréchet" for model in models]
     return markdown(["method", *columns], lines, source(measured, "families.py methods", setting_of(full)))
 
@@ -115,7 +121,7 @@ def two_models(rows: Rows) -> str:
         for method in sorted(methods, key=order_of_method):
             psnr, change = measured[f"{model} {method} PSNR"], difference(measured[f"{model} {method} Fréchet"])
             relative = extract(r"relative L2 ([0-9.]+)", psnr["note"])
-            lines.append([name, f"`{method}`", megabytes(psnr), with_pooled(psnr), relative, change])
+            lines.append([name, label(method), megabytes(psnr), with_pooled(psnr), relative, change])
     header = ["model", "method", "size, MB", "PSNR (pooled), dB", "relative L2", "Fréchet distance"]
     newest = {name: row for name, row in measured.items() if name.startswith(("DiT ", "CIFAR "))}
     return markdown(header, lines, source(newest, "families.py methods", setting_of(newest.values())))

@@ -47,8 +47,9 @@ def decide(possible: tuple[str, ...], claim: str | None, recorded: Mapping[str, 
             f"{path} has the tensors of {choices}, not of a {NAMES.get(claim, claim)}; omit --family and --model"
         )
     if claim is not None and (recorded.get("family", claim) != claim or (claim == "dit" and "path_type" in recorded)):
+        other = recorded.get("family", "sit")
         raise UserError(
-            f"{path} records the training of another model than a {NAMES[claim]}; omit --family and --model"
+            f"{path} records the training of another model than a {NAMES[claim]}; pass --family {other} instead"
         )
     decided = [family for family in (claim, recorded.get("family")) if family in possible]
     if decided or len(possible) == 1:

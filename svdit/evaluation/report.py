@@ -107,8 +107,9 @@ class Report:
         lines += [f"- {literal(note)}" for note in self.notes()]
         return "\n".join(lines) + "\n"
 
-    def save(self, folder: Path) -> None:
-        """Write `metrics.json`, `metrics.md` and the images."""
+    def save(self, folder: str | Path) -> None:
+        """Write `metrics.json`, `metrics.md` and the images into the folder."""
+        folder = Path(folder)
         content = self.to_json()
         plain = json.dumps({**content, "sha256": digest(content, {})}, indent=1, ensure_ascii=False)
         texts = {"metrics.json": _flat_lists(plain) + "\n", "metrics.md": self.markdown()}

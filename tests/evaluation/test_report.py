@@ -27,7 +27,7 @@ def report(**more: object) -> Report:
 
 def test_json_keeps_every_number(tmp_path: Path):
     picture = np.zeros((4, 4, 3), np.uint8)
-    report(images={"grid_fake": picture}).save(tmp_path / "new")
+    report(images={"grid_fake": picture}).save(str(tmp_path / "new"))
     content = read_report(tmp_path / "new")
     fid = content["metrics"]["fid"]
     assert (fid["value"], fid["leave_out"]) == (12.3456, [12.0, 12.5, 12.6])
