@@ -20,7 +20,7 @@ def from_quantizer(contents: io.Contents, path: Path) -> io.Contents:
     method, description = foreign.quantization(path), path.with_name("config.json")
     if contents.header is not None or method is None or not is_diffusers(contents.tensors):
         return contents
-    with naming(description, "an unusable configuration", "copy or download the folder again"):
+    with naming(description, "an unusable configuration", "load the folder with diffusers, or copy it again"):
         fields = foreign.json_object(description)
         if not isinstance(method, dict) or method.get("quant_method") != "svdit":
             raise UserError("its quantization_config is not of svdit")

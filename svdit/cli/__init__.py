@@ -32,7 +32,7 @@ COMMANDS = {
     "report": "write an HTML page about quantized models and their images",
     "app": "compare images of full-precision and quantized models in the browser",
     "selftest": "check the metric implementations on this machine",
-    "train": "train a DiT",
+    "train": "train a DiT, SiT, REPA, LightningDiT or JiT",
 }
 
 LESS_MEMORY = {  # what to change where the memory is not enough; others have no such option

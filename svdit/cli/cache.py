@@ -18,7 +18,7 @@ def parser() -> Parser:
         "plan is measured on the model's own trajectories, and sample and generate follow it with the same settings.",
     )
     add = parser.add_argument
-    add("ckpt", type=path, metavar="FILE", help="checkpoint, quantized or not, or 'digits'")
+    add("ckpt", type=path, metavar="FILE", help="checkpoint, quantized or not, or digits, digits-sit, digits-jit")
     add(
         "--speedup", type=number("of at least 1", lambda x: x >= 1), required=True, metavar="X", help="2: half the work"
     )

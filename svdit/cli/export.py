@@ -21,7 +21,7 @@ def parser() -> Parser:
     """The options of `svdit export`."""
     parser = Parser("svdit export", description="Write a checkpoint, quantized or not, in the format of another tool.")
     add = parser.add_argument
-    add("ckpt", type=path, metavar="FILE", help="checkpoint, quantized or not, or 'digits'")
+    add("ckpt", type=path, metavar="FILE", help="checkpoint, quantized or not, or digits, digits-sit, digits-jit")
     add(
         "--to",
         choices=("float", "diffusers", "onnx"),

@@ -26,7 +26,7 @@ WIDTH = 80  # columns
 def parser() -> Parser:
     """The options of `svdit inspect`."""
     parser = Parser("svdit inspect", description="Show what a checkpoint contains, layer by layer.")
-    parser.add_argument("file", type=path, metavar="FILE", help="checkpoint of any supported format, or 'digits'")
+    parser.add_argument("file", type=path, metavar="FILE", help="any checkpoint, or digits, digits-sit, digits-jit")
     parser.add_argument("--model", metavar="NAME", help="DiT-XL/2, SiT-B/4, ...; for files whose shapes leave a choice")
     setup.add_shape(parser)
     return parser

@@ -31,6 +31,8 @@ def planned(settings: QuantizeSettings, model: "DiT", loop: "ForwardLoop", recor
     if settings.measured:
         tried = trials(settings, planner, model, loop)
         plan = tried[0].plan
+        if rank() == 0 and len(tried) > 1:
+            note(f"kept {plan.nbytes / 1e6:.2f} MB: PSNR {tried[0].psnr:.1f} dB")
         tries = [{"bytes": trial.plan.nbytes, "sqnr": trial.plan.sqnr, "psnr": trial.psnr} for trial in tried]
         record["plan"] |= {"target_psnr": psnr, "psnr": tried[0].psnr, "tries": tries}
     else:
@@ -62,7 +64,7 @@ def trials(settings: QuantizeSettings, planner: "Planner", model: "DiT", loop: "
             quantize_(quantized, plan.config, loop, max_memory=memory, statistics=statistics, progress=tick)
         psnr = on_first(lambda: fidelity(accelerate(quantized)).pooled if fidelity else 0.0)
         if rank() == 0:
-            note(f"{plan.nbytes / 1e6:.2f} MB: PSNR {psnr:.1f} dB")
+            note(f"tried {plan.nbytes / 1e6:.2f} MB: PSNR {psnr:.1f} dB")
         return psnr
 
     if settings.target_psnr is not None:

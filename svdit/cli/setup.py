@@ -45,7 +45,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--ckpt",
         type=path,
         metavar="PATH",
-        help="checkpoint file, or 'digits'; default: download the published DiT-XL/2",
+        help="checkpoint file, or digits, digits-sit, digits-jit; default: download the published DiT-XL/2",
     )
     add("--model", metavar="NAME", help="DiT-XL/2, SiT-B/4, ...; must match the checkpoint")
     add("--image-size", type=pixels, metavar="PIXELS", help="must match the checkpoint")

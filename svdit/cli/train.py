@@ -6,6 +6,7 @@ torchrun --nproc-per-node 8 train.py --model DiT-XL/2 --data imagenet/train --bf
 """
 
 import argparse
+import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -93,9 +94,15 @@ def add_machine(parser: Parser) -> None:
     add("--log-every", type=positive, default=100, metavar="STEPS", help="default: %(default)s")
     options: dict[str, Any] = {"dest": "checkpoint_every", "metavar": "STEPS", "type": positive, "default": 10_000}
     add("--ckpt-every", help="checkpoint and samples; default: %(default)s", **options)
-    options = {"dest": "workers", "metavar": "N", "type": integer(0, 256), "default": 4}
-    add("--num-workers", help="data loading processes; default: %(default)s", **options)
+    options = {"dest": "workers", "metavar": "N", "type": integer(0, 256), "default": workers()}
+    add("--num-workers", help="data loading processes; default: 4, or as many as there are cores", **options)
     setup.add_device(group)
+
+
+def workers() -> int:
+    """4 data loading processes, or as many as each process on this machine has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def run(args: argparse.Namespace) -> Result:

@@ -58,7 +58,7 @@ def provenance_of(path: "Path", source: "Path") -> dict[str, Any]:
 
     provenance: dict[str, Any] = (read_header(path) or {}).get("provenance", {})
     if "weight_errors" not in provenance.get("quantization", {}):
-        raise UserError(f"{path} records no weight errors; pass a file made by `svdit quantize`")
+        raise UserError(f"{path} is not quantized or records no weight errors; pass a file made by `svdit quantize`")
     digest, expected = fingerprint(source), provenance["source"]["sha256"]
     if digest != expected:
         raise UserError(f"{source} is not the source of {path}: its sha256 is {digest[:16]}…, not {expected[:16]}…")

@@ -98,8 +98,9 @@ def _open_npz(path: Path, resize_to: int | None) -> Source:
     keys = npz_keys(path)
     gaussians, extractor = load_statistics(path)
     if not gaussians and "arr_0" not in keys:
-        content = ", ".join(sorted(keys)) or "nothing"
-        raise UserError(f"{path} contains {content}; expected images under arr_0 or statistics under mu and sigma")
+        content = ", ".join(map(repr, sorted(keys))) or "none"
+        problem = f"the arrays in {path} are {content}"
+        raise UserError(f"{problem}; expected images under arr_0 or statistics under mu and sigma")
     array = _check_array(path, map_npz(path)) if "arr_0" in keys else None
     count = 0 if array is None else len(array)
     manifest = _manifest_of_npz(path, count)

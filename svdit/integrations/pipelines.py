@@ -38,6 +38,10 @@ PROMPTS = (
 )
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CLASSES = 1000  # of ImageNet, where the model does not say how many it has
+OF_PIPELINES = (  # errors of their code, for inputs and weights that do not fit
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError),
+    *(NotImplementedError, RuntimeError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class Sampler:
         self.pipeline.set_progress_bar_config(disable=True)
         try:
             result = self.pipeline(**options)
-        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except OF_PIPELINES as error:
             if out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -132,7 +132,7 @@ class Planner:
         """The best plan for a file of at most `target_bytes`. Raises UserError where there is none."""
         least = self.curve[0][0]
         if target_bytes < least:
-            raise UserError(f"{target_bytes / 1e6:.2f} MB is too small; the minimum is {least / 1e6:.2f} MB")
+            raise UserError(f"{target_bytes / 1e6:.2f} MB is too small; the minimum is about {least / 1e6:.2f} MB")
         available = target_bytes - self.fixed
         options = at_least_uniform(self.options, self.selection, available)
         return self._plan(Table([frontier(each) for each in options.values()]), available)

@@ -178,6 +178,7 @@ MISTAKES = [
     (["--call", "steps=3"], "a DiTPipeline has no option steps; choose from class_labels, guidance_scale"),
     (["--call", "height"], "--call has 'height'; write NAME=VALUE"),
     (["--call", "num_inference_steps=many"], "the DiTPipeline cannot run"),
+    (["--call", "guidance_scale=1", "num_inference_steps=0"], "the DiTPipeline cannot run"),
     (["--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
     (["--calib-images", "0"], "'0' is not an integer from 1"),
     (["--device", "tpu"], "'tpu' is not supported; choose cpu"),
