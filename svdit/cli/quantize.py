@@ -34,8 +34,8 @@ def parser() -> Parser:
     parser = Parser(
         "svdit quantize",
         description="Quantize a checkpoint with SVDQuant: by --preset, or with --rank-ratio to the truncated SVD of "
-        "every linear layer. Rerun the same command to resume; under torchrun, processes share the layers. A pipeline of "
-        "diffusers has other options: see `svdit quantize --pipeline FOLDER --help`.",
+        "every linear layer. Rerun the same command to resume; under torchrun, processes share the layers. A pipeline "
+        "of diffusers has other options: see `svdit quantize --pipeline FOLDER --help`.",
     )
     setup.add_model(parser)
     add = parser.add_argument

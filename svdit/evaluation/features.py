@@ -98,6 +98,7 @@ def extract(images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], 
     if not gather(features is not None)[0]:
         with writing(how.folder), private_folder(how.folder) as private:
             _extract_into(private, images, network, layers, how)
+            on_first(images.check_unchanged)
             if rank() == 0:
                 features = _load(private, layers)  # mapped, so they stay the same wherever the files go
                 if _cached(folder, layers) is None:  # another run may have been faster

@@ -98,8 +98,9 @@ def _checked(source: Source, indices: Indices, options: Options, warnings: tuple
         raise UserError(f"{source.path} contains {len(indices)} images; at least 2 images are needed")
     size, lossy, remarks = source.check(indices, _shown(options))
     warnings += tuple(f"{source.path}: {remark}" for remark in remarks)
+    stamp = source.stamp(indices)
     content, copies = source.content(indices, _shown(options))
-    return ImageSet(source, indices, size, content, lossy, copies, warnings)
+    return ImageSet(source, indices, size, content, lossy, copies, warnings, stamp)
 
 
 def _shown(options: Options) -> bool:

@@ -102,12 +102,20 @@ class Source:
             digest.update(os.fsencode(f"{self.names[index]} {file_hash}"))
         return digest.hexdigest(), len(indices) - len(set(file_hashes))
 
+    def stamp(self, indices: Indices) -> str:
+        """A hash of the sizes and times of the files that hold the chosen images: another one where they change."""
+        files = [self.files[i] for i in indices] if self.array is None else [self.path]
+        paths = dict.fromkeys(file if isinstance(file, Path) else file.archive for file in files)
+        stats = [path.stat() for path in paths]
+        return hashlib.sha256(repr([(each.st_size, each.st_mtime_ns) for each in stats]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class ImageSet:
     """The images chosen from a source, their size (H, W), the hash of their content, and warnings about them.
 
-    `lossy`: whether any is stored as JPEG or WebP. `copies`: how many have the content of an earlier one.
+    `lossy`: whether any is stored as JPEG or WebP. `copies`: how many have the content of an earlier one. `stamp`: of
+    their files, before the content was read.
     """
 
     source: Source
@@ -117,6 +125,7 @@ class ImageSet:
     lossy: bool = False
     copies: int = 0
     warnings: tuple[str, ...] = ()
+    stamp: str = ""
 
     @property
     def count(self) -> int:
@@ -126,6 +135,11 @@ class ImageSet:
     def read(self, n: int) -> Pixels:
         """The n-th chosen image, uint8 (H, W, 3)."""
         return self.source.read(int(self.indices[n]))
+
+    def check_unchanged(self) -> None:
+        """Raises UserError if other images than those of `content` may have been read."""
+        if self.stamp and self.source.stamp(self.indices) != self.stamp:
+            raise UserError(f"{self.source.path} changed while it was read; run this again when nothing writes to it")
 
     def describe(self) -> dict[str, Any]:
         """The set's entry in `metrics.json`."""

@@ -12,7 +12,9 @@ import torch
 from svdit.errors import UserError
 from svdit.evaluation import features as extraction
 from svdit.evaluation.features import Extraction, Features, cache_key, extract, features_folder
+from svdit.evaluation.inputs import open_set
 from svdit.evaluation.opening import open_source
+from svdit.evaluation.options import Options
 from svdit.evaluation.sources import ImageSet
 
 from .conftest import TinyNetwork, make_images, write_folder
@@ -129,6 +131,22 @@ def test_key_changes_with_content_weights_choice_and_format(images: ImageSet, mo
     assert cache_key(images, TinyNetwork()) in keys
     monkeypatch.setattr("svdit.evaluation.features.FORMAT", "another")
     assert cache_key(images, TinyNetwork()) not in keys
+
+
+@pytest.mark.parametrize("form", ["folder", "npz"])
+def test_features_of_images_that_change_meanwhile_are_not_kept(tiny_network: TinyNetwork, tmp_path: Path, form: str):
+    def write(first: int) -> Path:
+        if form == "npz":
+            np.savez(tmp_path / "images.npz", arr_0=make_images(7)[::first])
+            return tmp_path / "images.npz"
+        return write_folder(tmp_path / "images", make_images(7)[::first])
+
+    images = open_set(write(1), Options(device=CPU))
+    write(-1)
+    with pytest.raises(UserError, match=r"images.* changed while it was read; run this again"):
+        run(images, tiny_network, tmp_path / "f")
+    assert not list((tmp_path / "f").iterdir())
+    run(open_set(tmp_path / images.source.path.name, Options(device=CPU)), tiny_network, tmp_path / "f")
 
 
 def test_without_a_cache_the_files_are_removed(images: ImageSet, tiny_network: TinyNetwork):
