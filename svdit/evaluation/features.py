@@ -1,9 +1,9 @@
 """One pass over the images: the network's features as float64 sums and, for the metrics that need them, as rows.
 
-Each process handles its share of the images and writes its rows to their places in one memory-mapped file per layer,
-so rows are in the order of the source and memory does not grow with the number of images. Results are cached under a
-key of content, weights and choice, so the real set is processed once. Every run writes into a folder of its own and
-renames it when it is complete; the statistics contain the hashes of the rows.
+Each process handles its share of the images and writes its rows to their places in one file per layer, so rows are in
+the order of the source and memory does not grow with the number of images. Results are cached under a key of content,
+weights and choice, so the real set is processed once. Every run writes into a folder of its own and renames it when it
+is complete; the statistics contain the hashes of the rows.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from svdit.distributed import barrier, gather, on_first, rank, shard, world_size
 from svdit.errors import UserError, sentence
+from svdit.evaluation.rows import RowFiles, Rows
 from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, save_statistics
 from svdit.files import check_zip, temporary_folder, writing
 from svdit.printing import warn
 from svdit.progress import progress
 
-Rows = npt.NDArray[np.float32]
 SUMMED = ("pool", "spatial")
 FORMAT = "features 3"  # of the cached files; part of the key, so other formats are never read
 WORKERS_FROM = 1000  # below this many images per process, starting workers costs more time than they save
@@ -178,7 +177,7 @@ def _extract_into(
     folder: Path, images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], how: Extraction
 ) -> None:
     """Write rows and statistics into `folder`. Raises NotFiniteError, which names the images, in all processes."""
-    rows = create_rows(folder, {layer: (images.count, network.widths[layer]) for layer in layers})
+    files = RowFiles(folder, {layer: (images.count, network.widths[layer]) for layer in layers})
     moments = {layer: Moments(network.widths[layer], how.device) for layer in SUMMED}
     pixels, done, broken = _Pixels(images), 0, list[int]()
     with (
@@ -190,24 +189,20 @@ def _extract_into(
             broken += places[~finite(features).cpu()].tolist()
             for layer, sums in moments.items():
                 sums.add(features[layer])
-            for layer, array in rows.items():
-                array[places.numpy()] = features[layer].cpu().numpy()
+            for layer in layers:
+                files.write(layer, places.numpy(), features[layer].cpu().numpy())
             update(done := done + len(batch), len(pixels))
     check_finite(broken, images, network)
-    for array in rows.values():
-        array.flush()
+    rows = files.read()
     gaussians = {layer: sums.merge().gaussian() for layer, sums in moments.items()}
-    barrier()
     if rank() == 0:
-        hashes = {f"sha256_{layer}": np.array(_hash(np.load(folder / f"{layer}.npy", mmap_mode="r"))) for layer in rows}
+        hashes = {f"sha256_{layer}": np.array(_hash(array)) for layer, array in rows.items()}
         save_statistics(folder / "statistics.npz", gaussians, network.digest, **hashes)
 
 
 @torch.inference_mode()
-def summarize(
-    rows: dict[str, np.memmap[Any, Any]], images: ImageSet, network: FeatureNetwork, how: Extraction
-) -> Features:
-    """The features of the images whose rows (N, D) by layer are mapped by all processes, which share the sums.
+def summarize(rows: dict[str, Rows], images: ImageSet, network: FeatureNetwork, how: Extraction) -> Features:
+    """The features of the images whose rows (N, D) by layer all processes have, which share the sums.
 
     Raises NotFiniteError, which names the images, in all processes.
     """
@@ -219,7 +214,7 @@ def summarize(
         for layer, sums in moments.items():
             sums.add(features[layer])
     check_finite(broken, images, network)
-    return Features({layer: sums.merge().gaussian() for layer, sums in moments.items()}, dict(rows))
+    return Features({layer: sums.merge().gaussian() for layer, sums in moments.items()}, rows)
 
 
 def finite(features: dict[str, Tensor]) -> Tensor:
@@ -254,18 +249,6 @@ def _workers(pixels: _Pixels, how: Extraction) -> int:
         waiting = 3 * how.batch_size * pixels[0][1].nbytes * world_size()
         workers = min(workers, shutil.disk_usage(SHARED).free // waiting)
     return workers
-
-
-def create_rows(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.memmap[Any, Any]]:
-    """One file per layer, mapped by all processes."""
-    paths = {layer: folder / f"{layer}.npy" for layer in shapes}
-    if rank() == 0:
-        for layer, shape in shapes.items():
-            np.lib.format.open_memmap(paths[layer], "w+", np.float32, shape).flush()
-            with paths[layer].open("r+b") as file:  # fails now: a disk that is full later is a SIGBUS
-                os.posix_fallocate(file.fileno(), 0, paths[layer].stat().st_size)
-    barrier()
-    return {layer: np.lib.format.open_memmap(path, "r+") for layer, path in paths.items()}
 
 
 def cache_key(images: ImageSet, network: FeatureNetwork) -> str:

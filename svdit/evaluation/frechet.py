@@ -10,8 +10,8 @@ whose square roots would sum to 1e-4. (A threshold would remove true eigenvalues
 import numpy as np
 import torch
 
-from svdit.evaluation.features import Rows
 from svdit.evaluation.jackknife import Blocks
+from svdit.evaluation.rows import Rows
 from svdit.evaluation.statistics import Array, Gaussian, Moments
 
 TILE = 2048

@@ -15,11 +15,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from svdit.evaluation.features import Features, Rows
+from svdit.evaluation.features import Features
 from svdit.evaluation.frechet import TILE, frechet_distance, jackknifed_distance
 from svdit.evaluation.jackknife import Blocks, Estimate, Estimates
 from svdit.evaluation.neighbours import neighbour_metrics
 from svdit.evaluation.paired import OF_ALL_PAIRS, Distance, load_lpips, psnr, relative_l2, ssim
+from svdit.evaluation.rows import Rows
 from svdit.evaluation.statistics import Gaussian, Moments
 from svdit.extras import require
 from svdit.progress import Update, counted

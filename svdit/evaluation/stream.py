@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from svdit.distributed import barrier, on_first, rank, seen, world_size
+from svdit.distributed import on_first, rank, seen, world_size
 from svdit.errors import UnreadableError, UserError
 from svdit.evaluation.evaluate import (
     FAKE_ROWS,
@@ -39,7 +39,6 @@ from svdit.evaluation.features import (
     Extraction,
     FeatureNetwork,
     Features,
-    create_rows,
     full_precision,
     private_folder,
     summarize,
@@ -50,6 +49,7 @@ from svdit.evaluation.jackknife import Blocks, Estimates, assign_blocks
 from svdit.evaluation.options import Options
 from svdit.evaluation.paired import paired_metrics
 from svdit.evaluation.report import Report
+from svdit.evaluation.rows import RowFiles
 from svdit.evaluation.sources import ImageSet, Source
 from svdit.files import atomic_path, writing
 from svdit.images import Pixels, list_images
@@ -184,16 +184,13 @@ class Stream:
         """The rows of all files in order of the index, and their statistics, on the first process."""
         count = self.inputs.fake.count
         with writing(self.folder), private_folder(self.folder) as folder:
-            rows = create_rows(folder, {layer: (count, network.widths[layer]) for layer in FAKE_ROWS})
+            files = RowFiles(folder, {layer: (count, network.widths[layer]) for layer in FAKE_ROWS})
             for path in paths[rank() :: world_size()]:
                 part = _read(path)
-                for layer, array in rows.items():
-                    array[part["index"]] = part[layer]
-            for array in rows.values():
-                array.flush()
-            barrier()
+                for layer in FAKE_ROWS:
+                    files.write(layer, part["index"], part[layer])
             how = Extraction(folder, self.options.device, self.options.batch_size)
-            fake = summarize(rows, self.inputs.fake, network, how)
+            fake = summarize(files.read(), self.inputs.fake, network, how)
         return self.reference, [fake]  # the rows stay mapped
 
     def _report(self, paths: list[Path], blocks: Blocks, estimates: Estimates, started: float) -> Report:
