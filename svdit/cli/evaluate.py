@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> Result:
 
 def check_outputs(args: argparse.Namespace, options: "Options") -> None:
     """Raises UserError for outputs that are or change an input, or cannot be written, before any computation."""
-    from svdit.files import writable_folder
+    from svdit.files import creatable_folder
 
     inputs = [p for p in (args.real_dir, args.fake_dir, args.paired_dir, args.compare_dir) if p]
     if args.output:
@@ -85,4 +85,4 @@ def check_outputs(args: argparse.Namespace, options: "Options") -> None:
     statistics = options.save_stats and options.save_stats.parent
     for folder in (args.output, statistics, options.cache if options.network_metrics else None):
         if folder:
-            writable_folder(folder)
+            creatable_folder(folder)

@@ -111,6 +111,7 @@ def test_pairs_alone_need_neither_weights_nor_real_images(tmp_path: Path, capsys
     ("extra", "sentence"),
     [
         (["--cache-dir", "CACHE"], "need the 2015 Inception weights (95.6 MB), which are in none of"),
+        (["--cache-dir", "CACHE", "--output", "NEW"], "need the 2015 Inception weights"),
         (["--metrics", "fidd", "--feature-extractor", "random"], "there is no metric 'fidd'"),
         (["--num_images", "99", "--feature-extractor", "random"], "contains 5 images, fewer than the 99 requested"),
         (["--num_images", "0", "--feature-extractor", "random"], "'0' is not an integer from 1"),
@@ -132,6 +133,7 @@ def test_user_errors_end_with_code_2(
     (tmp_path / "file").touch()
     places = {
         "CACHE": str(tmp_path),
+        "NEW": str(tmp_path / "new"),
         "FILE": str(tmp_path / "file"),
         "FILE/stats.npz": str(tmp_path / "file" / "x.npz"),
     }
@@ -140,6 +142,7 @@ def test_user_errors_end_with_code_2(
     message = capsys.readouterr().err
     assert message.startswith("svdit evaluate: ")
     assert sentence in message
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unavailable_named_metric_ends_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
