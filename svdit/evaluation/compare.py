@@ -192,6 +192,7 @@ def _checked(first: Row, row: Row, keys: Sequence[str], force: bool) -> Row:
     fields = disagreements(first.protocol, row.protocol, pairs)
     if fields and not force:
         values = "; ".join(f"{f}: {first.protocol.get(f)} against {row.protocol.get(f)}" for f in fields)
+        values = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", values)  # a hash
         raise UserError(
             f"{first.name} and {row.name} differ in {values}; evaluate both alike, or pass --force to mark them"
         )

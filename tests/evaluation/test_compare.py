@@ -126,9 +126,9 @@ def test_different_protocols_are_refused_by_field_and_marked_with_force(tmp_path
 
 
 def test_psnr_against_different_counterparts_is_refused(tmp_path: Path):
-    a = report(tmp_path / "a.json", 10.0, [], psnr=30.0, counterparts_sha256="one")
+    a = report(tmp_path / "a.json", 10.0, [], psnr=30.0, counterparts_sha256="1234" * 16)
     b = report(tmp_path / "b.json", 12.0, [], psnr=40.0, counterparts_sha256="other")
-    with pytest.raises(UserError, match="a and b differ in counterparts_sha256: one against other"):
+    with pytest.raises(UserError, match="a and b differ in counterparts_sha256: 123412341234… against other"):
         compare([a, b])
     assert "* b differs in counterparts_sha256: not comparable." in compare([a, b], force=True)
     assert "not comparable" not in compare([a, b], ["fid"])  # FID does not depend on the counterparts
