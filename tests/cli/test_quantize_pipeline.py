@@ -1,9 +1,7 @@
 """`svdit quantize --pipeline`: a whole pipeline in and out; an interrupted run resumes; mistakes are sentences."""
 
 import json
-import os
 import shutil
-import signal
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -114,8 +112,12 @@ def test_an_interrupted_run_resumes(
         quantize(dit, tmp_path / "out", "--preset", "w4a8")
     assert "out.partial/calls is from a run with other settings" in capsys.readouterr().err
     calls.append(-1)
+
+    def interrupted(job: Job) -> list[float]:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(Job, "compare", lambda job: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(Job, "compare", interrupted)
         with pytest.raises(SystemExit):
             quantize(dit, tmp_path / "out", "--preset", "w8a8")
     assert not (tmp_path / "out").exists()  # it comes last, so that the comparison can be made up for
