@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def command(name: str, argv: list[str] | None = None) -> None:
-    """Run one command and print its result; an error that the user can fix ends it with one line and exit code 2."""
+    """Run one command and print its result."""
     with standard_streams(), ending():
         argv = sys.argv[1:] if argv is None else argv
         own = module(name, argv)
@@ -87,11 +87,9 @@ def command(name: str, argv: list[str] | None = None) -> None:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """End the command with one line for an error that the user can fix; one in writing to stdout passes."""
+    """End the command with one line and exit code 2 for an error that the user can fix."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except Exception as error:
         sys.stdout.flush()  # fails again where stdout is what cannot be written
         message = sentence(error, *LESS_MEMORY.get(name, ()))

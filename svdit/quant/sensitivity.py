@@ -4,7 +4,7 @@ For v ~ N(0, I), E‖Jᵀv‖² = ‖J‖²_F, and one backward pass of v·outpu
 of variance σ² on a layer's output then adds σ²‖J‖²_F to the squared error of the model's output, to first order.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -62,10 +62,10 @@ def _rows(x: Any, rows: Tensor, N: int) -> Any:
 
 @torch.inference_mode(False)
 def sensitivities(model: nn.Module, names: Iterable[str], calls: list[Call]) -> tuple[dict[str, float], float]:
-    """For each named layer ‖J‖²_F over its number of outputs per row, and the mean squared norm of the output, which is
-    the first tensor of what the model returns.
+    """For each named layer ‖J‖²_F over its number of outputs per row, and the mean squared norm of the output.
 
-    The effects of a layer that runs several times in a call add up; without an effect it has 0.
+    The output is the first tensor of what the model returns. The effects of a layer that runs several times in a call
+    add up; that of a layer without influence is 0.
     """
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
     total, energy = dict.fromkeys(outputs, 0.0), 0.0
@@ -99,7 +99,7 @@ def sensitivities(model: nn.Module, names: Iterable[str], calls: list[Call]) -> 
 
 def _first(output: Any) -> Tensor:
     """The first tensor of what a model returns: a tensor, a tuple, or a mapping, as of diffusers. Raises UserError."""
-    while isinstance(output, (Mapping, Sequence)) and output:
+    while isinstance(output, Mapping | tuple | list) and output:
         output = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if not isinstance(output, Tensor):
         raise UserError(f"the model returns a {type(output).__name__} and no tensor; a plan needs its output")

@@ -130,6 +130,17 @@ def test_quantized_and_accelerated_models(preset: str, backend: str) -> None:
     assert relative(value(found), expected) < model_bound(backend)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_checkpoints_of_any_float_type_are_accelerated(dtype: torch.dtype) -> None:
+    model, inputs = quantized("w8a8").to(dtype), (torch.randn(3, *SHAPE), torch.tensor([9, 500, 500]), LABELS)
+    expected = copy.deepcopy(model).float()(*inputs)
+    with FakeCuda():
+        found = accelerate(model.to("cuda"), "dequant", debug=True)(*(x.to("cuda") for x in inputs))
+        assert found.is_cuda and found.dtype == torch.float32
+    assert relative(value(found), expected) < model_bound("dequant")
+
+
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # safetensors looks for shared memory
 def test_a_checkpoint_is_loaded_onto_the_device(tmp_path: Path) -> None:
     model = quantized("w4a8")

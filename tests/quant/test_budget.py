@@ -105,6 +105,12 @@ def test_sensitivity_in_models_of_any_structure(wrap: Callable[[Tensor], Any]) -
             assert estimated[name] == pytest.approx(change / (noise**2 * 16), rel=0.25)
 
 
+@pytest.mark.parametrize("returned", ["text", None, (), {}])
+def test_a_model_that_returns_no_tensor_has_no_plan(returned: object) -> None:
+    with pytest.raises(UserError, match=r"the model returns a \w+ and no tensor; a plan needs its output"):
+        sensitivities(Odd(lambda y: returned), ["often"], [(torch.ones(1, 2, 16), torch.tensor(0.0))])
+
+
 def test_sensitivity_does_not_overflow_in_half_precision() -> None:
     """Sums of squares exceed float16's largest number, 65504, where no output does."""
     model = nn.Linear(16, 16)

@@ -270,8 +270,8 @@ def _weighed(layer: Layer, kernels: Kernels) -> Callable[[Tensor], Tensor]:
 
 
 def float_linear(weight: Tensor, bias: Tensor | None, kernels: Kernels) -> Linear:
-    """A layer of floats (O, I)."""
-    weight, bias = weight.detach().float().contiguous(), None if bias is None else bias.detach().float().contiguous()
+    """A layer of fp32 weight (O, I) and bias (O,)."""
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     return composed(lambda x: weigh(x.float(), weight, bias, kernels))
 
 
