@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from bench_cpu import HAS_BF16
 from random_models import in_floats, model_inputs, quantized
-from record import record
 from timing import Run, measure, ratio, steady
 from torch import Tensor, nn
 
@@ -106,10 +105,10 @@ def main() -> None:
             error = float((run().float() - expected).norm() / expected.norm())
             milliseconds = 1e3 * statistics.median(times[name])
             over = ratio(times, name, "svdit w8a8")
-            print(f"{name:20} {milliseconds:8.1f} ms, {over:5.2f} × the time of svdit w8a8; error {error:.2g}")
+            print(f"{name:20} {milliseconds:8.1f} ms, {over.value:5.2f} × svdit w8a8's, {over}; error {error:.2g}")
             if keep:
                 note = f"{milliseconds:.1f} ms; error {error:.2g}; a block, batch 2, {choice.choice()}"
-                record("anchors", f"{name}, time over svdit w8a8", over, "×", note)
+                over.record("anchors", f"{name}, time over svdit w8a8", "×", note)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def speedups(
     """How many times faster sampling is with each plan, in the same rounds."""
     runs = {str(nominal): partial(sampled, model, config, count, plan) for nominal, plan in plans.items()}
     times = measure({"none": partial(sampled, model, config, count), **runs}, rounds)
-    return {nominal: ratio(times, "none", str(nominal)) for nominal in plans}
+    return {nominal: ratio(times, "none", str(nominal)).value for nominal in plans}
 
 
 def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:

@@ -5,8 +5,9 @@
 
 Weights are random, and the full-precision model has exactly the dequantized weights, so the reported error is that of
 rounding activations. All candidates run in one process, in shuffled order each round; times are medians, ratios are
-medians of per-round ratios. A run whose baseline varies by more than 15 % (p90 / p10) is void and not recorded.
-bfloat16 is skipped on processors without bf16 dot products, where it is slower than fp32.
+medians of per-round ratios. A ratio is recorded with its 95 % confidence interval, unless that is wider than 10 % (3
+points for shares) or the baseline varies by more than 15 % (p90 / p10). bfloat16 is skipped on processors without bf16
+dot products, where it is slower than fp32.
 """
 
 import argparse
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from bound import Bound, operations
 from random_models import in_floats, model_inputs, quantized, random_layer, random_model
 from record import record
-from timing import Run, measure, ratio, steady
+from timing import Median, Run, measure, median, ratio, ratios, steady
 from torch import Tensor, nn
 
 from svdit.kernels import ops
@@ -60,6 +61,11 @@ class Setting:
     rounds: int = 9
     keep: bool = True
 
+    def record(self, measured: Median, benchmark: str, name: str, unit: str, note: str = "") -> None:
+        """Record a median, if this run is to be recorded."""
+        if self.keep:
+            measured.record(benchmark, name, unit, note)
+
 
 def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
     """Whole model: time, speed-up over eager fp32, and error."""
@@ -82,30 +88,27 @@ def whole_model(setting: Setting, batch: int, compiled: bool) -> None:
         candidates[name] = lambda fast=fast: fast(x, t, y)
     bound = Bound(choice.kernels())
     times = measure(candidates | {"peaks": bound}, setting.rounds)
-    valid = steady(times["fp32 eager"]) and setting.keep
     shape = f"{setting.depth} blocks, batch {batch}, rank {setting.rank}"
     print(f"\nDiT-XL/2 at 256 px, {shape}, {ops.describe(ops.choose())}")
+    setting = replace(setting, keep=steady(times["fp32 eager"]) and setting.keep)
     for name, run in candidates.items():
         expected = truth.get(name, truth["fp32"])
         error = float((run().float() - expected).norm() / expected.norm())
-        median, over = statistics.median(times[name]), ratio(times, "fp32 eager", name)
-        print(f"{name:26} {median * 1e3:9.1f} ms {over:6.2f} × fp32 eager   error {error:.2g}")
-        if valid:
-            note = f"{median * 1e3:.0f} ms; {shape}, {choice.choice()}, error {error:.2g}"
-            record("cpu", f"{name}, over fp32 eager, batch {batch}", over, "×", note)
+        milliseconds, over = 1e3 * statistics.median(times[name]), ratio(times, "fp32 eager", name)
+        print(f"{name:26} {milliseconds:9.1f} ms {over.value:6.2f} × fp32 eager, {over}   error {error:.2g}")
+        note = f"{milliseconds:.0f} ms; {shape}, {choice.choice()}, error {error:.2g}"
+        setting.record(over, "cpu", f"{name}, over fp32 eager, batch {batch}", "×", note)
     floats = [name for name in candidates if name not in SCHEMES and name != "fp32 eager"]
     best = min(floats, key=lambda name: statistics.median(times[name]))
-    ratios = {f"{name}, over {best}": ratio(times, best, name) for name in SCHEMES}
-    ratios["W4A8, time over W8A8's"] = ratio(times, "W4A8", "W8A8")
-    for name, value in ratios.items():
-        print(f"{name}: {value:.3f} ×")
-        if valid:
-            record("cpu", f"{name}, batch {batch}", value, "×", f"{shape}, {choice.choice()}")
+    others = {f"{name}, over {best}": ratio(times, best, name) for name in SCHEMES}
+    others["W4A8, time over W8A8's"] = ratio(times, "W4A8", "W8A8")
+    for name, over in others.items():
+        print(f"{name}: {over.value:.3f} ×, {over}")
+        setting.record(over, "cpu", f"{name}, batch {batch}", "×", f"{shape}, {choice.choice()}")
     for name, count in counts.items():
         share = bound.share(count, times[name])
-        print(f"{name}: the arithmetic at the peaks takes {share:.0f} % of its time")
-        if valid:
-            record("cpu", f"{name}, arithmetic at the peaks, batch {batch}", share, "%", f"of its time; {shape}")
+        print(f"{name}: the arithmetic at the peaks takes {share.value:.0f} % of its time, {share}")
+        setting.record(share, "cpu", f"{name}, arithmetic at the peaks, batch {batch}", "%", f"of its time; {shape}")
 
 
 def families(setting: Setting) -> None:
@@ -118,18 +121,19 @@ def families(setting: Setting) -> None:
         runs[f"{name} fp32"] = lambda plain=plain, inputs=inputs: plain(*inputs)
         runs[f"{name} W8A8"] = lambda fast=fast, inputs=inputs: fast(*inputs)
     times = measure(runs | {"peaks": bound}, setting.rounds)
-    valid = steady(times[f"{FAMILIES[0]} fp32"]) and setting.keep
-    first = ratio(times, f"{FAMILIES[0]} fp32", f"{FAMILIES[0]} W8A8")
+    setting = replace(setting, keep=steady(times[f"{FAMILIES[0]} fp32"]) and setting.keep)
+    speedups = {name: ratios(times, f"{name} fp32", f"{name} W8A8") for name in FAMILIES}
     for name in FAMILIES:
-        over, share = ratio(times, f"{name} fp32", f"{name} W8A8"), bound.share(counts[name], times[f"{name} W8A8"])
+        over, share = median(speedups[name]), bound.share(counts[name], times[f"{name} W8A8"])
+        relative = median([a / b for a, b in zip(speedups[name], speedups[FAMILIES[0]], strict=True)])
         slow, fast = (1e3 * statistics.median(times[f"{name} {kind}"]) for kind in ("fp32", "W8A8"))
         note = f"{slow:.0f} and {fast:.0f} ms; batch {batch}, rank {setting.rank}, {choice.choice()}"
-        print(f"{name:18} W8A8 {over:5.2f} × fp32 eager, {over / first:.2f} of {FAMILIES[0]}'s   {note}")
-        print(f"{name:18} the arithmetic at the peaks takes {share:.0f} % of the time of W8A8")
-        if valid:
-            record("cpu families", f"{name}, W8A8 over fp32 eager", over, "×", note)
-            record("cpu families", f"{name}, over {FAMILIES[0]}'s", over / first, "", "ratio of speed-ups")
-            record("cpu families", f"{name}, arithmetic at the peaks", share, "%", "of the time of W8A8")
+        print(f"{name:18} W8A8 {over.value:5.2f} × fp32 eager, {over}; {relative.value:.2f} of {FAMILIES[0]}'s; {note}")
+        print(f"{name:18} the arithmetic at the peaks takes {share.value:.0f} % of the time of W8A8, {share}")
+        setting.record(over, "cpu families", f"{name}, W8A8 over fp32 eager", "×", note)
+        if name != FAMILIES[0]:
+            setting.record(relative, "cpu families", f"{name}, over {FAMILIES[0]}'s", "", "ratio of speed-ups")
+        setting.record(share, "cpu families", f"{name}, arithmetic at the peaks", "%", "of the time of W8A8")
 
 
 def with_precision(precision: str, run: Run) -> Tensor:
@@ -173,7 +177,7 @@ def peak(setting: Setting) -> None:
 def parts(setting: Setting) -> None:
     """INT8 products relative to the peak in the same round; share of the low-rank branch and of the transforms."""
     kernels, generator = choice.kernels(), torch.Generator().manual_seed(0)
-    totals: dict[str, float] = {}
+    totals: dict[str, list[float]] = {}
     for name, (I, O) in LAYERS.items():
         linear, x = nn.Linear(I, O, device="meta"), torch.randn(2, 256, I, generator=generator)
         full = LinearSpec(setting.rank, None, "bfloat16", WEIGHT_FORMATS["int8"], Format(8), True, True, 64)
@@ -192,26 +196,26 @@ def parts(setting: Setting) -> None:
         runs["product alone"] = lambda p=bare, codes=codes: p.multiply(codes, 2)
         runs["peak"] = lambda peaks=peaks: peaks.append(ffi.peak(kernels, "int8", 500_000))
         times = measure(runs, 5 * setting.rounds)
-        median = {what: statistics.median(seconds) for what, seconds in times.items()}
         rates = [2 * 512 * I * O / seconds for seconds in times["product alone"]]
-        share = 100 * statistics.median(rate / most for rate, most in zip(rates, peaks[1:], strict=True))
+        share = median([100 * rate / most for rate, most in zip(rates, peaks[1:], strict=True)])
         rate = statistics.median(rates) / 1e9
-        print(f"{name:5} {I}→{O}: INT8 product {rate:6.0f} GOP/s = {share:.0f} % of the peak")
-        for what, seconds in median.items():
-            totals[what] = totals.get(what, 0) + seconds
-        if setting.keep:
-            record("cpu", f"INT8 product {I}→{O}, share of peak", share, "%", f"512 rows, {kernels.isa}")
-    block = totals["all"] + attention(setting, generator)
+        print(f"{name:5} {I}→{O}: INT8 product {rate:6.0f} GOP/s = {share.value:.0f} % of the peak, {share}")
+        for what, seconds in times.items():
+            totals[what] = [a + b for a, b in zip(totals.get(what, [0.0] * len(seconds)), seconds, strict=True)]
+        setting.record(share, "cpu", f"INT8 product {I}→{O}, share of peak", "%", f"512 rows, {kernels.isa}")
+    linears = totals["all"]
+    block = [a + b for a, b in zip(linears, attention(setting, generator), strict=True)]
     for what, name in (("no branch", f"rank-{setting.rank} branch"), ("no transform", "Hadamard and centring")):
-        share = 100 * (totals["all"] - totals[what]) / block
-        print(f"{name}: {share:.1f} % of a block")
-        if setting.keep:
-            record("cpu", f"{name}, share of a block", share, "%", f"batch 2, {kernels.isa}")
-    print(f"linears of a block: W8A8 {1e3 * totals['all']:.1f} ms, W4A8 {1e3 * totals['W4A8']:.1f} ms")
+        rounds = zip(linears, totals[what], block, strict=True)
+        share = median([100 * (whole - rest) / of for whole, rest, of in rounds])
+        print(f"{name}: {share.value:.1f} % of a block, {share}")
+        setting.record(share, "cpu", f"{name}, share of a block", "%", f"batch 2, {kernels.isa}")
+    w8a8, w4a8 = (1e3 * statistics.median(totals[what]) for what in ("all", "W4A8"))
+    print(f"linears of a block: W8A8 {w8a8:.1f} ms, W4A8 {w4a8:.1f} ms")
 
 
-def attention(setting: Setting, generator: torch.Generator) -> float:
-    """Seconds of the kernels' attention; also times torch's SDPA and, in bfloat16, unfused matrix products."""
+def attention(setting: Setting, generator: torch.Generator) -> list[float]:
+    """Seconds of the kernels' attention by round; also times torch's SDPA and, in bfloat16, unfused matrix products."""
     qkv, kernels = torch.randn(2, 256, 3456, generator=generator), choice.kernels()
     q, k, v = qkv.view(2, 256, 3, 16, 72).permute(2, 0, 3, 1, 4)
     low = qkv.to(kernels.low_dtype)
@@ -223,13 +227,15 @@ def attention(setting: Setting, generator: torch.Generator) -> float:
         halves = [x.bfloat16() for x in (q, k, v)]
         runs["SDPA bf16"] = lambda: F.scaled_dot_product_attention(*halves)
         runs["products bf16"] = lambda: attend(*halves)
-    median = {name: statistics.median(times) for name, times in measure(runs, 5 * setting.rounds).items()}
-    for name, seconds in median.items():
-        print(f"attention, {name}: {1e3 * seconds:.2f} ms")
-        if setting.keep and name != "own":
-            note = f"{1e3 * seconds:.2f} and {1e3 * median['own']:.2f} ms; 256 tokens, batch 2, {kernels.isa}"
-            record("cpu", f"attention, {name}, time over own", seconds / median["own"], "×", note)
-    return median["own"]
+    times = measure(runs, 5 * setting.rounds)
+    own, *others = ((name, 1e3 * statistics.median(seconds)) for name, seconds in times.items())
+    print(f"attention, own: {own[1]:.2f} ms")
+    for name, milliseconds in others:
+        over = ratio(times, name, "own")
+        print(f"attention, {name}: {milliseconds:.2f} ms, {over.value:.2f} times own, {over}")
+        note = f"{milliseconds:.2f} and {own[1]:.2f} ms; 256 tokens, batch 2, {kernels.isa}"
+        setting.record(over, "cpu", f"attention, {name}, time over own", "×", note)
+    return times["own"]
 
 
 def choices(setting: Setting) -> None:
@@ -238,20 +244,21 @@ def choices(setting: Setting) -> None:
     known = [isa for isa in ffi.isas() if isa != "portable" and ffi.built(isa)]
     chosen = {isa: str(choice.fastest(known[i:])) for i, isa in enumerate(known)}
     for name in FAMILIES:
-        median = pair_times(replace(config_for(name), depth=1, context_start=0), known, setting)
-        print(f"{name}:", "; ".join(f"{pair} {1e3 * median[pair]:.1f} ms" for pair in sorted(median, key=median.get)))
+        times = pair_times(replace(config_for(name), depth=1, context_start=0), known, setting)
+        medians = {pair: statistics.median(seconds) for pair, seconds in times.items()}
+        ranked = sorted(medians, key=medians.__getitem__)
+        print(f"{name}:", "; ".join(f"{pair} {1e3 * medians[pair]:.1f} ms" for pair in ranked))
         for i, first in enumerate(known):
             allowed = {str(choice.Choice(*pair)) for pair in itertools.product(known[i:], (*known[i:], choice.TORCH))}
-            best = min(allowed, key=median.__getitem__)
-            over = median[chosen[first]] / median[best]
-            print(f"{name}, up to {first}: chosen {chosen[first]}, {over:.3f} times the time of {best}")
-            if setting.keep:
-                note = f"chosen {chosen[first]}; best {best}; a block"
-                record("cpu choice", f"{name}, up to {first}, chosen over best", over, "×", note)
+            best = next(pair for pair in ranked if pair in allowed)
+            over = ratio(times, chosen[first], best)
+            print(f"{name}, up to {first}: chosen {chosen[first]}, {over.value:.3f} times the time of {best}, {over}")
+            note = f"chosen {chosen[first]}; best {best}; a block"
+            setting.record(over, "cpu choice", f"{name}, up to {first}, chosen over best", "×", note)
 
 
-def pair_times(config: DiTConfig, known: list[str], setting: Setting) -> dict[str, float]:
-    """Median seconds of a model for every pair of instruction sets for linears and attention."""
+def pair_times(config: DiTConfig, known: list[str], setting: Setting) -> dict[str, list[float]]:
+    """Seconds of a model by round for every pair of instruction sets for linears and attention."""
     model, inputs, runs = random_model(config, "W4A8", rank=setting.rank), model_inputs(2, config), dict[str, Run]()
     for linears, attention in itertools.product(known, (*known, choice.TORCH)):
         with patch.dict(os.environ, {"SVDIT_ISA": linears, "SVDIT_ATTENTION": attention}):
@@ -259,7 +266,7 @@ def pair_times(config: DiTConfig, known: list[str], setting: Setting) -> dict[st
             fast, kernels = accelerate(copy.deepcopy(model)), choice.choice()
         runs[str(kernels)] = lambda fast=fast, kernels=kernels: run_with(kernels, lambda: fast(*inputs))
     choice.choice.cache_clear()
-    return {pair: statistics.median(seconds) for pair, seconds in measure(runs, 3 * setting.rounds).items()}
+    return measure(runs, 3 * setting.rounds)
 
 
 def run_with(kernels: choice.Choice, run: Run) -> Tensor:

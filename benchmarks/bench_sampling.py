@@ -66,8 +66,9 @@ def intervals(count: int) -> None:
     for pair in list(walks)[1:]:
         psnr, _, relative = differences(images[pair], images[None])
         note = f"{count} digits, DDIM 50, cfg 1.5; {psnr:.1f} dB PSNR, relative L2 {relative:.4f} to full guidance"
-        over = ratio(times, "None", str(pair))
-        record("guidance interval", f"timesteps {pair[0]} to {pair[1]}, speed", over, "×", note)
+        ratio(times, "None", str(pair)).record(
+            "guidance interval", f"timesteps {pair[0]} to {pair[1]}, speed", "×", note
+        )
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ and writing, norms, activations, softmax, transforms and codes are not counted.
 """
 
 from collections import Counter
-from statistics import median
 
 import torch
+from timing import Median, median
 from torch import nn
 
 from svdit.kernels.cpu import choice, ffi
@@ -53,11 +53,7 @@ class Bound:
     def __call__(self) -> None:
         self.rounds.append({kind: ffi.peak(self.kernels, kind, 500_000) for kind in ffi.peaks(self.kernels)})
 
-    def share(self, count: Counter[str], times: list[float]) -> float:
+    def share(self, count: Counter[str], times: list[float]) -> Median:
         """The bound of `operations` in % of the measured times, both of the same round; the median."""
         rounds = zip(self.rounds[-len(times) :], times, strict=True)
-        return 100 * median(sum(count[kind] / peaks[kind] for kind in count) / seconds for peaks, seconds in rounds)
-
-    def peak(self, kind: str) -> float:
-        """The median rate of a kind, in operations per second."""
-        return median(peaks[kind] for peaks in self.rounds)
+        return median([100 * sum(count[kind] / peaks[kind] for kind in count) / seconds for peaks, seconds in rounds])
