@@ -119,9 +119,14 @@ FP32, BF16 = Choice("portable", TORCH), Choice("portable", "portable")  # types 
 
 def test_the_least_time_wins_and_a_near_one_that_attends_in_fp32() -> None:
     assert choice.best({FP32: 2.0, BF16: 1.0}) == BF16
-    assert choice.best({FP32: 1.0, BF16: 0.99}) == FP32
-    assert choice.best({FP32: 0.99, Choice(TORCH, TORCH): 0.995, BF16: 0.985}) == Choice(TORCH, TORCH)
-    assert choice.best({FP32: 0.98, Choice(TORCH, TORCH): 1.0, BF16: 0.985}) == FP32
+    assert choice.best({FP32: 0.95, BF16: 0.99}) == FP32
+    assert choice.best({FP32: 0.94, Choice(TORCH, TORCH): 0.945, BF16: 0.985}) == Choice(TORCH, TORCH)
+    assert choice.best({FP32: 0.93, Choice(TORCH, TORCH): 0.95, BF16: 0.985}) == FP32
+
+
+def test_attention_of_torch_has_to_be_much_faster() -> None:
+    """In a model it takes up to 12 % longer than in the block that is timed."""
+    assert choice.best({FP32: 0.96, BF16: 0.97}) == BF16
 
 
 def test_pairs_without_hope_run_once_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
