@@ -16,7 +16,8 @@ PAGES = tuple(
     DOCS / f"{name}.md" for name in ("quantization", "recovery", "evaluation", "performance", "caching", "diffusers")
 )
 MARKED = re.compile(r"<!-- table: ([a-z ]+), (\d+) rows -->\n.*?<!-- end: \1 -->", re.DOTALL)
-TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r"(?:^|, )(?:amx|avx\w+|neon\w+|portable)\b"  # in notes
+INTERVAL = r"(?:; )?95 % ([-\d.e]+ to [-\d.e]+)$"  # in notes, as the others
+TIMES, ISA = r"^([\d.]+(?: and [\d.]+)? ms)\b", r"(?:^|, )(?:amx|avx\w+|neon\w+|portable)\b"
 Row = dict[str, str]
 Rows = Sequence[Row]
 
@@ -314,6 +315,33 @@ def listing(rows: Rows, benchmark: str, command: str, groups: tuple[str, ...] = 
     return markdown(["what", *measured, "setting"], lines, f"{captions}. {reproduce(command)}")
 
 
+def choices(rows: Rows) -> str:
+    """What was chosen for each block and processor, and where it was not the fastest, how much longer it took."""
+    named = [row for row in rows if not row["name"].startswith("up to")]  # those chose for linears and attention apart
+    measured = {name: latest(part, "cpu choice") for name, part in by_processor(named, "cpu choice").items()}
+    names = sorted(
+        dict.fromkeys(name for each in measured.values() for name in each), key=lambda name: name.split(",")[0]
+    )
+    lines = [
+        [
+            *name.removesuffix(", chosen over best").split(", up to "),
+            *(chosen(each.get(name)) for each in measured.values()),
+        ]
+        for name in names
+    ]
+    captions = ". ".join(f"{name}: {source(each)}" for name, each in measured.items())
+    return markdown(["block", "up to", *measured], lines, f"{captions}. {reproduce('bench_cpu.py --only choice')}")
+
+
+def chosen(row: Row | None) -> str:
+    """A choice, and its time over that of the best with the 95 % interval."""
+    if row is None:
+        return "–"
+    pair, best = extract("chosen (.*?); best", row["note"]), extract("best (.*?); a block", row["note"])
+    interval = extract(INTERVAL, row["note"])
+    return pair if pair == best else f"{pair}: {number(row)} {best}" + f" ({interval})" * bool(interval)
+
+
 def by_processor(rows: Rows, benchmark: str) -> dict[str, list[Row]]:
     """The rows of a benchmark by the short name of their processor."""
     parts: dict[str, list[Row]] = {}
@@ -332,14 +360,14 @@ def short_name(row: Row) -> str:
 
 
 def cell(row: Row) -> str:
-    """The value, and the times that its note begins with."""
-    times = extract(TIMES, row["note"])
-    return number(row) + (f" ({times})" if times else "")
+    """The value, and in brackets its 95 % interval and the times that its note begins with."""
+    found = [part for part in (extract(INTERVAL, row["note"]), extract(TIMES, row["note"])) if part]
+    return number(row) + (f" ({'; '.join(found)})" if found else "")
 
 
 def setting_alone(note: str) -> str:
-    """A note without what differs between processors: times and the instruction set."""
-    return re.sub(TIMES, "", re.sub(ISA, "", note)).strip("; ")
+    """A note without what differs between processors: times, the interval and the instruction set."""
+    return re.sub(TIMES, "", re.sub(ISA, "", re.sub(INTERVAL, "", note))).strip("; ")
 
 
 def number(row: Row) -> str:
@@ -368,9 +396,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "evaluation speed": lambda rows: listing(rows, "evaluation", "evaluation.py"),
     "cpu": lambda rows: listing(rows, "cpu", "bench_cpu.py", CPU),
     "cpu families": lambda rows: listing(rows, "cpu families", "bench_cpu.py --only families"),
-    "cpu choice": lambda rows: listing(  # early rows, "up to …", are of a choice for linears and attention separately
-        [row for row in rows if not row["name"].startswith("up to")], "cpu choice", "bench_cpu.py --only choice"
-    ),
+    "cpu choice": choices,
     "anchors": lambda rows: listing(rows, "anchors", "bench_anchors.py"),
     "guidance interval": lambda rows: listing(rows, "guidance interval", "bench_sampling.py --digits"),
     "backends": lambda rows: listing(rows, "digits backends", "bench_end_to_end.py backends"),
