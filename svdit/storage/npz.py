@@ -13,8 +13,9 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from mmap import mmap
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,6 +96,18 @@ def map_npz(path: str | Path, key: str = "arr_0") -> npt.NDArray[np.generic]:
             return _map_npy(file, info.file_size)
 
 
+class _Mapped(np.memmap):
+    """Goes to other processes as its place in the file; parts of it, and arrays in files without a name, are copied."""
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        place: object = self.filename
+        base: object = self.base
+        if place is None or not isinstance(base, mmap):
+            return super().__reduce__()
+        order = "C" if self.flags.c_contiguous else "F"
+        return _Mapped, (place, self.dtype, "c", self.offset, self.shape, order)
+
+
 class _Pieces(io.FileIO):
     """A file read in pieces of at most 1 MiB: zipfile would read a list of any number of members at once."""
 
@@ -135,4 +148,4 @@ def _map_npy(file: IO[bytes], size: int) -> npt.NDArray[np.generic]:
         raise ValueError(f"its header declares {dtype} {shape} in a member of {size} bytes")
     if math.prod(shape) * dtype.itemsize == 0:
         return np.empty(shape, dtype)
-    return np.memmap(file, dtype, "c", file.tell(), shape, "F" if fortran else "C")
+    return _Mapped(file, dtype, "c", file.tell(), shape, "F" if fortran else "C")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import struct
 import tracemalloc
 import zipfile
@@ -192,3 +193,23 @@ def test_scalars_text_and_names_are_read(tmp_path: Path):
     assert npz_keys(tmp_path / "x.npz") == {"count", "extractor"}
     assert map_npz(tmp_path / "x.npz", "count").item() == 3
     assert str(map_npz(tmp_path / "x.npz", "extractor")) == "inception"
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_another_process_gets_the_place_of_an_array(order: str, tmp_path: Path) -> None:
+    """Workers that are not forked would each get a copy."""
+    array = np.asarray(np.random.default_rng(0).integers(0, 256, (40, 30, 20), np.uint8), order=order)
+    np.savez(tmp_path / "a.npz", arr_0=array)
+    sent = pickle.dumps(map_npz(tmp_path / "a.npz"))
+    assert len(sent) < 1000
+    assert np.array_equal(pickle.loads(sent), array)
+
+
+def test_parts_and_unpacked_arrays_are_sent_themselves(tmp_path: Path) -> None:
+    array = np.arange(120).reshape(4, 5, 6)
+    np.savez(tmp_path / "a.npz", arr_0=array)
+    np.savez_compressed(tmp_path / "b.npz", arr_0=array)
+    whole, unpacked = map_npz(tmp_path / "a.npz"), map_npz(tmp_path / "b.npz")
+    parts = (whole[1:3], whole[::2, 1:], whole.T, whole + 1, unpacked)
+    for part, expected in zip(parts, (array[1:3], array[::2, 1:], array.T, array + 1, array), strict=True):
+        assert np.array_equal(pickle.loads(pickle.dumps(part)), expected)
