@@ -30,7 +30,7 @@ from svdit.kernels.formats import WEIGHT_FORMATS, Format
 from svdit.kernels.layer import Layer, LinearSpec, Modulation, Residual
 
 TORCH = "torch"  # its attention in fp32, one image after the other
-TOKENS, WIDTH, HEADS = 256, 1152, 16  # of the trial's block, one of DiT-XL/2's
+TOKENS, WIDTH, HEADS = 256, 768, 12  # of the trial's block, one of DiT-B/2's: in a wider one attention weighs less
 ROUNDS, REPEATS = 3, 6  # runs of a measurement; measurements of which two must agree, at most
 ALIKE = 1.015  # of pairs that differ by less, one that attends in fp32 is taken, or else one instruction set
 APART = 1.05  # torch's attention counts for so much more: in a model it needs norms and rotations, and ends `together`
@@ -169,7 +169,7 @@ def rounds(pair: Choice) -> bool:
 
 
 def trial_layers(kernels: ffi.Kernels) -> list[linear.IntegerLinear]:
-    """The four linears of a block of DiT-XL/2, W4A8 with every part of svdit's recipe."""
+    """The four linears of a block of DiT-B/2, W4A8 with every part of svdit's recipe."""
     generator = torch.Generator().manual_seed(0)
     spec = LinearSpec(32, None, "bfloat16", WEIGHT_FORMATS["int4"], Format(8), True, True, 64)
     layers = []
