@@ -26,10 +26,11 @@ class Inverse:
     def __init__(self, R: Tensor) -> None:
         """R (I, I) float64. `damping` is what was added to the diagonal, relative to its mean."""
         diagonal = R.diagonal().clone()
-        diagonal[diagonal <= 0] = 1.0  # dead channels: their rounding does not matter
+        dead = diagonal <= 0  # channels whose rounding does not matter
+        step = diagonal.new_ones(()) if dead.all() else diagonal[~dead].mean()
+        diagonal[dead] = step
         self.order = diagonal.argsort(descending=True)
         backwards = self.order.flip(0)
-        step = diagonal.mean()
         R = R[backwards][:, backwards]
         R.diagonal().copy_(diagonal[backwards])
         L, self.damping = damped_cholesky_(R, DAMPING, step)

@@ -61,8 +61,11 @@ def candidates(count: int) -> list[tuple[float, float]]:
 
 
 def usable(scale: Tensor) -> Tensor:
-    """λ (I,) within LIMITS; 1 where it is not a positive number (dead channels)."""
-    return torch.where(torch.isfinite(scale) & (scale > 0), scale, torch.ones_like(scale)).clamp(*LIMITS)
+    """λ (I,) within LIMITS; where it is 0 or infinite (dead inputs, columns of zeros), the least or the largest other."""
+    live = scale[torch.isfinite(scale) & (scale > 0)]
+    if not len(live):
+        return torch.ones_like(scale)
+    return scale.nan_to_num(nan=float(live.min())).clamp(live.min(), live.max()).clamp(*LIMITS)
 
 
 def smoothing_scale(absmax: Tensor, W: Tensor, alpha: float, beta: float) -> Tensor:

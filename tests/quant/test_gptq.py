@@ -63,6 +63,15 @@ def test_dead_channels_and_singular_moments_still_round() -> None:
     assert codes.abs().max() == 127
 
 
+def test_the_unit_of_the_inputs_changes_nothing_with_dead_channels_too() -> None:
+    R = hard_moment()
+    R[:3] = R[:, :3] = 0
+    small, inverse = Inverse(1e-6 * R), Inverse(R)
+    assert torch.equal(small.order[:125], inverse.order[:125])
+    torch.testing.assert_close(small.upper / 1e3, inverse.upper)
+    assert small.left == pytest.approx(inverse.left)
+
+
 def test_failed_factorizations_raise_the_damping() -> None:
     R = torch.eye(128, dtype=torch.float64)
     R[0, 1] = R[1, 0] = 1.05  # not positive definite until damped by more than five per cent

@@ -52,11 +52,11 @@ def test_the_grid_is_the_published_one() -> None:
     assert set(candidates(19)) <= {(round(a, 2), round(b, 2)) for a, b in candidates(39)} | set(candidates(39))
 
 
-def test_scales_of_dead_channels_are_one_and_all_within_limits() -> None:
+def test_scales_of_dead_channels_are_the_least_and_all_within_limits() -> None:
     largest = torch.tensor([0.0, 1e-30, 1e30, 4.0])
     W = torch.ones(2, 4)
     scale = smoothing_scale(largest, W, 0.5, 0.5)
-    assert scale.tolist() == pytest.approx([1.0, *LIMITS, 2.0])
+    assert scale.tolist() == pytest.approx([LIMITS[0], *LIMITS, 2.0])
     assert smoothing_scale(torch.ones(1), torch.zeros(2, 1), 0.5, 0.5).tolist() == [1.0]
 
 
@@ -105,8 +105,12 @@ def test_balanced_smoothing_reduces_the_error_of_hard_inputs(
     assert errors[0] < 0.8 * errors[1]
 
 
-def test_dead_channels_are_not_scaled() -> None:
-    W, mean_square = torch.randn(20, 8), torch.ones(8)
+@pytest.mark.parametrize("unit", [1.0, 0.01, 100.0])
+def test_scales_follow_the_unit_of_the_inputs_with_dead_channels_too(unit: float) -> None:
+    """One that does not would set the step of its row or group alone."""
+    generator = torch.Generator().manual_seed(0)
+    W, mean_square = torch.randn(20, 8, generator=generator), torch.rand(8, generator=generator) + 0.1
     W[:, 2], mean_square[5] = 0, 0
-    scale = balanced_scale(W, mean_square, RECIPES["rtn"])
-    assert scale[2] == scale[5] == 1
+    scale = balanced_scale(W / unit, mean_square * unit**2, RECIPES["rtn"]) / unit
+    torch.testing.assert_close(scale, balanced_scale(W, mean_square, RECIPES["rtn"]))
+    assert scale[2] == scale.max() and scale[5] == scale.min() and len(scale.unique()) == 6
