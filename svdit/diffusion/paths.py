@@ -126,7 +126,7 @@ FLOW_PREDICTIONS: dict[str, FlowPrediction] = {
     "score": FlowPrediction(velocity_from_score, lambda s, x, p: s, target=lambda x0, eps, p: -eps / p.sigma),
     "x0": FlowPrediction(
         velocity_from_x0,
-        lambda x0, x, p: score_from_velocity(velocity_from_x0(x0, x, p), x, p),
+        lambda x0, x, p: (p.alpha * x0 - x) / p.sigma**2,
         target=lambda x0, eps, p: x0,
     ),
 }

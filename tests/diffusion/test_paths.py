@@ -47,6 +47,16 @@ def test_every_prediction_gives_the_same_velocity_and_score(name: str, time: str
 
 
 @pytest.mark.parametrize("prediction", FLOW_PREDICTIONS)
+@pytest.mark.parametrize("t", [0.96, 0.999])
+def test_the_score_near_the_data_is_that_of_a_bounded_velocity_nowhere(prediction: str, t: float) -> None:
+    """An SDE adds it to the velocity, times a diffusion that may stay large."""
+    path, now = Path(), torch.tensor(t, dtype=torch.float64)
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    output, _, score = exact(prediction, x, path, now, 0.3, 0.5)
+    assert relative(FLOW_PREDICTIONS[prediction].score(output, x, path.at(now)), score) < 1e-6
+
+
+@pytest.mark.parametrize("prediction", FLOW_PREDICTIONS)
 @pytest.mark.parametrize("time", DIRECTIONS)
 def test_targets_are_what_the_conversions_read(prediction: str, time: str) -> None:
     x0, eps = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
