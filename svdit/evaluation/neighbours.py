@@ -5,7 +5,8 @@
     density    mean over k of the number of real balls around a generated image  (Naeem et al. 2020, k = 5)
     coverage   share of real balls that contain a generated image
 
-A ball's radius is the distance to its centre's k-th neighbour, the centre excluded; its boundary is included.
+A ball's radius is the distance to its centre's k-th neighbour, the centre excluded; its boundary is included, but for
+rounding: the same pair may be a last digit farther apart among generated and real images than among real ones alone.
 Distances are float32; ADM's evaluator uses float16, which shifts precision by about +0.001 and recall by +0.002.
 """
 
