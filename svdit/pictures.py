@@ -38,6 +38,8 @@ def setting(quantization: Mapping[str, Any] | None) -> str:
     """The preset and what was chosen beside it, from the record in a checkpoint; None: full precision."""
     if not quantization:
         return FULL_PRECISION
+    if quantization.get("mode") == "unrecorded":
+        return "quantized"
     if quantization.get("mode") == "rank_ratio":
         return f"rank ratio {quantization.get('rank_ratio')}, {quantization.get('num_bits')} bits"
     plan = quantization.get("plan") or {}

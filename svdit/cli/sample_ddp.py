@@ -162,17 +162,18 @@ def set_tf32(allowed: bool) -> None:
 
 
 def origin(checkpoint: setup.Checkpoint, model: "DiT", tf32: bool) -> dict[str, Any]:
-    """The manifest's record of the model; a float model has no backend."""
+    """The manifest's record of the model; a float model has no backend, one quantized elsewhere no settings."""
     from svdit.checkpoints.io import fingerprint
     from svdit.kernels import ops
     from svdit.runtime.accelerate import fallbacks
     from svdit.runtime.dit import FastDiT
 
+    recorded = ((checkpoint.header or {}).get("provenance") or {}).get("quantization")
     return {
         "model": checkpoint.name,
         "checkpoint": checkpoint.path.name,
         "checkpoint_sha256": fingerprint(checkpoint.path),
-        "quantization": ((checkpoint.header or {}).get("provenance") or {}).get("quantization"),
+        "quantization": recorded or ({"mode": "unrecorded"} if isinstance(model, FastDiT) else None),
         "backend": ops.describe(model.backend) if isinstance(model, FastDiT) else None,
         "fallbacks": ops.summary(fallbacks(model)) or None,
         **({"precision": "tf32"} if tf32 and model.pos_embed.dtype.itemsize == 4 else {}),

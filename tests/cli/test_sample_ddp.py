@@ -18,7 +18,10 @@ from svdit.compat import apply_svd_to_dit
 from svdit.files import sha256
 from svdit.kernels import ops
 from svdit.kernels.formats import Format
+from svdit.pictures import setting
+from svdit.quant.config import QuantConfig, Rule, recipe_for
 from svdit.quant.linear import LinearSpec, rebuild_
+from svdit.quant.quantize import quantize_
 
 FAST = ["--num-sampling-steps", "3", "--device", "cpu"]
 
@@ -136,6 +139,18 @@ def test_another_command_continues_a_set(tmp_path: Path, quantized: str) -> None
     manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
     assert manifest["num_images"] == 3
     assert manifest["command"].endswith("--num-fid-samples 3 --per-proc-batch-size 1")
+
+
+def test_a_file_quantized_from_python_is_not_full_precision(tmp_path: Path) -> None:
+    model = load_model(saved(tmp_path / "tiny.safetensors"))
+    quantize_(model, QuantConfig((Rule("*", recipe_for("rtn")),)))
+    save_model(model, tmp_path / "q.safetensors")
+    for name in ("tiny", "q"):
+        argv = ["--ckpt", f"{tmp_path / name}.safetensors", "--sample-dir", str(tmp_path / name), *FAST]
+        command("generate", [*argv, "--num-fid-samples", "1"])
+    records = [json.loads((tmp_path / name / "manifest.json").read_text())["quantization"] for name in ("tiny", "q")]
+    assert records == [None, {"mode": "unrecorded"}]
+    assert [setting(record) for record in records] == ["full precision", "quantized"]
 
 
 def test_a_rank_ratio_needs_a_quantized_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
