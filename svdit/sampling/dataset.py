@@ -76,7 +76,7 @@ def generate_dataset(
     `sink`: "png", "tar" or "npz", see `SINKS`, or an object with the methods of `Sink`, as `evaluation.stream.Stream`.
     `batch_size`: at most so many images at once.
     `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision) and its
-    protocol (protocol, overrides, reference), on every process.
+    protocol (protocol, overrides, reference), on every process. Without checkpoint_sha256 the tensors are hashed.
     `progress(done, total)` counts the images of all processes, this one's unfinished ones as fractions.
     Raises UserError for a folder of another run, naming the field that differs, for one that another process writes
     or that not all hosts see, for processes that differ in a setting, and for options out of range.
@@ -89,6 +89,8 @@ def generate_dataset(
     folder, sink = Path(folder).resolve(), _sink(sink)
     manifest = describe(model, autoencoder, config, count, seed, label_policy)
     manifest |= {"storage": sink.form} | (origin or {})
+    if not manifest["checkpoint_sha256"]:
+        manifest["checkpoint_sha256"] = digest({}, held(model))
     _check_alike(manifest)
     sink.open(folder, manifest)
     with ExitStack() as locks:
@@ -194,6 +196,11 @@ def describe(
         "labels": LABEL_POLICIES[label_policy](seed, range(count), classes),
         "files": [f"{i:06d}.png" for i in range(count)],
     }
+
+
+def held(model: DiT) -> dict[str, Tensor]:
+    """Every tensor (…) of a model, on the CPU; of an accelerated one as its backend packed them."""
+    return {name: x.detach().cpu() for name, x in (*model.named_parameters(), *model.named_buffers())}
 
 
 def caching(model: DiT, config: SamplingConfig) -> dict[str, Any] | None:

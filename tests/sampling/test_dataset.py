@@ -21,6 +21,9 @@ from svdit.distributed import rank
 from svdit.errors import UserError
 from svdit.model.autoencoder import PIXELS
 from svdit.model.dit import DiT
+from svdit.quant.config import QuantConfig, Rule, recipe_for
+from svdit.quant.quantize import quantize_
+from svdit.runtime.accelerate import accelerate
 from svdit.sampling import dataset
 from svdit.sampling.dataset import LABEL_POLICIES, split
 
@@ -207,7 +210,7 @@ def test_a_finished_set_is_left_alone(tmp_path: Path) -> None:
     [
         ({"seed": 12}, "seed 11, not 12"),
         ({"label_policy": "balanced"}, "label_policy 'random', not 'balanced'"),
-        ({"origin": {"checkpoint_sha256": "ab"}}, "checkpoint_sha256 '', not 'ab'"),
+        ({"origin": {"checkpoint_sha256": "ab"}}, "', not 'ab'"),
         ({"origin": {"quantization": {"mode": "rtn"}}}, "quantization None, not {'mode': 'rtn'}"),
     ],
 )
@@ -215,6 +218,20 @@ def test_another_runs_folder_is_refused(reference: Path, change: dict[str, Any],
     with pytest.raises(UserError) as error:
         draw(reference.with_suffix(""), **change)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_images_of_another_model_are_not_taken_for_this_ones(fast: bool, tmp_path: Path) -> None:
+    def model(change: float) -> DiT:
+        made = pixels.pixel_model()
+        made.final_layer.linear.bias.data.add_(change)
+        quantize_(made, QuantConfig((Rule("*", recipe_for("rtn")),)))
+        return accelerate(made) if fast else made
+
+    for _ in range(2):
+        dataset.generate_dataset(model(0), tmp_path / "set", 2, pixels.CONFIG, autoencoder=pixels.Squash())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="belongs to a run with checkpoint_sha256"):
+        dataset.generate_dataset(model(1), tmp_path / "set", 2, pixels.CONFIG, autoencoder=pixels.Squash())  # type: ignore[arg-type]
 
 
 def test_a_set_of_an_earlier_version_resumes(reference: Path, tmp_path: Path) -> None:
