@@ -126,10 +126,10 @@ def places_in(path: Path, nested: bool = False) -> Iterator[Path]:
         yield from inside
     elif path.suffix in (".safetensors", ".pt"):
         if not path.with_suffix(SUFFIX).is_file():
-            missing = f"there is no {path.with_suffix(SUFFIX)} beside {path}"
-            if path.with_suffix(".recovery.json").is_file():
-                raise UserError(f"{missing}: svdit recover writes none; pass the one of the file before recovery")
-            raise UserError(f"{missing}; quantize it again, or pass {KINDS}")
+            raise UserError(
+                f"there is no {path.with_suffix(SUFFIX)} beside {path}: svdit recover and svdit cache write none; pass "
+                f"that of the file before, quantize it again, or pass {KINDS}"
+            )
         yield path.with_suffix(SUFFIX)
     elif path.suffix.lower() in (".json", ".npz", ".png"):
         yield path
@@ -158,7 +158,10 @@ def read_quantization(path: Path) -> dict[str, Any]:
 
 
 def add_set(runs: list[Run], place: Path) -> None:
-    """Add the images of a manifest or an .npz to their model's run. Raises UserError as `open_source`."""
+    """Add the images of a manifest or an .npz to their model's run; with feature caching they are one of their own.
+
+    Raises UserError as `open_source`.
+    """
     folder = place.parent if place.name == "manifest.json" else place
     manifest = read_manifest(place) if folder is not place else {}
     if manifest is None:
@@ -169,7 +172,7 @@ def add_set(runs: list[Run], place: Path) -> None:
     source = open_source(npz if manifest.get("storage") == "npz" else folder)
     if any(run.source and run.source.path == source.path for run in runs):
         return
-    recorded = source.manifest.get("quantization")
+    recorded = None if source.manifest.get("caching") else source.manifest.get("quantization")
     same = [run for run in runs if run.report and recorded and run.report.get("settings") == recorded]
     name = folder.stem if folder is place else folder.resolve().name
     run = next((run for run in same if not run.source), None)

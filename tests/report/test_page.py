@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
@@ -166,6 +167,19 @@ def test_unpaired_sets_are_named_with_the_reason(fields: dict[str, Any], reason:
     assert all(part in result.html for part in ("from the same noise", reason))
 
 
+def test_cached_images_are_not_those_of_the_quantized_model(root: Path, tmp_path: Path) -> None:
+    """In any order."""
+    shutil.copytree(root, tmp_path / "all")
+    manifest = json.loads((root / "w8a8" / "manifest.json").read_text())
+    pages.write_set(
+        tmp_path / "all" / "cached", pages.images(), quantization=manifest["quantization"], caching={"speedup": 2.0}
+    )
+    for order in (["all/cached", "all"], ["all", "all/cached"]):
+        runs = {run.name: run for run in read_inputs([tmp_path / name for name in order]).runs}
+        assert runs["w8a8"].source and runs["w8a8"].source.path.name == "w8a8"
+        assert runs["cached"].source and not runs["cached"].full_precision
+
+
 def test_a_quantized_set_alone_is_named(tmp_path: Path) -> None:
     pages.write_set(tmp_path / "q", pages.images(), quantization={"preset": "rtn"})
     assert page.build([tmp_path / "q"]).notes == [
@@ -290,10 +304,9 @@ def test_the_commands_that_made_images_and_metrics_are_shown_once_each(tmp_path:
         html.encode()
 
 
-def test_a_recovered_checkpoint_points_to_the_report_before_recovery(tmp_path: Path) -> None:
-    for name in ("r.safetensors", "r.recovery.json"):
-        (tmp_path / name).write_text("")
-    with pytest.raises(UserError, match="recover writes none; pass the one of the file before recovery"):
+def test_a_recovered_or_cached_checkpoint_points_to_the_report_before(tmp_path: Path) -> None:
+    (tmp_path / "r.safetensors").write_text("")
+    with pytest.raises(UserError, match="recover and svdit cache write none; pass that of the file before"):
         page.build([tmp_path / "r.safetensors"])
 
 
