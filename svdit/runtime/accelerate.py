@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from svdit.errors import UserError
 from svdit.kernels import ops
 from svdit.model.dit import DiT
 from svdit.quant.linear import quantized_layers, swap
@@ -24,11 +25,19 @@ def accelerate(model: Model, backend: str | None = None, *, debug: bool = False)
     """A DiT with fused steps, or another model with its quantized layers replaced in place; float models unchanged.
 
     `backend` as in `ops.choose`. With `debug` a layer whose input contains NaN or Inf raises UserError.
+    Raises UserError for a model that was accelerated and is empty, and for one that is to be accelerated otherwise.
     """
     layers = quantized_layers(model)
     if not layers:
+        if (backend or debug) and any(isinstance(module, FastLinear) for module in model.modules()):
+            raise UserError("the model is accelerated already; load it again for another backend, or for debug")
+        if backend:
+            ops.choose(next((p.device for p in model.parameters()), "cpu"), backend)
         return model
-    backend = ops.choose(next(iter(layers.values())).layer().device, backend)
+    device = next(iter(layers.values())).layer().device
+    if device.type == "meta":
+        raise UserError("the model was accelerated and is empty; use what accelerate returned, or load it again")
+    backend = ops.choose(device, backend)
     if isinstance(model, DiT):
         return FastDiT(model, backend, debug)
     swap(model, {name: packed(layer, name, backend, debug) for name, layer in layers.items()})
