@@ -24,8 +24,8 @@ def write_out(*lines: object) -> None:
 
 
 def write_json(data: object) -> None:
-    """Print data to stdout as one line of JSON in ASCII; NaN and infinity become null."""
-    print(json.dumps(finite(data), default=str))
+    """Print data to stdout as one line of JSON in ASCII; NaN and infinity become null, scalars of NumPy Python's."""
+    print(json.dumps(finite(data), default=lambda value: value.item() if hasattr(value, "item") else str(value)))
 
 
 def finite(data: object) -> object:

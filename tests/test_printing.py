@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from svdit.errors import UserError
 from svdit.evaluation.compare import compare
 from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.report import Report, literal
-from svdit.printing import printable, write_error, write_out
+from svdit.printing import printable, write_error, write_json, write_out
 from svdit.report.tables import console
 
 HOSTILE = "a\x1b[2Jb\rc\nd\x07e\u202ef\u2028g\udcff\x9bh\u200bi[/x][red]:smile:<b>|"
@@ -38,6 +39,11 @@ def test_lines_and_errors_are_printable(capsys: pytest.CaptureFixture[str]) -> N
     write_out(HOSTILE, 1)
     write_error(UserError(HOSTILE))
     assert capsys.readouterr() == (f"{SAFE}\n1\n", f"{SAFE}\n")
+
+
+def test_json_has_the_types_of_its_values(capsys: pytest.CaptureFixture[str]) -> None:
+    write_json({"a": np.bool_(False), "b": np.float32(0.5), "c": np.int64(3), "d": Path("x"), "e": math.nan})
+    assert json.loads(capsys.readouterr().out) == {"a": False, "b": 0.5, "c": 3, "d": "x", "e": None}
 
 
 def test_tables_and_paths_are_neither_markup_nor_controls(capsys: pytest.CaptureFixture[str]) -> None:

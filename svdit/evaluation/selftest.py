@@ -37,7 +37,7 @@ class Check:
     @property
     def passed(self) -> bool:
         """Whether the value is within the tolerance; NaN is not."""
-        return abs(self.value - self.expected) <= self.tolerance
+        return bool(abs(self.value - self.expected) <= self.tolerance)
 
 
 def formulas() -> Iterator[Check]:
