@@ -1,6 +1,7 @@
 """`svdit evaluate`: measure generated images against real ones and against their full-precision counterparts."""
 
 import argparse
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from svdit.cli.arguments import Parser, batch, integer, output, path, pixels, po
 from svdit.cli.result import Result
 from svdit.cli.setup import device
 from svdit.errors import UserError
+from svdit.printing import note
 
 if TYPE_CHECKING:
     from svdit.evaluation.options import Options
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> Result:
         save_stats=args.save_stats,
     )
     check_outputs(args, options)
+    for sentence in idle(args, options):
+        note(sentence)
     with session(options.device), reserved(*filter(None, (args.output, options.save_stats))):
         report = evaluate(args.real_dir, args.fake_dir, measures.network(args, options), options)
         versions = {**report.versions, "machine": outputs.machine(options.device)}
@@ -68,6 +72,16 @@ def run(args: argparse.Namespace) -> Result:
         if rank() == 0 and args.output:
             report.save(args.output)
     return measures.result(report)
+
+
+def idle(args: argparse.Namespace, options: "Options") -> Iterator[str]:
+    """A sentence for every option that changes nothing."""
+    if not options.network_metrics and "lpips" not in (options.metrics or ()):
+        networks = [option for option in measures.passed(args) if option not in ("--metrics", "--paired-dir")]
+        yield from (f"{option} has no effect: these metrics need no network" for option in networks)
+    if args.num_images is None:
+        chosen = {"--allow-fewer": args.allow_fewer, "--seed": args.seed}
+        yield from (f"{option} has no effect without --num_images" for option, value in chosen.items() if value)
 
 
 def check_outputs(args: argparse.Namespace, options: "Options") -> None:

@@ -126,7 +126,7 @@ class Comparison:
             if row.differs
         ]
         notes += [
-            f"{escaped(row.name)} was sampled with feature caching: {escaped(value)}."
+            f"{escaped(row.name)} was sampled with feature caching: {escaped(facts(value))}."
             for row in self.rows
             if (value := row.protocol.get("sample_caching"))
         ]
@@ -230,6 +230,11 @@ def _independent(*errors: float | None) -> float | None:
     """The error of a difference of independent estimates; None if one is unknown."""
     known = [error for error in errors if error is not None]
     return math.hypot(*known) if len(known) == len(errors) else None
+
+
+def facts(record: object) -> str:
+    """ "speedup 2.0, sha256 40b6b057a0c010c7" of what a manifest records; anything else as it is."""
+    return ", ".join(f"{key} {value}" for key, value in record.items()) if isinstance(record, dict) else str(record)
 
 
 def shortened(name: str) -> str:

@@ -105,6 +105,22 @@ def test_pairs_alone_need_neither_weights_nor_real_images(tmp_path: Path, capsys
     full, fake = folder(tmp_path / "full", 5, 0), folder(tmp_path / "fake", 5, 1)
     assert run("evaluate", "--fake_dir", fake, "--paired_dir", full, "--metrics", "paired") == 0
     assert "psnr" in capsys.readouterr().out
+    idle = [
+        "--feature-extractor",
+        "random",
+        "--download",
+        "--cache-dir",
+        str(tmp_path / "no"),
+        "--allow-fewer",
+        "--seed",
+        "9",
+    ]
+    assert run("evaluate", "--fake_dir", fake, "--paired_dir", full, "--metrics", "paired", *idle) == 0
+    err = capsys.readouterr().err
+    for option in ("--feature-extractor", "--download", "--cache-dir"):
+        assert f"note: {option} has no effect: these metrics need no network" in err
+    for option in ("--allow-fewer", "--seed"):
+        assert f"note: {option} has no effect without --num_images" in err
 
 
 @pytest.mark.parametrize(
