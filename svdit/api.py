@@ -38,7 +38,7 @@ from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, recipe_for
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.report import QuantReport
 from svdit.runtime.decoder import with_kernels
-from svdit.sampling.batch import default_sampling, generate_decoded
+from svdit.sampling.batch import default_sampling, generate_decoded, not_followed
 from svdit.sampling.calibration import calibration_loop, calibration_size
 from svdit.sampling.fidelity import psnr as psnr_of
 from svdit.sampling.labels import Labels
@@ -154,6 +154,8 @@ def sample(
     chosen = {name: value for name, value in named.items() if value is not None}
     config = default_sampling(model.config, **settings, **chosen)
     config.schedule(model.config)  # raises before an autoencoder is loaded
+    if reason := not_followed(model, config):
+        note(reason)
     decoder = vae if isinstance(vae, Autoencoder) else autoencoder_for(model.config, vae, model.pos_embed.device)
     return generate_decoded(model, labels, config, with_kernels(decoder), seed=seed, callback=callback).clamp(-1, 1)
 
@@ -247,7 +249,7 @@ def _loop(model: nn.Module, loop: ForwardLoop | Iterable[Any] | None) -> Forward
         return calibration_loop(images=images, steps=steps, cfg_scale=None if model.config.has_null_class else 1.0)
     if loop is None or callable(loop):
         return loop
-    batches = [loop] if isinstance(loop, Tensor) else loop
+    batches = [loop] if isinstance(loop, Tensor | Mapping) else loop
     if not isinstance(batches, Iterable) or isinstance(batches, Iterator | str):
         raise UserError(f"forward_loop is a {type(loop).__name__}; pass a function of the model, or a list of batches")
     return lambda model: [_call(model, batch) for batch in batches]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from svdit.evaluation import inception
 from svdit.images import to_float, write_png
 from svdit.quant.linear import quantized_layers
 from svdit.sampling.batch import default_sampling, generate
+from svdit.sampling.config import recorded
 
 EMBEDDED = ("digits", "digits-sit", "digits-jit")
 
@@ -131,8 +133,9 @@ def test_a_list_of_batches_is_a_loop(loop: Callable[[Any], Any], net: Net, batch
     assert equal(net, expected)
 
 
-def test_one_tensor_is_one_batch(net: Net, batches: list[Tensor]) -> None:
-    report = svdit.quantize_(net, "w8a8", torch.cat(batches), skip=["head"])
+@pytest.mark.parametrize("batch", [lambda x: x, lambda x: {"x": x}], ids=["tensor", "dict"])
+def test_one_tensor_or_dict_is_one_batch(batch: Callable[[Tensor], Any], net: Net, batches: list[Tensor]) -> None:
+    report = svdit.quantize_(net, "w8a8", batch(torch.cat(batches)), skip=["head"])
     assert [line.name for line in report.layers] == ["embed", "fc1"]
     assert {line.rows + line.held_out for line in report.layers} == {256}
 
@@ -283,6 +286,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "other's sampler": (lambda: svdit.sample(pixel_model(), 0, sampler="euler"), "not for models of the family dit"),
     "steps": (lambda: svdit.sample(pixel_model(), 0, steps="many"), "'many' is not a number of sampling steps"),
     "steps 0": (lambda: svdit.sample(pixel_model(), 0, steps=0), "'0'"),
+    "seed -1": (lambda: svdit.sample(pixel_model(), 0, steps=2, seed=-1), "the seed is -1; choose a whole number"),
+    "seed 1.9": (lambda: svdit.sample(pixel_model(), 0, steps=2, seed=1.9), "the seed is 1.9"),  # type: ignore[arg-type]
+    "scale": (lambda: svdit.SamplingConfig(cfg_scale="4"), "cfg_scale is '4'; choose a number"),  # type: ignore[arg-type]
+    "channels": (lambda: svdit.SamplingConfig(cfg_channels="three"), "cfg_channels is 'three'"),  # type: ignore[arg-type]
+    "interval": (lambda: svdit.SamplingConfig(cfg_interval=(0,)), r"cfg_interval is \(0,\); choose two"),  # type: ignore[arg-type]
     "form": (lambda: svdit.sample(svdit.load("digits-sit"), 0, sde_form="sgima"), r"SDE form .*did you mean sigma\?"),
     "vae": (lambda: svdit.sample(pixel_model(), 0, vae="mse"), "the vae is mse, but the model has 3 channels"),
     "no vae": (lambda: svdit.sample(pixel_model(4), 0, vae="none"), "the vae is none, but .*choose ema or mse"),
@@ -310,6 +318,39 @@ def test_an_unknown_backend_names_the_nearest(net: Net) -> None:
     svdit.quantize_(net, "rtn")
     with pytest.raises(svdit.UserError, match=r"no backend 'dequants'; .*did you mean dequant\?"):
         svdit.accelerate(net, "dequants")
+
+
+def test_a_backend_is_checked_where_nothing_is_to_be_accelerated(net: Net) -> None:
+    assert svdit.accelerate(net) is net
+    with pytest.raises(svdit.UserError, match="no backend 'dequants'"):
+        svdit.accelerate(net, "dequants")
+    svdit.quantize_(net, "rtn")
+    fast = svdit.accelerate(net, "dequant")
+    assert svdit.accelerate(fast) is fast
+    with pytest.raises(svdit.UserError, match="is accelerated already; load it again"):
+        svdit.accelerate(fast, "reference")
+    with pytest.raises(svdit.UserError, match="is accelerated already; load it again"):
+        svdit.accelerate(fast, debug=True)
+
+
+def test_a_model_that_was_accelerated_is_empty() -> None:
+    model = svdit.load("digits")
+    svdit.quantize_(model, "rtn")
+    svdit.accelerate(model, "dequant")
+    with pytest.raises(svdit.UserError, match="was accelerated and is empty"):
+        svdit.accelerate(model)
+
+
+def test_steps_may_be_a_number() -> None:
+    assert svdit.SamplingConfig("euler", 50) == svdit.SamplingConfig("euler", "50")  # type: ignore[arg-type]
+
+
+def test_a_cache_plan_that_is_not_followed_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
+    model = pixel_model()
+    sampling = recorded(default_sampling(model.config, sampler="ddim", steps="9"))
+    model.cache_plan = SimpleNamespace(sampling=sampling)  # type: ignore[assignment]
+    svdit.sample(model, 0, steps=2, sampler="ddim")
+    assert "note: the cache plan is not followed: it is for steps 9, not 2" in capsys.readouterr().err
 
 
 def test_an_accelerated_model_is_not_saved(net: Net, tmp_path: Path) -> None:

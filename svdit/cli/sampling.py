@@ -131,17 +131,14 @@ def settings(args: argparse.Namespace, model: DiT, cfg_scale: float) -> Settings
 
 def caching(args: argparse.Namespace, model: DiT, config: SamplingConfig) -> dict[str, Any] | None:
     """The cache plan to follow, as in the manifest; one that is not for these settings is removed from the model."""
-    from svdit.sampling.config import recorded
+    from svdit.sampling.batch import not_followed
     from svdit.sampling.dataset import caching as record
 
     if args.no_cache:
         model.cache_plan = None
-    if plan := model.cache_plan:
-        for name, value in recorded(config).items():
-            if plan.sampling.get(name) != value:
-                note(f"the cache plan is not followed: it is for {name} {plan.sampling.get(name)}, not {value}")
-                model.cache_plan = None
-                break
+    if reason := not_followed(model, config):
+        note(reason)
+        model.cache_plan = None
     return record(model, config)
 
 

@@ -10,11 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from svdit.errors import UserError
+
 LABELS, NOISE = 0, 1  # sampling's purposes; svdit.training uses 2 and up
 
 
 def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
-    """The stream of (seed, index) for one purpose; purposes are 2^192 draws apart."""
+    """The stream of (seed, index) for one purpose; purposes are 2^192 draws apart. Raises UserError for other seeds."""
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise UserError(f"the seed is {seed}; choose a whole number from 0 to 2^64 - 1")
     key = np.array([seed, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], dtype=np.uint64)))
 

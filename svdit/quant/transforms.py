@@ -61,7 +61,7 @@ def candidates(count: int) -> list[tuple[float, float]]:
 
 
 def usable(scale: Tensor) -> Tensor:
-    """λ (I,) within LIMITS; where it is 0 or infinite (dead inputs, columns of zeros), the least or the largest other."""
+    """λ (I,) within LIMITS; where dead inputs or columns of zeros make it 0 or infinite, the least or largest other."""
     live = scale[torch.isfinite(scale) & (scale > 0)]
     if not len(live):
         return torch.ones_like(scale)

@@ -101,6 +101,15 @@ def plan_for(model: DiT, config: SamplingConfig) -> CachePlan | None:
     return plan if plan and plan.sampling == recorded(config) else None
 
 
+def not_followed(model: DiT, config: SamplingConfig) -> str:
+    """Why the model's cache plan is not for these settings; empty without a plan, and where it is."""
+    planned_for = model.cache_plan.sampling if model.cache_plan else recorded(config)
+    for name, value in recorded(config).items():
+        if (other := planned_for.get(name)) != value:
+            return f"the cache plan is not followed: it is for {name} {other}, not {value}"
+    return ""
+
+
 def planned(model: DiT, config: SamplingConfig) -> Evaluate:
     """The model, which follows its cache plan for one generation if that is for these settings."""
     plan = plan_for(model, config)

@@ -30,8 +30,8 @@ CONDITIONS = 4096  # pairs (t, y) for the adaLN layers, and four per input featu
 def calibration_size(model: DiT, images: int | None = None, steps: int | None = None) -> tuple[int, int]:
     """Numbers of images and sampling steps; None is chosen for the model.
 
-    Guided at every step, the defaults show the widest layer at least eight tokens per input feature and at least TOKENS,
-    in at least 48 pairs (t, y) and as many of the null class; unguided, half as many.
+    Guided at every step, the defaults show the widest layer at least eight tokens per input feature and at least
+    TOKENS, in at least 48 pairs (t, y) and as many of the null class; unguided, half as many.
     """
     tokens = (model.config.input_size // model.config.patch_size) ** 2
     widest = model.config.mlp_width

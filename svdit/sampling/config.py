@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for values that cannot be sampled with."""
+        object.__setattr__(self, "steps", str(self.steps))  # a number is one, too
+        self._check_types()
         for value, what, choices in (
             (self.sampler, "sampler", SAMPLERS | FLOW_SAMPLERS),
             (self.sde_form, "SDE form", FORMS),
@@ -95,6 +98,17 @@ class SamplingConfig:
         if not 0 < self.last_step_size < 1:
             raise UserError(f"last_step_size is {self.last_step_size}; choose a number between 0 and 1, as 0.04")
         (self._check_flow if self.sampler in FLOW_SAMPLERS else self._check_timesteps)()
+
+    def _check_types(self) -> None:
+        for name in ("cfg_scale", "time_shift", "sde_norm", "last_step_size"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise UserError(f"{name} is {value!r}; choose a number")
+        if not isinstance(self.cfg_channels, int | None):
+            raise UserError(f"cfg_channels is {self.cfg_channels!r}; choose a number, or None for all channels")
+        pair = self.cfg_interval
+        numbers = isinstance(pair, tuple | list) and len(pair) == 2 and all(isinstance(x, Real) for x in pair)
+        if pair is not None and not numbers:
+            raise UserError(f"cfg_interval is {pair!r}; choose two numbers, or None to guide everywhere")
 
     def _check_timesteps(self) -> None:
         first, last = self.cfg_interval or (0, 999)
