@@ -63,13 +63,15 @@ def test_dead_channels_and_singular_moments_still_round() -> None:
     assert codes.abs().max() == 127
 
 
-def test_the_unit_of_the_inputs_changes_nothing_with_dead_channels_too() -> None:
+def test_dead_channels_change_no_other_in_any_unit() -> None:
     R = hard_moment()
     R[:3] = R[:, :3] = 0
-    small, inverse = Inverse(1e-6 * R), Inverse(R)
-    assert torch.equal(small.order[:125], inverse.order[:125])
+    small, inverse, live = Inverse(1e-6 * R), Inverse(R), Inverse(R[3:, 3:])
     torch.testing.assert_close(small.upper / 1e3, inverse.upper)
     assert small.left == pytest.approx(inverse.left)
+    places = torch.isin(inverse.order, torch.arange(3), invert=True)
+    assert torch.equal(inverse.order[places] - 3, live.order)
+    torch.testing.assert_close(inverse.upper[places][:, places], live.upper)
 
 
 def test_failed_factorizations_raise_the_damping() -> None:
