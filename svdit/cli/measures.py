@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdit.cli.arguments import keys, names, path, path_or_none
 from svdit.cli.result import Result
 from svdit.errors import UserError
+from svdit.printing import note
 
 if TYPE_CHECKING:
     from svdit.evaluation.inception import Extractor
@@ -48,13 +52,27 @@ def options(args: argparse.Namespace, **others: Any) -> Options:
 
     if args.feature_extractor == "random" and args.feature_extractor_weights:
         raise UserError("--feature-extractor-weights has no effect on --feature-extractor random; omit one of them")
-    return Options(
+    options = Options(
         metrics=tuple(args.metrics) if args.metrics else None,
         paired=args.paired_dir,
-        cache=Path(args.cache_dir).expanduser() if args.cache_dir else None,
+        cache=Path(os.path.expanduser(args.cache_dir)) if args.cache_dir else None,  # noqa: PTH111, which can raise
         progress=True,
         **others,
     )
+    if options.cache and args.cache_dir == CACHE and options.network_metrics and not usable(options.cache):
+        note(f"{options.cache} cannot hold the features, which are not kept; choose a folder for them with --cache-dir")
+        return replace(options, cache=None)
+    return options
+
+
+def usable(cache: Path) -> bool:
+    """Whether a cache nobody asked for can be written; without a home its path is not absolute."""
+    from svdit.files import creatable_folder
+
+    with suppress(UserError):
+        creatable_folder(cache)
+        return cache.is_absolute()
+    return False
 
 
 def network(args: argparse.Namespace, options: Options) -> Extractor | None:

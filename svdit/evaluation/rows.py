@@ -24,8 +24,9 @@ class RowFiles:
         if rank() == 0:
             for layer, shape in shapes.items():
                 np.lib.format.open_memmap(self.paths[layer], "w+", np.float32, shape).flush()
-                with self.paths[layer].open("r+b") as file:  # fails now where the disk is full
-                    os.posix_fallocate(file.fileno(), 0, self.paths[layer].stat().st_size)
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    with self.paths[layer].open("r+b") as file:  # fails now where the disk is full
+                        os.posix_fallocate(file.fileno(), 0, self.paths[layer].stat().st_size)
         barrier()
         self.files = {layer: path.open("r+b") for layer, path in self.paths.items()}
         self.starts = {layer: self.paths[layer].stat().st_size - 4 * N * D for layer, (N, D) in shapes.items()}

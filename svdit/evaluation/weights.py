@@ -18,7 +18,7 @@ from svdit.storage import pickles
 NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{NAMES[0]}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-DEFAULT_CACHE = Path("~/.cache/svdit").expanduser()
+DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/svdit"))  # noqa: PTH111, which raises where nobody has a home
 VARIABLE = "SVDIT_INCEPTION_WEIGHTS"
 
 MISSING = (

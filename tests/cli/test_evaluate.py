@@ -161,6 +161,21 @@ def test_user_errors_end_with_code_2(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("home", ["file", "~"])  # where no folder can be made, and nobody's
+def test_without_a_usable_home_features_are_not_kept(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        os.path, "expanduser", lambda path: str(path).replace("~", str(tmp_path / home), home == "file")
+    )
+    real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
+    assert run("evaluate", "--real_dir", real, "--fake_dir", fake, "--feature-extractor", "random") == 0
+    assert "cannot hold the features, which are not kept" in capsys.readouterr().err
+    assert not (tmp_path / "~").exists()
+
+
 def test_an_unavailable_named_metric_ends_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
     assert run("evaluate", "--real_dir", real, "--fake_dir", fake, "--metrics", "fid,prc", *flags(tmp_path)) == 1
