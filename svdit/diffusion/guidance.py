@@ -68,7 +68,7 @@ def spread(t: Time, y: Tensor) -> Tensor:
     """The model's times (N,) for labels y (N,): integers as they are, others in float32."""
     if isinstance(t, Tensor):
         return t.to(y.device, torch.float32).expand(y.shape)
-    return torch.full(y.shape, t, device=y.device)
+    return torch.full(y.shape, t, dtype=torch.float32, device=y.device)
 
 
 def _any(inside: bool | Tensor) -> bool:

@@ -252,7 +252,7 @@ def monge_distance(real: Tensor, fake: Tensor) -> Estimate:
     """
     stream, n, D = torch.Generator("cpu").manual_seed(SEED), min(len(real), len(fake)), real.shape[1]
     fake, real = (_subset(x, n, stream) for x in (fake, real))
-    directions = torch.randn(MIND_PROJECTIONS, D, generator=stream, device="cpu")
+    directions = torch.randn(MIND_PROJECTIONS, D, generator=stream, dtype=torch.float32, device="cpu")
     directions = (directions / directions.norm(dim=1, keepdim=True)).to(real.device)
     total = 0.0
     for part in directions.split(100):

@@ -38,7 +38,8 @@ def neighbour_metrics(
     precise = torch.zeros(len(fake), dtype=torch.bool, device=fake.device)
     balls = torch.zeros(len(fake), dtype=torch.float64, device=fake.device)
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    inside = torch.zeros(len(sizes), len(real), device=real.device)  # images of each block inside each real ball
+    # images of each block inside each real ball
+    inside = torch.zeros(len(sizes), len(real), dtype=torch.float32, device=real.device)
     for i, j, distance in _tiles(fake, real, rows, columns):
         precise[i] |= (distance <= small[j]).any(1)
         recalled[j] |= (distance <= reach[i, None]).any(0)

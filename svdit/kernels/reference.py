@@ -99,7 +99,7 @@ def encode(x: Tensor, values: Tensor, form: Format) -> Tensor:
 
 
 def _nearest_e2m1(ratio: Tensor) -> Tensor:
-    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(E2M1)], device=ratio.device)
+    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(E2M1)], dtype=torch.float32, device=ratio.device)
     magnitude = ratio.abs()
     low = torch.bucketize(magnitude, middles)
     high = torch.bucketize(magnitude, middles, right=True)
@@ -110,7 +110,7 @@ def _nearest_e2m1(ratio: Tensor) -> Tensor:
 def decode(codes: Tensor, values: Tensor, form: Format) -> Tensor:
     """fp32 (…, K) from codes (…, K) and scale values (…, G)."""
     if form.element == "e2m1":
-        magnitudes = torch.tensor(E2M1, device=codes.device)
+        magnitudes = torch.tensor(E2M1, dtype=torch.float32, device=codes.device)
         numbers = magnitudes[codes.abs().long()].copysign(codes.float())
     else:
         numbers = codes.float()

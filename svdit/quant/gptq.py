@@ -80,7 +80,7 @@ def gptq(W: Tensor, inverse: Inverse, values: Tensor, form: Format) -> Tensor:
     codes = []
     for a in range(0, columns, BLOCK):
         b = min(a + BLOCK, columns)
-        block, errors = rest[a:b], torch.empty(b - a, len(W), device=W.device)
+        block, errors = rest[a:b], W.new_empty(b - a, len(W))
         for i, (column, scale) in enumerate(zip(block, scales[a:b], strict=True)):
             code, rounded = nearest(column, scale, form)
             codes.append(code)

@@ -168,15 +168,16 @@ def initial_tensors(
     spec: LinearSpec, O: int, I: int, bias: bool, device: torch.device | None = None
 ) -> dict[str, Tensor]:
     """Tensors of a new layer (O, I): random float factors, zero codes and bias, scales of one."""
-    tensors = {"bias": torch.zeros(O, device=device)} if bias else {}
+    tensors = {"bias": torch.zeros(O, dtype=torch.float32, device=device)} if bias else {}
     if spec.scaled:
-        tensors["in_scale"] = torch.ones(I, device=device)
+        tensors["in_scale"] = torch.ones(I, dtype=torch.float32, device=device)
     if spec.shifted:
-        tensors["in_shift"] = torch.zeros(I, device=device)
+        tensors["in_shift"] = torch.zeros(I, dtype=torch.float32, device=device)
     matrices = {"l1": ((O, spec.rank), spec.factors), "l2": ((spec.rank, I), spec.factors)} if spec.rank else {}
     for name, (shape, form) in {**matrices, "residual": ((O, I), spec.weight)}.items():
         if form:
-            tensors |= ref.encoded(name, *ref.quantize(torch.zeros(shape, device=device), form), form)
+            zeros = torch.zeros(shape, dtype=torch.float32, device=device)
+            tensors |= ref.encoded(name, *ref.quantize(zeros, form), form)
         elif name != "residual":
             factor = torch.randn(shape, device=device, dtype=getattr(torch, spec.factor_dtype))
             tensors[name] = factor * shape[1] ** -0.5

@@ -51,10 +51,10 @@ class Statistics:
     def empty(cls, features: int, device: torch.device) -> "Statistics":
         """Statistics of no rows."""
         zeros = torch.zeros(features, dtype=torch.float64, device=device)
-        infinity = torch.full((features,), torch.inf, device=device)
+        infinity = torch.full((features,), torch.inf, dtype=torch.float32, device=device)
         starts = range(0, features, BLOCK)
         gram = [zeros.new_zeros(min(BLOCK, features - i), features - i) for i in starts]
-        keys = torch.empty(0, device="cpu")
+        keys = torch.empty(0, dtype=torch.float32, device="cpu")
         return cls(0, zeros, gram, infinity, -infinity, infinity.new_empty(SAMPLE, features), keys)
 
     @staticmethod
@@ -66,11 +66,11 @@ class Statistics:
         """Include x (N, …, I) of N examples, or (M, I) of M. Which are held out does not depend on the batch size."""
         x = x.detach().float()
         x = x.flatten(1, -2) if x.ndim > 2 else x.reshape(-1, 1, x.shape[-1])  # (N, T, I)
-        keys = torch.rand(len(x), 1 + x.shape[1], generator=generator, device="cpu")
+        keys = torch.rand(len(x), 1 + x.shape[1], generator=generator, dtype=torch.float32, device="cpu")
         out: list[Example] = []
         if held_out and not self.marked:
             self.marked, self.held, out = True, [], self.held
-        chosen = torch.full((len(x),), held_out, device="cpu") if self.marked else self._turns(len(x))
+        chosen = torch.full((len(x),), held_out, dtype=torch.bool, device="cpu") if self.marked else self._turns(len(x))
         for i in chosen.nonzero().flatten().tolist():
             left = self._hold(Example(float(keys[i, 0]), x[i], keys[i, 1:]))
             out += [] if held_out else left

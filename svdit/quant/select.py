@@ -106,5 +106,5 @@ def check_layer(name: str, linear: nn.Linear, recipe: Recipe) -> None:
     for part, tensor in linear.named_parameters():
         if tensor.is_meta:
             raise UserError(f"the {part} of {name} is on the meta device; load the checkpoint before quantizing")
-        if not tensor.isfinite().all():
+        if not tensor.detach().isfinite().all():
             raise UserError(f"the {part} of {name} contains NaN or Inf; check the checkpoint and its dtype")

@@ -38,7 +38,7 @@ def recording(loop: ForwardLoop, calls: list[Call], seed: int = 0) -> ForwardLoo
                 raise UserError("the forward loop passes the model no batch by position; pass its input by position")
             N = len(batches[0])
             rows = torch.randperm(N, generator=generator, device="cpu")[:ROWS]
-            key = float(torch.rand((), generator=generator, device="cpu"))
+            key = float(torch.rand((), generator=generator, dtype=torch.float32, device="cpu"))
             with full_precision(batches[0].device):
                 kept.append((key, tuple(_rows(x, rows, N) for x in inputs)))
             kept.sort(key=lambda entry: entry[0])
@@ -87,7 +87,7 @@ def sensitivities(model: nn.Module, names: Iterable[str], calls: list[Call]) -> 
                 kept.clear()
             with torch.enable_grad():
                 y = _first(model(*inputs))
-                v = torch.randn(y.shape, generator=generator, device="cpu").to(y)
+                v = torch.randn(y.shape, generator=generator, dtype=torch.float32, device="cpu").to(y)
                 ran = [(name, output) for name, kept in outputs.items() for output in kept]
                 gradients = torch.autograd.grad((v * y).sum(), [output for _, output in ran], allow_unused=True)
             for (name, _), gradient in zip(ran, gradients, strict=True):

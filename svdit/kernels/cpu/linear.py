@@ -122,7 +122,8 @@ class IntegerLinear:
         weight, sums = packing.pack_weight(layer, kernels)
         offsets = torch.zeros(self.outputs, dtype=torch.int32, device="cpu")
         offsets[:O] = self.offset * sums
-        channel = generic.row_steps(layer) if generic.has_integers(layer.spec) else torch.ones(O, device="cpu")
+        ones, zeros = (torch.full((O,), x, dtype=torch.float32, device="cpu") for x in (1, 0))
+        channel = generic.row_steps(layer) if generic.has_integers(layer.spec) else ones
         self.inputs: dict[str, Tensor | None] = {
             "in_shift": None if layer.in_shift is None else pad(layer.in_shift, self.depth),
             "in_inverse": None if layer.in_scale is None else pad(layer.in_scale.reciprocal(), self.depth),
@@ -132,7 +133,7 @@ class IntegerLinear:
             "multiples": self._multiples(layer) if self.group else None,
             "offsets": offsets,
             "channel": pad(channel, self.outputs),
-            "bias": torch.zeros(self.outputs, device="cpu") if layer.bias is None else pad(layer.bias, self.outputs),
+            "bias": pad(zeros if layer.bias is None else layer.bias, self.outputs),
         }
         if R := self.rank:
             l1, l2 = layer.tensors["l1"].detach(), layer.tensors["l2"].detach()
