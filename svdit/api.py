@@ -150,7 +150,7 @@ def sample(
     """
     if not isinstance(model, DiT):
         raise UserError(f"sample got a {type(model).__name__}; pass a DiT, as svdit.load returns it")
-    named = {"steps": None if steps is None else str(steps), "sampler": sampler, "cfg_scale": cfg_scale}
+    named = {"steps": steps, "sampler": sampler, "cfg_scale": cfg_scale}
     chosen = {name: value for name, value in named.items() if value is not None}
     config = default_sampling(model.config, **settings, **chosen)
     config.schedule(model.config)  # raises before an autoencoder is loaded

@@ -41,8 +41,8 @@ def in_folder(folder: Path) -> Path:
         raise UserError(f"the folder {folder} has {len(files)} checkpoints ({listed}); pass one of them")
     names = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     listed = ", ".join(map(repr, names[:5])) + (", …" if len(names) > 5 else "")
-    content = f"only {listed}" if names else "nothing"
-    raise UserError(f"the folder {folder} has no {DIFFUSERS}.safetensors or other checkpoint, {content}; pass a file")
+    content = f"the folder {folder} has no {DIFFUSERS}.safetensors or other checkpoint, only {listed}"
+    raise UserError(f"{content if names else f'the folder {folder} is empty'}; pass a file")
 
 
 def check_pipeline(folder: Path) -> None:

@@ -15,10 +15,15 @@ from svdit.errors import UserError
 LABELS, NOISE = 0, 1  # sampling's purposes; svdit.training uses 2 and up
 
 
-def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
-    """The stream of (seed, index) for one purpose; purposes are 2^192 draws apart. Raises UserError for other seeds."""
+def check_seed(seed: object) -> None:
+    """Raises UserError for what is no seed of a stream."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise UserError(f"the seed is {seed}; choose a whole number from 0 to 2^64 - 1")
+
+
+def stream(seed: int, index: int, purpose: int) -> np.random.Generator:
+    """The stream of (seed, index) for one purpose; purposes are 2^192 draws apart. Raises UserError as `check_seed`."""
+    check_seed(seed)
     key = np.array([seed, index], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], dtype=np.uint64)))
 
@@ -54,6 +59,6 @@ def batch_noise(
         nonlocal first
         rows = shape[0] * (2 if doubled and not first else 1)
         first = False
-        return torch.randn(rows, *shape[1:], generator=generator, device=device)[: shape[0]]
+        return torch.randn(rows, *shape[1:], generator=generator, dtype=torch.float32, device=device)[: shape[0]]
 
     return draw

@@ -97,17 +97,16 @@ def generate_decoded(
 
 def plan_for(model: DiT, config: SamplingConfig) -> CachePlan | None:
     """The model's cache plan if it is for these settings."""
-    plan = model.cache_plan
-    return plan if plan and plan.sampling == recorded(config) else None
+    return None if not_followed(model, config) else model.cache_plan
 
 
 def not_followed(model: DiT, config: SamplingConfig) -> str:
     """Why the model's cache plan is not for these settings; empty without a plan, and where it is."""
-    planned_for = model.cache_plan.sampling if model.cache_plan else recorded(config)
-    for name, value in recorded(config).items():
-        if (other := planned_for.get(name)) != value:
-            return f"the cache plan is not followed: it is for {name} {other}, not {value}"
-    return ""
+    asked = recorded(config)
+    planned_for = model.cache_plan.sampling if model.cache_plan else asked
+    names = (name for name, value in asked.items() if planned_for.get(name) != value)
+    sentences = (f"the cache plan is not followed: it is for {x} {planned_for.get(x)}, not {asked[x]}" for x in names)
+    return next(sentences, "")
 
 
 def planned(model: DiT, config: SamplingConfig) -> Evaluate:

@@ -100,7 +100,7 @@ def show_conditions(model: DiT, seed: int, count: int) -> None:
     """Call every adaLN layer with the conditioning of `count` random pairs (t, y), half of the null class (if any)."""
     generator = torch.Generator().manual_seed(seed)
     if model.config.is_flow:
-        t = torch.rand(count, generator=generator)
+        t = torch.rand(count, generator=generator, dtype=torch.float32)
     else:
         t = torch.randint(TIMESTEPS, (count,), generator=generator)
     y = torch.randint(model.config.num_classes, (count,), generator=generator)

@@ -77,7 +77,7 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for values that cannot be sampled with."""
-        object.__setattr__(self, "steps", str(self.steps))  # a number is one, too
+        object.__setattr__(self, "steps", str(self.steps))  # from Python a number will do
         self._check_types()
         for value, what, choices in (
             (self.sampler, "sampler", SAMPLERS | FLOW_SAMPLERS),

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from svdit import __version__, images
-from svdit.diffusion.noise import image_labels, image_noise
+from svdit.diffusion.noise import check_seed, image_labels, image_noise
 from svdit.distributed import Counter, check_shared, claimed, gather, on_first, world_size
 from svdit.errors import UserError, nearest, unknown
 from svdit.files import exclusive, writable_folder
@@ -76,7 +76,8 @@ def generate_dataset(
     `sink`: "png", "tar" or "npz", see `SINKS`, or an object with the methods of `Sink`, as `evaluation.stream.Stream`.
     `batch_size`: at most so many images at once.
     `origin`: manifest fields about the model (model, checkpoint, checkpoint_sha256, quantization, precision) and its
-    protocol (protocol, overrides, reference), on every process. Without checkpoint_sha256 the tensors are hashed.
+    protocol (protocol, overrides, reference), on every process. Without checkpoint_sha256 the tensors are hashed, those
+    of an accelerated model as this processor's kernels have them.
     `progress(done, total)` counts the images of all processes, this one's unfinished ones as fractions.
     Raises UserError for a folder of another run, naming the field that differs, for one that another process writes
     or that not all hosts see, for processes that differ in a setting, and for options out of range.
@@ -90,7 +91,7 @@ def generate_dataset(
     manifest = describe(model, autoencoder, config, count, seed, label_policy)
     manifest |= {"storage": sink.form} | (origin or {})
     if not manifest["checkpoint_sha256"]:
-        manifest["checkpoint_sha256"] = digest({}, held(model))
+        manifest["checkpoint_sha256"] = digest({}, tensors_of(model))
     _check_alike(manifest)
     sink.open(folder, manifest)
     with ExitStack() as locks:
@@ -198,7 +199,7 @@ def describe(
     }
 
 
-def held(model: DiT) -> dict[str, Tensor]:
+def tensors_of(model: DiT) -> dict[str, Tensor]:
     """Every tensor (…) of a model, on the CPU; of an accelerated one as its backend packed them."""
     return {name: x.detach().cpu() for name, x in (*model.named_parameters(), *model.named_buffers())}
 
@@ -213,8 +214,7 @@ def _check(count: int, seed: int, batch_size: int, label_policy: str) -> None:
     for value, what in ((count, "number of images"), (batch_size, "batch size")):
         if value < 1:
             raise UserError(f"the {what} is {value}; choose at least 1")
-    if not 0 <= seed < 2**64:
-        raise UserError(f"the seed is {seed}; choose a number from 0 to 2^64 - 1")
+    check_seed(seed)
     if label_policy not in LABEL_POLICIES:
         raise unknown("label policy", label_policy, LABEL_POLICIES)
 

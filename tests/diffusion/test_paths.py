@@ -47,10 +47,13 @@ def test_every_prediction_gives_the_same_velocity_and_score(name: str, time: str
 
 
 @pytest.mark.parametrize("prediction", FLOW_PREDICTIONS)
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("time", DIRECTIONS)
 @pytest.mark.parametrize("t", [0.96, 0.999])
-def test_the_score_near_the_data_is_that_of_a_bounded_velocity_nowhere(prediction: str, t: float) -> None:
-    """An SDE adds it to the velocity, times a diffusion that may stay large."""
-    path, now = Path(), torch.tensor(t, dtype=torch.float64)
+def test_scores_near_the_data_are_exact(prediction: str, name: str, time: str, t: float) -> None:
+    """Where the velocity of clean images is bounded: an SDE multiplies the score by a diffusion that may be large."""
+    path = Path(name, time)
+    now = path.forward(torch.tensor(t, dtype=torch.float64))
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     output, _, score = exact(prediction, x, path, now, 0.3, 0.5)
     assert relative(FLOW_PREDICTIONS[prediction].score(output, x, path.at(now)), score) < 1e-6

@@ -5,10 +5,13 @@ import torch
 from families import small
 from torch import Tensor, nn
 
+from svdit.diffusion.flow_samplers import FLOW_SAMPLERS
+from svdit.diffusion.guidance import guided
 from svdit.diffusion.paths import DIRECTIONS
+from svdit.diffusion.samplers import SAMPLERS
 from svdit.errors import UserError
 from svdit.model.config import FAMILIES
-from svdit.model.zoo import config_for
+from svdit.model.zoo import DiT_models, config_for
 from svdit.sampling.batch import default_sampling
 from svdit.sampling.calibration import calibration_loop, calibration_sampling, calibration_size, show_conditions
 
@@ -65,6 +68,31 @@ def test_guidance_is_that_of_the_familys_protocol(name: str, scale: float) -> No
     assert sampling.cfg_scale == scale
     intervals = {"REPA": (0.0, 0.7), "LightningDiT": (0.125, 1.0), "JiT": (0.1, 1.0)}
     assert sampling.cfg_interval == intervals.get(name.split("-")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens"), [("DiT-XL/2", 8), ("SiT-XL/2", 8), ("REPA-XL/2", 6.5), ("LightningDiT-XL/1", 5.333)]
+)
+def test_tokens_a_feature_are_those_that_are_documented(name: str, tokens: float) -> None:
+    """Of a guided batch, by a model that costs nothing."""
+    with torch.device("meta"):
+        model = DiT_models[name]()
+    (images, steps), config, rows = calibration_size(model), model.config, list[int]()
+
+    def evaluate(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        rows.append(len(x))
+        return x if config.is_flow else torch.cat([x, x], 1)
+
+    sampling = calibration_sampling(config, steps)
+    denoise = guided(
+        evaluate, torch.tensor([1]), config.num_classes, sampling.scale(config), sampling.cfg_channels,
+        sampling.interval(config),
+    )  # fmt: skip
+    x = torch.ones(1, config.in_channels, config.input_size, config.input_size)
+    sampler = (SAMPLERS | FLOW_SAMPLERS)[sampling.sampler]
+    sampler(denoise, x, sampling.schedule(config), noise=lambda: x, prediction=config.prediction)
+    each = (config.input_size // config.patch_size) ** 2
+    assert images * sum(rows) * each / config.mlp_width == pytest.approx(tokens, abs=1e-3)
 
 
 def test_the_widest_layer_decides_the_size() -> None:
