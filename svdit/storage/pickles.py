@@ -92,8 +92,10 @@ def load(path: Path) -> Any:
     names = check(path)
     stand_ins = [(STAND_INS.get(name) or placeholder(name), name) for name in names if DESCRIPTIVE.fullmatch(name)]
     try:
-        with reading(path), torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with reading(path), path.open("rb") as file, torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
+            misnamed = path.suffix == ".safetensors"  # which torch believes
+            mapped = zipfile.is_zipfile(path) and not misnamed
+            content = torch.load(file if misnamed else path, map_location="cpu", weights_only=True, mmap=mapped)
     except UserError:
         raise
     except pickle.UnpicklingError:

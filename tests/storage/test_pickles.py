@@ -32,6 +32,14 @@ DESCRIPTIVE = {
 
 
 @pytest.mark.parametrize("is_zip", LEGACY.values(), ids=LEGACY)
+def test_files_are_what_their_content_says(is_zip: bool, tmp_path: Path) -> None:
+    """Torch takes every file of that name for one of safetensors."""
+    path = tmp_path / "of_torch.safetensors"
+    torch.save({"a": torch.ones(3)}, path, _use_new_zipfile_serialization=is_zip)
+    assert pickles.load(path)["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("is_zip", LEGACY.values(), ids=LEGACY)
 @pytest.mark.parametrize("value", DESCRIPTIVE.values(), ids=DESCRIPTIVE)
 def test_descriptive_objects_do_not_hide_the_tensors(value: object, is_zip: bool, tmp_path: Path) -> None:
     path = tmp_path / "with_objects.pt"
