@@ -39,9 +39,10 @@ class Openable(Protocol):
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path on the same disk: renamed to `path` on success, deleted on any exception.
 
-    Raises UserError where the system cannot write the file, or `path` is a folder or a device.
+    Where `path` is a link, its target is written. Raises UserError where the system cannot write the file, or `path`
+    is a folder or a device.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)  # noqa: PTH114, as Path's method can raise
     with writing(path):
         if path.exists() and not path.is_file():
             raise UserError(f"cannot write {path} (it exists and is no file); choose the name of a file")
@@ -167,8 +168,8 @@ def exclusive(*outputs: str | Path, wait: float | None = None) -> Iterator[None]
     wait = (RESTARTING if restarts.allowed() else 0) if wait is None else wait
     with ExitStack() as locks:
         for path in map(Path, outputs):
-            folder = path.resolve()
-            place = folder / ".lock" if folder.is_dir() else path.parent.resolve() / f".{path.name}.lock"
+            real = Path(os.path.realpath(path))
+            place = real / ".lock" if real.is_dir() else real.with_name(f".{real.name}.lock")
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with warnings.catch_warnings():
@@ -180,14 +181,18 @@ def exclusive(*outputs: str | Path, wait: float | None = None) -> Iterator[None]
                 ) from None
             except (OSError, NotImplementedError) as error:
                 if isinstance(error, OSError) and error.errno not in CANNOT_LOCK:
-                    raise UserError(f"cannot create {place} ({error.strerror}); choose another output") from None
+                    left = f"delete it if no process is writing {path}, or " if os.access(place, os.F_OK) else ""
+                    raise UserError(f"cannot lock {place} ({error.strerror}); {left}choose another output") from None
                 note(f"no locks on this file system; let no other process write {path}")
+                with suppress(OSError):
+                    place.unlink()
         yield
 
 
 @contextmanager
 def _locked(place: Path, wait: float) -> Iterator[None]:
-    lock = FileLock(place)
+    """Hold the lock of an open file of that name, which everybody may open who may write into the folder."""
+    lock = FileLock(place, mode=0o600 | place.parent.stat().st_mode & 0o066)
     lock.acquire(timeout=wait)
     while not place.exists():  # its holder removed it after it was opened here
         lock.release()
@@ -236,6 +241,12 @@ def writable_folder(path: str | Path) -> Path:
             return Path(path)
     except OSError as error:
         raise UserError(failed("write into the folder", path, error)) from None
+
+
+def user_cache() -> Path:
+    """This user's folder for what can be made again, in $XDG_CACHE_HOME or ~/.cache; not absolute without a home."""
+    xdg, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")  # noqa: PTH111, which can raise
+    return Path(xdg if xdg.startswith("/") else home) / "svdit"
 
 
 def creatable_folder(path: str | Path) -> None:

@@ -109,15 +109,54 @@ def test_file_systems_without_locks_are_used_with_a_note(
         pass
     # filelock may have a substitute for the first of them
     assert code == errno.ENOSYS or "no locks on this file system; let no other process write" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"cannot create .*file/\.set\.lock .*; choose another"),
+        pytest.raises(UserError, match=r"cannot lock .*file/\.set\.lock .*; choose another"),
         exclusive(tmp_path / "file" / "set"),
     ):
         pass
+
+
+def test_whoever_may_write_into_the_folder_may_lock(tmp_path: Path) -> None:
+    """A killed job of another user leaves its lock, which must not shut out those who share the folder."""
+    tmp_path.chmod(0o775)
+    before = os.umask(0o077)
+    try:
+        with exclusive(tmp_path / "set"):
+            assert (tmp_path / ".set.lock").stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
+
+
+def test_a_lock_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / ".set.lock").mkdir()
+    with (
+        pytest.raises(
+            UserError, match=r"cannot lock .*set\.lock \(.*\); delete it if no process is writing .*/set, or"
+        ),
+        exclusive(tmp_path / "set"),
+    ):
+        pass
+
+
+def test_links_to_one_file_share_its_lock_and_stay_links(tmp_path: Path) -> None:
+    link, dangling, real = tmp_path / "link", tmp_path / "dangling", tmp_path / "folder" / "real"
+    real.parent.mkdir()
+    real.touch()
+    link.symlink_to(real)
+    dangling.symlink_to(real.with_name("new"))
+    with exclusive(link), pytest.raises(UserError, match="another process is writing"), exclusive(real):
+        pass
+    for path in (link, dangling):
+        with atomic_path(path) as temporary:
+            temporary.write_text("x")
+        assert path.is_symlink()
+        assert path.resolve().read_text() == "x"
+    assert {path.name for path in tmp_path.rglob("*")} == {"folder", "link", "dangling", "real", "new"}
 
 
 WRITE = """
