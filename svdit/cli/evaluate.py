@@ -97,6 +97,7 @@ def check_outputs(args: argparse.Namespace, options: "Options") -> None:
         weights = [args.feature_extractor_weights] if args.feature_extractor_weights else []
         outputs.check_distinct("--save-stats", args.save_stats, *inputs, *weights)
     statistics = options.save_stats and options.save_stats.parent
-    for folder in (args.output, statistics, options.cache if options.network_metrics else None):
-        if folder:
+    cache = options.cache if options.network_metrics else None
+    for folder in (args.output, statistics, cache):
+        if folder and not (folder == cache and folder.is_dir()):  # one that is shared may be read-only
             creatable_folder(folder)

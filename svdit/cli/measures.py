@@ -36,7 +36,7 @@ def add(parser: argparse._ActionsContainer) -> None:
         type=path_or_none,
         default=CACHE,
         metavar="DIR",
-        help="feature cache; '' disables it (default: %(default)s)",
+        help="feature cache; '' disables it (default: %(default)s, or svdit in $XDG_CACHE_HOME)",
     )
 
 
@@ -49,28 +49,32 @@ def passed(args: argparse.Namespace) -> list[str]:
 def options(args: argparse.Namespace, **others: Any) -> Options:
     """The options of the evaluation, with `others`. Raises UserError for two extractors."""
     from svdit.evaluation.options import Options
+    from svdit.files import user_cache
 
     if args.feature_extractor == "random" and args.feature_extractor_weights:
         raise UserError("--feature-extractor-weights has no effect on --feature-extractor random; omit one of them")
+    named = os.path.expanduser(args.cache_dir)  # noqa: PTH111, which can raise
+    cache = user_cache() if args.cache_dir == CACHE else Path(named) if named else None
     options = Options(
         metrics=tuple(args.metrics) if args.metrics else None,
         paired=args.paired_dir,
-        cache=Path(os.path.expanduser(args.cache_dir)) if args.cache_dir else None,  # noqa: PTH111, which can raise
+        cache=cache,
         progress=True,
         **others,
     )
-    if options.cache and args.cache_dir == CACHE and options.network_metrics and not usable(options.cache):
-        note(f"{options.cache} cannot hold the features, which are not kept; choose a folder for them with --cache-dir")
+    if cache and args.cache_dir == CACHE and options.network_metrics and not usable(cache):
+        note(f"{cache} cannot hold the features, which are not kept; choose a folder for them with --cache-dir")
         return replace(options, cache=None)
     return options
 
 
 def usable(cache: Path) -> bool:
-    """Whether a cache nobody asked for can be written; without a home its path is not absolute."""
+    """Whether a cache nobody asked for exists or can be made; without a home its path is not absolute."""
     from svdit.files import creatable_folder
 
     with suppress(UserError):
-        creatable_folder(cache)
+        if not cache.is_dir():
+            creatable_folder(cache)
         return cache.is_absolute()
     return False
 
@@ -81,11 +85,11 @@ def network(args: argparse.Namespace, options: Options) -> Extractor | None:
         return None
     from svdit.distributed import barrier, rank
     from svdit.evaluation.inception import named_extractor
-    from svdit.evaluation.weights import DEFAULT_CACHE, find_weights
+    from svdit.evaluation.weights import find_weights
 
     name, weights = args.feature_extractor or "inception", args.feature_extractor_weights
     if name == "inception" and rank() == 0:  # a single process downloads
-        find_weights(weights, options.cache or DEFAULT_CACHE, args.download)
+        find_weights(weights, options.cache, args.download)
     barrier()
     return named_extractor(name, weights, options.cache)
 

@@ -28,8 +28,8 @@ from svdit.errors import UserError, sentence
 from svdit.evaluation.rows import RowFiles, Rows
 from svdit.evaluation.sources import ImageSet
 from svdit.evaluation.statistics import Gaussian, Moments, load_statistics, save_statistics
-from svdit.files import check_zip, temporary_folder, writing
-from svdit.printing import warn
+from svdit.files import check_zip, temporary_folder, writable_folder, writing
+from svdit.printing import note, warn
 from svdit.progress import progress
 
 SUMMED = ("pool", "spatial")
@@ -95,15 +95,25 @@ def extract(images: ImageSet, network: FeatureNetwork, layers: tuple[str, ...], 
     folder = how.folder / cache_key(images, network)
     features = _cached(folder, layers, warn) if rank() == 0 else None
     if not gather(features is not None)[0]:
-        with writing(how.folder), private_folder(how.folder) as private:
+        parent = on_first(lambda: _writable(how.folder))
+        with writing(parent), private_folder(parent) as private:
             _extract_into(private, images, network, layers, how)
             on_first(images.check_unchanged)
             if rank() == 0:
                 features = _load(private, layers)  # mapped, so they stay the same wherever the files go
-                if _cached(folder, layers) is None:  # another run may have been faster
+                if parent == how.folder and _cached(folder, layers) is None:  # another run may have been faster
                     _replace(folder, private)
             barrier()
     return features or Features({}, {})
+
+
+def _writable(folder: Path) -> Path:
+    """`folder`; where it cannot be written, as a shared cache may be, the folder for temporary files, with a note."""
+    try:
+        return writable_folder(folder)
+    except UserError as error:
+        note(f"{str(error).partition(';')[0]}; the features of these images are not kept")
+        return Path(tempfile.gettempdir())
 
 
 def _cached(folder: Path, layers: tuple[str, ...], report: Callable[[str], object] = str) -> Features | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from svdit.errors import UserError, unknown
-from svdit.evaluation.weights import DEFAULT_CACHE, find_weights, load_weights
+from svdit.evaluation.weights import find_weights, load_weights
 from svdit.extras import require
 
 EXTRACTORS = ("inception", "random")
@@ -115,7 +115,7 @@ def named_extractor(name: str, weights: str | Path | None = None, folder: Path |
         return random_extractor()
     if name != "inception":
         raise unknown("feature extractor", name, EXTRACTORS)
-    return load_extractor(*load_weights(find_weights(weights, folder or DEFAULT_CACHE)))
+    return load_extractor(*load_weights(find_weights(weights, folder)))
 
 
 def _empty_network() -> Any:

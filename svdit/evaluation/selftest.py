@@ -22,7 +22,7 @@ from svdit.evaluation.jackknife import Estimate
 from svdit.evaluation.neighbours import neighbour_metrics
 from svdit.evaluation.options import Options
 from svdit.evaluation.statistics import Gaussian
-from svdit.evaluation.weights import DEFAULT_CACHE, find_weights, load_weights
+from svdit.evaluation.weights import find_weights, load_weights
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def regression(samples: Path, reference: Path, weights: str | None) -> Iterator[
     """ADM's published samples against its reference batch. Raises UserError for other files."""
     if samples.stem not in ADM:
         raise UserError(f"{samples.name} has no published numbers; pass one of {', '.join(ADM)}")
-    network = load_extractor(*load_weights(find_weights(weights, DEFAULT_CACHE)))
+    network = load_extractor(*load_weights(find_weights(weights)))
     estimates = evaluate(reference, samples, network, Options(("fid", "sfid", "is", "prc"))).metrics
     inception_score, fid, sfid, precision, recall = ADM[samples.stem]
     for name, expected, tolerance in (

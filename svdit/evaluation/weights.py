@@ -12,13 +12,12 @@ from torch import Tensor
 
 from svdit.download import download as download_file
 from svdit.errors import UnreadableError, UserError
-from svdit.files import sha256
+from svdit.files import sha256, user_cache
 from svdit.storage import pickles
 
 NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{NAMES[0]}"
 SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-DEFAULT_CACHE = Path(os.path.expanduser("~/.cache/svdit"))  # noqa: PTH111, which raises where nobody has a home
 VARIABLE = "SVDIT_INCEPTION_WEIGHTS"
 
 MISSING = (
@@ -28,8 +27,9 @@ MISSING = (
 )
 
 
-def find_weights(path: str | Path | None, cache: Path, download: bool = False) -> Path:
+def find_weights(path: str | Path | None, cache: Path | None = None, download: bool = False) -> Path:
     """The weights file, downloaded into `cache` if `download`. Raises UserError with the searched places."""
+    cache = cache or user_cache()
     named = path or os.environ.get(VARIABLE)
     if named:
         if not Path(named).is_file():

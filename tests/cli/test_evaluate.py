@@ -167,6 +167,7 @@ def test_without_a_usable_home_features_are_not_kept(
 ):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(
         os.path, "expanduser", lambda path: str(path).replace("~", str(tmp_path / home), home == "file")
     )
@@ -174,6 +175,13 @@ def test_without_a_usable_home_features_are_not_kept(
     assert run("evaluate", "--real_dir", real, "--fake_dir", fake, "--feature-extractor", "random") == 0
     assert "cannot hold the features, which are not kept" in capsys.readouterr().err
     assert not (tmp_path / "~").exists()
+
+
+def test_features_are_kept_in_the_cache_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    real, fake = folder(tmp_path / "real", 5, 0), folder(tmp_path / "fake", 5, 1)
+    assert run("evaluate", "--real_dir", real, "--fake_dir", fake, "--feature-extractor", "random") == 0
+    assert len(list((tmp_path / "caches" / "svdit" / "features").glob("*/statistics.npz"))) == 2
 
 
 def test_an_unavailable_named_metric_ends_with_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -65,6 +65,24 @@ def test_complete_features_are_cached_and_incomplete_ones_are_not(
     assert tiny_network.seen == 15
 
 
+def test_a_cache_that_cannot_be_written_is_read(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def read_only(folder: Path) -> Path:
+        raise UserError(f"cannot write into the folder {folder} (Read-only file system); choose another folder")
+
+    first, network = run(images, TinyNetwork(), tmp_path / "f"), TinyNetwork()
+    monkeypatch.setattr("svdit.evaluation.features.writable_folder", read_only)
+    kept = set((tmp_path / "f").rglob("*"))
+    np.testing.assert_array_equal(run(images, network, tmp_path / "f").rows["pool"], first.rows["pool"])
+    assert (network.seen, capsys.readouterr().err) == (0, "")
+    more = run(images, network, tmp_path / "f", ("pool", "logits"))
+    assert sorted(more.rows) == ["logits", "pool"]
+    np.testing.assert_array_equal(more.rows["pool"], first.rows["pool"])
+    assert "f (Read-only file system); the features of these images are not kept" in capsys.readouterr().err
+    assert set((tmp_path / "f").rglob("*")) == kept
+
+
 def test_an_interrupted_pass_caches_nothing(images: ImageSet, tmp_path: Path):
     class Breaks(TinyNetwork):
         def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch  # before our library: it brings the OpenMP runtime that both use
 
 from svdit.errors import UserError
-from svdit.files import exclusive, sha256, temporary_folder
+from svdit.files import exclusive, sha256, temporary_folder, user_cache
 from svdit.kernels.cpu.sources import FLAGS, OPENMP, files, source_hash
 from svdit.printing import note, warn
 
@@ -151,10 +151,9 @@ def _intact(folder: Path) -> Path | None:
 
 def cache_folder() -> Path:
     """This user's private folder for libraries: in the cache or, where that cannot be, among the temporary files."""
-    xdg, home = os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")  # noqa: PTH111, which can raise
-    cache = Path(xdg if xdg.startswith("/") else home)
+    cache = user_cache()
     temporary = Path(tempfile.gettempdir()) / f"svdit-kernels-{os.geteuid()}"
-    for folder in (cache / "svdit" / "kernels", temporary):
+    for folder in (cache / "kernels", temporary):
         if folder.is_absolute() and _private(folder):
             if folder == temporary:
                 note(f"{cache} cannot hold the compiled CPU kernels; they are in {folder}")
