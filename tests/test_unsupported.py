@@ -85,6 +85,18 @@ def accelerated() -> None:
     svdit.accelerate(model, "dequant")  # the copy that was kept
 
 
+def inner_hooks() -> None:
+    model, called = pixel_model(), list[str]()
+    x = torch.randn(8, 3, 8, 8)
+    call = x, torch.arange(8) * 99, torch.arange(8) % 5
+    svdit.quantize_(model, "w8a8", [call])
+    fast: Any = svdit.accelerate(model)
+    fast.blocks[0].qkv.register_forward_hook(lambda *_: called.append("layer"))
+    fast.blocks[0].register_forward_hook(lambda *_: called.append("block"))
+    fast(*call)
+    assert called == ["block"]
+
+
 def fixed_codes() -> None:
     layer = quantized()[0]  # type: ignore[index]
     assert isinstance(layer, SVDLinear)
@@ -170,6 +182,7 @@ ROWS: dict[str, Callable[[], Any]] = {  # the beginning of the first cell: what 
         "chooses bits of integers", svdit.quantize_, sequential(nn.Linear(64, 8)), "fp8", BATCHES, target_size=1
     ),
     "requantizing": accelerated,
+    "forward hooks on layers": inner_hooks,
     "training the weights": fixed_codes,
     "guidance of a": lambda: refuses(
         "no null class", svdit.sample, pixel_model(has_null_class=False), 0, cfg_scale=1.5

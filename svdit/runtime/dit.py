@@ -23,7 +23,7 @@ from svdit.model.embeddings import sinusoids
 from svdit.model.layers import Attention, Block, FinalLayer, SwiGLU
 from svdit.runtime import linear
 from svdit.runtime.graph import Replayed
-from svdit.runtime.linear import FastLinear, check_move, packed, packed_floats
+from svdit.runtime.linear import FastLinear, check_move, packed, packed_floats, refuse_loading
 
 HIDDEN_BYTES = 2**25  # of fc1's output at once on a CPU: the allocator maps and clears larger buffers at every call
 
@@ -128,9 +128,19 @@ class FastDiT(DiT):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor, cache: Blocks | None = None) -> Tensor:
+        N = max(len(x), t.numel(), y.numel())
+        x, t, y = x.expand(N, -1, -1, -1), t.expand(N), y.expand(N)
         recorded = cache is None and x.is_cuda and self.graphs and not torch.compiler.is_compiling()
         with torch.autocast(x.device.type, enabled=False):
             return self.step(x, t, y) if recorded else self.compute(x, t, y, cache)
+
+    def hooked(self) -> bool:
+        """Whether forward hooks of the caller read the inputs or outputs of blocks."""
+        everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+        return bool(everywhere) or any(block._forward_hooks or block._forward_pre_hooks for block in self.blocks)
+
+    def _load_from_state_dict(self, *args: object) -> None:
+        refuse_loading()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "FastDiT":
         check_move(self, fn)  # of all layers, before any tensor is moved
@@ -153,7 +163,8 @@ class FastDiT(DiT):
             if first == self.config.context_start:
                 x = self.with_context(x, label[place])                            # (N, L + T, D)
             rotation = self.rotations(x)
-            with nullcontext() if cache or torch.compiler.is_compiling() else self.together():
+            alone = cache or torch.compiler.is_compiling() or self.hooked()
+            with nullcontext() if alone else self.together():
                 for i in range(first, last):
                     run = partial(self.blocks[i], modulations=modulations.get(i), rotation=rotation)
                     x = cache.block(i, x, run) if cache else run(x)               # (N, L + T, D)

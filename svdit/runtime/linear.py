@@ -6,6 +6,7 @@ Under torch.compile a packed layer is one custom operator, which is not traced i
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import count
+from typing import NoReturn
 from weakref import WeakValueDictionary
 
 import torch
@@ -97,6 +98,9 @@ class FastLinear(nn.Module):
         check_move(self, fn)
         return self
 
+    def _load_from_state_dict(self, *args: object) -> None:
+        refuse_loading()
+
     def _save_to_state_dict(self, *args: object) -> None:
         raise UserError("an accelerated model cannot be saved; save the quantized model before accelerating it")
 
@@ -111,6 +115,13 @@ def packed_floats(weight: Tensor, bias: Tensor | None, name: str, backend: str, 
     """A layer of float weight (O, I) and bias (O,)."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     return FastLinear(ops.float_linear(weight, bias, backend), weight, bias, name, None, debug)
+
+
+def refuse_loading() -> NoReturn:
+    """Raises UserError: packed layers would keep what they have."""
+    raise UserError(
+        "an accelerated model cannot load a state dict; load it into the quantized model before accelerating it"
+    )
 
 
 def check_move(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:

@@ -49,6 +49,45 @@ def test_every_backend_computes_the_same(tiny: DiT, config: str) -> None:
         assert fast(X, T, Y).std() > 0.1
 
 
+@pytest.mark.parametrize("backend", USABLE)
+def test_one_image_meets_several_conditions_and_one_condition_several_images(tiny: DiT, backend: str) -> None:
+    model, bound = quantized(tiny, "w8a8"), model_bound(backend, 8)
+    fast = accelerate(deepcopy(model), backend)
+    for call in ((X[:1], T, Y), (X, T[:1], Y), (X, T[:1], Y[:1]), (X[:1], T[:1], Y)):
+        expected, found = model(*call), fast(*call)
+        assert len(found) == 5
+        assert all(relative(a, b) < 2 * bound for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("backend", USABLE)
+def test_hooks_of_blocks_see_and_change_what_blocks_compute(tiny: DiT, backend: str, everywhere: bool) -> None:
+    model, bound = quantized(tiny, "w8a8"), model_bound(backend, 8)
+
+    def halved(model: DiT) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        seen = list[torch.Tensor]()
+
+        def hook(module: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor | None:
+            if module is not model.blocks[0]:
+                return None
+            seen.append(output.clone())
+            return output * 0.5
+
+        register = (
+            nn.modules.module.register_module_forward_hook if everywhere else model.blocks[0].register_forward_hook
+        )
+        with torch.no_grad():
+            handle = register(hook)
+            try:
+                return model(X, T, Y), seen
+            finally:
+                handle.remove()
+
+    (image, seen), (expected, of_model) = halved(accelerate(deepcopy(model), backend)), halved(model)
+    assert relative(seen[0], of_model[0]) < bound and relative(image, expected) < 2 * bound
+    assert relative(expected, model(X, T, Y)) > 2 * bound
+
+
 @pytest.mark.parametrize("config", ["w8a8", "w4a8"])
 def test_pictures_are_the_same_on_every_backend(tiny: DiT, config: str) -> None:
     model = quantized(tiny, config)
