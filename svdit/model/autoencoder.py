@@ -37,7 +37,8 @@ WORKERS = 8  # images at the same time on a CPU; one of 256 px needs 0.5 GB
 class Autoencoder:
     """`vae`: of vae.py or of diffusers, or None if the model works on pixels; `mean` and `std` are of raw latents.
 
-    `decoder`: instead of the vae's, raw latents (N, C, h, w) to images on all threads, without regard to the batch.
+    `decoder`: instead of the vae's where that is in fp32 on the CPU, raw latents (N, C, h, w) to images on all threads,
+    without regard to the batch.
     """
 
     name: str
@@ -94,7 +95,7 @@ class Autoencoder:
         if self.vae is None:
             return z.clamp(-1, 1)
         raw = self.denormalized(z)
-        if self.decoder is not None:
+        if self.decoder is not None and (self.vae.device.type, self.vae.dtype) == ("cpu", torch.float32):
             return self.decoder(raw.to(self.vae.device, self.vae.dtype)).clamp_(-1, 1)
         return torch.cat(self._map(lambda part: self.vae.decode(part).sample, raw, self.factor)).clamp(-1, 1)
 

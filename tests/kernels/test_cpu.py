@@ -272,6 +272,7 @@ def test_float_weights(kernels: ffi.Kernels) -> None:
         assert ((got - expected).abs() <= bound).all()
         assert torch.equal(got, torch.cat([cpu.weigh(row, weight, bias, kernels) for row in x.split(1)]))
     assert cpu.weigh(x[:0], weight, None, kernels).shape == (0, O)
+    assert cpu.weigh(x, weight[:0], None, kernels).shape == (len(x), 0)
 
 
 def test_weight_only_supports_groups_of_whole_chunks() -> None:

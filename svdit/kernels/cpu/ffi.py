@@ -6,7 +6,7 @@ or that was allocated here. The checks raise ValueError, also under `python -O`.
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, addressof, c_int, c_int64, c_void_p, sizeof
 from functools import cache
@@ -148,6 +148,10 @@ class Kernels:
             raise RuntimeError(f"structures of csrc/kernels.h have {sizes} bytes; make those of ffi.py match")
         self.low_dtype = torch.bfloat16 if pairs else torch.float32  # of attention
         self.branch_dtype = torch.int16 if words else torch.bfloat16 if self.parts == 2 else torch.float32
+
+    def __reduce__(self) -> tuple[Callable[[str], "Kernels"], tuple[str]]:
+        """For copy and pickle."""
+        return kernels, (self.isa,)
 
     def call(self, name: str, *arguments: Any) -> None:
         """The function `name` of this instruction set. Raises MemoryError where it cannot allocate its buffers."""

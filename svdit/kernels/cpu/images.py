@@ -69,7 +69,9 @@ def convolve(
     weight (O, I, 3, 3), bias (O,). With `norm` of silu(norm(x)); with `enlarge` of x (H/2, W/2, I) whose pixels are
     repeated to 2×2. `out` may be the residual itself.
     """
-    (h, w, I), O = x.shape, len(weight)
+    if not out.numel():
+        return out
+    (h, w, I), O, weight = x.shape, len(weight), weight.contiguous()
     H, W = h << enlarge, w << enlarge
     floats = padded(max(SCRATCH // 4, 10_000 * padded(I, 16)), 16)  # the latter: weights of 64 outputs, and 6 tiles
     scratch = workspace.take("scratch", workspace.threads, floats)

@@ -238,6 +238,8 @@ def weigh(x: Tensor, weight: Tensor, bias: Tensor | None, kernels: Kernels, scal
     O, bits = len(weight), {torch.float32: 32, torch.int8: 8}.get(weight.dtype, 4)
     scales = torch.ones(O, 1, dtype=torch.float32, device="cpu") if scales is None else scales
     out = torch.empty(len(rows), O, dtype=torch.float32, device="cpu")
+    if not out.numel():
+        return out.view(*x.shape[:-1], O)
     call = WeightOnly(rows=len(rows), depth=I, outputs=O, bits=bits, groups=scales.shape[1], out=out.data_ptr())
     call.x, call.bias = pointer(rows, torch.float32, (len(rows), I)), pointer(bias, torch.float32, (O,))
     call.weight = pointer(weight, torch.uint8 if bits == 4 else weight.dtype, (O, I // 2 if bits == 4 else I))
