@@ -153,8 +153,8 @@ def weigh(
 
     Where SPLIT, products are those of bfloat16: x is the sum of two such numbers, and codes are exact in one.
     """
-    rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    outputs = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    outputs = (tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
     m, o = tl.minimum(rows, M - 1), tl.minimum(outputs, O - 1)
     HALF: tl.constexpr = 64
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)

@@ -184,7 +184,7 @@ class IntegerLinear:
     ) -> None:
         """The results of `quantize` for M rows to out (N, T, O), which is the residual's x where there is one."""
         (N, T, O), M = out.shape, len(codes)
-        check_rows(out, (N, M // N, self.shape[0]), codes)
+        check_rows(out, (N, M // max(N, 1), self.shape[0]), codes)
         gate, stride = (None, 0) if residual is None else (residual.gate, row_distance(residual.gate, N, O, out))
         with device_of(codes):
             PRODUCT[lambda tile: (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(O, tile["BLOCK_O"]),)](
@@ -208,7 +208,7 @@ def weight_only(layer: Layer) -> Linear:
         check_rows(rows, (M, I), weight)
         block_m = min(64, max(16, triton.next_power_of_2(M)))
         with device_of(rows):
-            weigh[triton.cdiv(O, 64), triton.cdiv(M, block_m)](
+            weigh[triton.cdiv(M, block_m), triton.cdiv(O, 64)](  # the second axis ends at 65535
                 rows, weight, scales, rest.bias, out, M, O, I, width,
                 BITS=form.bits, GROUPED=grouped, SPLIT=not INTERPRETED, BLOCK_M=block_m, BLOCK_O=64,
             )  # fmt: skip
