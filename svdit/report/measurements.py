@@ -49,7 +49,9 @@ def layer_inputs(
                 for key in sorted(set(keys.tolist())):
                     previous = kept[name].get(key, x[:0].float())
                     places = (of_rows == key).nonzero()[:, 0]
-                    places = places[torch.randperm(len(places), generator=generator)[: rows - len(previous)]]
+                    places = places[
+                        torch.randperm(len(places), generator=generator, device="cpu")[: rows - len(previous)]
+                    ]
                     kept[name][key] = torch.cat([previous, x[places.to(x.device)].float()])
 
         return record

@@ -100,10 +100,10 @@ def show_conditions(model: DiT, seed: int, count: int) -> None:
     """Call every adaLN layer with the conditioning of `count` random pairs (t, y), half of the null class (if any)."""
     generator = torch.Generator().manual_seed(seed)
     if model.config.is_flow:
-        t = torch.rand(count, generator=generator, dtype=torch.float32)
+        t = torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
     else:
-        t = torch.randint(TIMESTEPS, (count,), generator=generator)
-    y = torch.randint(model.config.num_classes, (count,), generator=generator)
+        t = torch.randint(TIMESTEPS, (count,), generator=generator, device="cpu")
+    y = torch.randint(model.config.num_classes, (count,), generator=generator, device="cpu")
     if model.config.has_null_class:
         y[::2] = model.null_class
     device, dtype = model.pos_embed.device, model.pos_embed.dtype

@@ -175,14 +175,14 @@ def trial_layers(kernels: ffi.Kernels) -> list[linear.IntegerLinear]:
     layers = []
     for O, I in ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH), (WIDTH, 4 * WIDTH)):
         tensors = {
-            "residual_codes": torch.randint(0, 256, (O, I // 2), generator=generator, dtype=torch.uint8),
-            "residual_scales": torch.full((O, I // 64), 15, dtype=torch.int8),
-            "residual_steps": torch.full((O, 1), 1e-4, dtype=torch.float32),
-            "l1": torch.randn(O, 32, generator=generator).bfloat16(),
-            "l2": torch.randn(32, I, generator=generator).bfloat16(),
-            "in_scale": torch.ones(I, dtype=torch.float32),
-            "in_shift": torch.zeros(I, dtype=torch.float32),
-            "bias": torch.zeros(O, dtype=torch.float32),
+            "residual_codes": torch.randint(0, 256, (O, I // 2), generator=generator, dtype=torch.uint8, device="cpu"),
+            "residual_scales": torch.full((O, I // 64), 15, dtype=torch.int8, device="cpu"),
+            "residual_steps": torch.full((O, 1), 1e-4, dtype=torch.float32, device="cpu"),
+            "l1": torch.randn(O, 32, generator=generator, dtype=torch.bfloat16, device="cpu"),
+            "l2": torch.randn(32, I, generator=generator, dtype=torch.bfloat16, device="cpu"),
+            "in_scale": torch.ones(I, dtype=torch.float32, device="cpu"),
+            "in_shift": torch.zeros(I, dtype=torch.float32, device="cpu"),
+            "bias": torch.zeros(O, dtype=torch.float32, device="cpu"),
         }
         layers.append(linear.IntegerLinear(Layer(spec, (O, I), tensors), kernels))
     return layers
@@ -193,8 +193,9 @@ def block_trial(layers: list[linear.IntegerLinear], pair: Choice) -> Trial:
     qkv, proj, fc1, fc2 = layers
     own = None if pair.attention == TORCH else ffi.kernels(pair.attention)
     attention = partial(linear.attention, kernels=own) if own else fused.attention
-    x = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    shift, scale, gate = torch.zeros(3, 1, WIDTH, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, TOKENS, WIDTH, generator=generator, dtype=torch.float32, device="cpu")
+    shift, scale, gate = torch.zeros(3, 1, WIDTH, dtype=torch.float32, device="cpu")
     modulation = Modulation(shift, scale)
 
     def run() -> None:
