@@ -64,16 +64,21 @@ def ideal_scales(x: Tensor, form: Format) -> Tensor:
 
 
 def store_scales(ideal: Tensor, form: Format) -> Scales:
-    """Round scales (…, G) to the stored type. Zero scales (all-zero groups) become one; codes are zero then."""
-    ideal = torch.where(ideal == 0, torch.ones_like(ideal), ideal)
+    """Round scales (…, G) to the stored type. Zero scales (all-zero groups) become one; codes are zero then.
+
+    With one step for all groups of a row they become the largest of the row, which changes no other.
+    """
     if form.scale in TWO_LEVEL:
-        steps = ideal.abs().amax(-1, keepdim=True) / TWO_LEVEL[form.scale]
-        multiples = ideal / steps
+        largest = ideal.abs().amax(-1, keepdim=True)
+        largest = torch.where(largest == 0, 1.0, largest)
+        steps = largest / TWO_LEVEL[form.scale]
+        multiples = torch.where(ideal == 0, largest, ideal) / steps
         if form.scale == "int8":
             multiples = torch.copysign(multiples.abs().round().clamp(min=1), multiples)
         else:
             multiples = multiples.clamp(min=2.0**-9)  # the smallest E4M3 number above zero
         return Scales(multiples.to(SCALE_DTYPES[form.scale]), steps)
+    ideal = torch.where(ideal == 0, 1.0, ideal)
     if form.scale == "e8m0":  # OCP MX: the exponent of the absmax less that of the largest element
         largest = ELEMENT_MAX[form.element]
         exponent = torch.floor(torch.log2(ideal * largest)) - math.floor(math.log2(largest))

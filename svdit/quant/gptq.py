@@ -38,7 +38,8 @@ class Inverse:
         self.upper = invert_lower_(L).flip(0, 1).float()
         # A column's error e spreads as e U_i / U_ii, which under the damped R costs e² / U_ii²; undamped, less.
         spread = 1 - self.damping * step * self.upper.square().sum(1)
-        self.left = float((spread / self.upper.diagonal().square()).sum() / diagonal.sum())
+        cost, alive = spread / self.upper.diagonal().square(), ~dead
+        self.left = float(cost[alive[self.order]].sum() / diagonal[alive].sum()) if alive.any() else 1.0
 
 
 def damped_cholesky_(R: Tensor, damping: float, step: Tensor) -> tuple[Tensor, float]:

@@ -31,7 +31,7 @@ def weight_scales(W: Tensor, form: Format, importance: Tensor | None) -> ref.Sca
 
 
 def _searched(W: Tensor, ideal: Tensor, zeros: Tensor | None, form: Format, importance: Tensor) -> Tensor:
-    """The best of the tried scales (O, G) for a few rows of W (O, I)."""
+    """The best of the tried scales (O, G) for a few rows of W (O, I); zero where `ideal` is."""
     best, least = ideal, torch.full_like(ideal, torch.inf)
     for sign in (1.0, -1.0) if form.span == "full" else (1.0,):
         for ratio in RATIOS:
@@ -41,7 +41,7 @@ def _searched(W: Tensor, ideal: Tensor, zeros: Tensor | None, form: Format, impo
             error = (ref.decode(codes, scales.groups, form) - shifted).square_().mul_(importance)
             error = ref.grouped(error, form).sum(-1)
             best, least = torch.where(error < least, scales.groups, best), torch.minimum(error, least)
-    return best
+    return torch.where(ideal == 0, 0.0, best)
 
 
 def round_weight(

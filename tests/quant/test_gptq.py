@@ -80,6 +80,26 @@ def test_failed_factorizations_raise_the_damping() -> None:
     assert Inverse(R).damping == pytest.approx(0.1)
 
 
+def test_dead_channels_change_no_prediction() -> None:
+    R = torch.zeros(192, 192, dtype=torch.float64)
+    R[32:160, 32:160] = hard_moment()
+    assert Inverse(R).left == pytest.approx(Inverse(hard_moment()).left, rel=1e-6)
+    assert Inverse(torch.zeros_like(R)).left == 1
+
+
+@pytest.mark.parametrize("name", [name for name, form in WEIGHT_FORMATS.items() if form.group])
+@pytest.mark.parametrize("importance", [None, torch.ones(128)], ids=["absmax", "searched"])
+def test_a_group_of_zeros_changes_no_other(name: str, importance: torch.Tensor | None) -> None:
+    """As in pruned and in block-diagonal layers. The other groups keep the largest scale of their row."""
+    form = WEIGHT_FORMATS[name]
+    whole, pruned, last = 0.02 * W, 0.02 * W, slice(128 - form.group, 128)
+    whole[:, 0] = 0.1
+    pruned[:, 0], pruned[:, last] = 0.1, 0
+    expected, got = (ref.dequantize(*round_weight(x, form, importance), form) for x in (whole, pruned))
+    expected[:, last] = 0
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("name", ["int4", "int4-channel", "int4-bf16"])
 def test_searched_scales_never_lose(name: str) -> None:
     form = WEIGHT_FORMATS[name]
