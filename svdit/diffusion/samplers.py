@@ -88,7 +88,8 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095, of (N, C, H, W), in λ = log(α/σ).
 
-    First order at both ends; draws no noise.
+    First order in the first step and in the one to t = 0, where λ grows by so much more than before that extrapolation
+    overshoots, as with diffusers' `euler_at_final`; draws no noise.
     """
     abar = schedule.alphas_cumprod
     alphas, sigmas, lambdas = abar**0.5, (1 - abar) ** 0.5, 0.5 * np.log(abar / (1 - abar))
@@ -101,7 +102,7 @@ def dpm_solver(
         else:
             h = float(lambdas[i - 1] - lambdas[i])
             direction = x0
-            if previous is not None:
+            if previous is not None and i > 1:
                 r = float(lambdas[i] - lambdas[i + 1]) / h
                 direction = x0 + (x0 - previous) / (2 * r)
             x = float(sigmas[i - 1] / sigmas[i]) * x - float(alphas[i - 1]) * math.expm1(-h) * direction

@@ -60,15 +60,29 @@ def test_dpm_solver_equals_diffusers(steps: int) -> None:
     schedule, denoise = make_schedule(steps), exact_denoiser(0.3, 0.5)
     z = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     theirs = DPMSolverMultistepScheduler(
-        beta_schedule="linear", algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero"
+        beta_schedule="linear", algorithm_type="dpmsolver++", final_sigmas_type="sigma_min", euler_at_final=True
     )
-    theirs.set_timesteps(timesteps=schedule.timesteps[::-1].tolist())
+    theirs.set_timesteps(timesteps=schedule.timesteps[:0:-1].tolist())  # all but 0, whose σ is the least
     x = z
     for t in theirs.timesteps:
         x = theirs.step(denoise(x, int(t)), t, x).prev_sample
+    x = theirs.convert_model_output(denoise(x, 0), sample=x)  # the σ of its last step is still that of t = 0
     ours = dpm_solver(denoise, z, schedule, noise=no_noise)
-    # diffusers' λ is float32 and infinite at the end; its last steps differ in the sixth digit
+    # diffusers' λ is float32; its last steps differ in the sixth digit
     assert 0 < relative(ours, x) < 2e-5
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50])
+def test_dpm_solver_is_nearer_to_the_exact_solution_than_ddim(steps: int) -> None:
+    mean, std, schedule = 0.3, 0.5, make_schedule(steps)
+    z = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    a = float(schedule.alphas_cumprod[-1])
+    exact = mean + std * (z - a**0.5 * mean) / (a * std**2 + 1 - a) ** 0.5  # of the probability flow
+    ours, ddims = (
+        relative(sampler(exact_denoiser(mean, std), z, schedule, noise=no_noise), exact)
+        for sampler in (dpm_solver, ddim)
+    )
+    assert ours < 0.8 * ddims
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
