@@ -20,11 +20,15 @@ Blocks = npt.NDArray[np.int64]  # (N,), the block of each generated image
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its K leave-one-block-out values (empty: not available), or the reason why there is no value."""
+    """A value with its K leave-one-block-out values (empty: not available), or the reason why there is no value.
+
+    `enough`: whether there are so many images that the bias of N of them is about c/N, as the jackknife assumes.
+    """
 
     value: float | None
     leave_out: tuple[float, ...] = ()
     reason: str | None = None
+    enough: bool = True
 
     @property
     def se(self) -> float | None:
@@ -36,8 +40,8 @@ class Estimate:
 
     @property
     def bias(self) -> float | None:
-        """The jackknife estimate of the bias due to the finite number of generated images."""
-        if self.value is None or len(self.leave_out) < 2:
+        """The jackknife estimate of the bias due to the finite number of generated images; None for too few."""
+        if self.value is None or len(self.leave_out) < 2 or not self.enough:
             return None
         return float((len(self.leave_out) - 1) * (np.mean(self.leave_out) - self.value))
 
@@ -46,7 +50,8 @@ class Estimate:
         if self.value is None or other.value is None:
             return Estimate(None, reason=self.reason or other.reason)
         pairs = zip(self.leave_out, other.leave_out, strict=True)
-        return Estimate(self.value - other.value, tuple(a - b for a, b in pairs))
+        left = tuple(a - b for a, b in pairs)
+        return Estimate(self.value - other.value, left, enough=self.enough and other.enough)
 
 
 Estimates = dict[str, Estimate]  # by key of `metrics.json`

@@ -139,10 +139,10 @@ def compute_metrics(names: Sequence[str], data: Data, update: Update = lambda do
 
 
 def frechet(data: Data, layer: str) -> Estimate:
-    """FID ("pool") or sFID ("spatial")."""
-    fake = data.fake
-    distances = jackknifed_distance(data.real.gaussians[layer], fake.gaussians[layer], fake.rows[layer], data.blocks)
-    return Estimate(distances[0], tuple(distances[1:]))
+    """FID ("pool") or sFID ("spatial"). With fewer than twice as many images as features its bias is not c/N."""
+    gaussian, rows = data.fake.gaussians[layer], data.fake.rows[layer]
+    distances = jackknifed_distance(data.real.gaussians[layer], gaussian, rows, data.blocks)
+    return Estimate(distances[0], tuple(distances[1:]), enough=len(rows) >= 2 * rows.shape[1])
 
 
 def fid_infinity(reference: Gaussian, rows: Rows, start: int = INFINITY_START) -> Estimate:

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
+from svdit.evaluation.features import Features
 from svdit.evaluation.frechet import jackknifed_distance
 from svdit.evaluation.jackknife import Estimate, assign_blocks
-from svdit.evaluation.statistics import Gaussian
+from svdit.evaluation.metrics import Data, frechet
+from svdit.evaluation.statistics import Gaussian, Moments
 
 
 def test_leave_one_out_is_the_textbook_error_of_a_mean():
@@ -68,3 +71,15 @@ def test_error_and_bias_of_fid_agree_with_monte_carlo():
     plain_error, error = values.mean() - truth, debiased.mean() - truth
     assert abs(error) < 3 * debiased.std() / np.sqrt(seeds)
     assert abs(plain_error) > 3 * abs(error)
+
+
+def test_few_images_have_no_estimate_of_the_bias_of_fid():
+    """It is that of c/N, which holds for twice as many images as features and more."""
+    gaussian, generator = Moments(8).add(torch.randn(100, 8)).gaussian(), torch.Generator().manual_seed(0)
+    for count in (15, 16):
+        rows = torch.randn(count, 8, generator=generator)
+        fake = Features({"pool": Moments(8).add(rows).gaussian()}, {"pool": rows.numpy()})
+        data = Data(Features({"pool": gaussian}, {}), fake, assign_blocks(count), torch.device("cpu"))
+        estimate = frechet(data, "pool")
+        assert estimate.se
+        assert (estimate.bias is None) == (estimate.minus(estimate).bias is None) == (count < 16)
