@@ -75,7 +75,8 @@ def _few(apply: Callable[[Tensor], Tensor], like: Tensor, rank: int, sweeps: int
 
     From a fixed start (Halko et al., arXiv 0909.4061): 100× faster, and the captured energy is within a few 1e-6 of
     the optimum of weights. Of a Gaussian matrix (1152²), the flattest spectrum, it is 2 % less with eight sweeps, which
-    leaves 1.002 times the error at rank 32. Products of few rows with a large matrix are up to 7× faster than those of the matrix with few columns.
+    leaves 1.002 times the error at rank 32. Products of few rows with a large matrix are up to 7× faster than those of
+    the matrix with few columns.
     """
     # Drawn on the CPU, so that every device starts from the same numbers.
     generator = torch.Generator().manual_seed(0)

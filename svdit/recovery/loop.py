@@ -49,12 +49,12 @@ class Sampler:
         share = weights.share.sqrt() * (counts > 0)
         chance = (1 - UNIFORM) * share / share.sum().clamp(min=1e-30) + UNIFORM * counts / counts.sum()
         self.chance = (chance / counts.clamp(min=1))[calls.place].double()  # (M,), of each row
-        mean = calls.factor * weights.weight[calls.place].to(calls.factor)
+        mean = weights.weight[calls.place] / (self.chance * len(self.chance))
         self.calls, self.ends = calls, self.chance.cumsum(0)
-        self.weight = mean / (self.chance * len(self.chance)).to(mean)
+        self.weight = calls.factor * mean.to(calls.factor)[:, None]  # (M, C)
 
     def draw(self, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """Rows (ROWS,) of a step, and their weights."""
+        """Rows (ROWS,) of a step, and the weights of their channels (ROWS, C)."""
         uniform = torch.from_numpy(stream(seed, step, DRAWS).random(ROWS)) * self.ends[-1]
         rows = torch.searchsorted(self.ends, uniform).clamp(max=len(self.ends) - 1)
         return rows, self.weight[rows.to(self.weight.device)]
@@ -136,7 +136,7 @@ def training_step(state: State, student: DiT, source: Source, options: RecoverOp
     calls = sampler.calls
     for i, weight in zip(torch.split(rows, size), torch.split(weights, size), strict=True):
         output = student(calls.x[i], calls.t[i], calls.y[i])[:, : calls.x.shape[1]]
-        loss = (weight * (output - calls.target[i]).square().flatten(1).mean(1)).sum() / ROWS
+        loss = (weight * (output - calls.target[i]).square().mean((2, 3))).mean(1).sum() / ROWS
         torch.autograd.backward(loss)
         total += float(loss.detach())
     if not math.isfinite(total):

@@ -60,14 +60,15 @@ class Walk:
 class Calls(NamedTuple):
     """Calls of a model, in the order of the sampler: inputs, times, labels and predictions of M rows.
 
-    `factor` is the guidance's for a row's error, `place` the row's tenth, plus TENTHS for the null class.
+    `factor` is the guidance's for the errors of a row's channels, `place` the row's tenth, plus TENTHS for the null
+    class.
     """
 
     x: Tensor  # (M, C, H, W)
     t: Tensor  # (M,)
     y: Tensor  # (M,)
     target: Tensor  # (M, C, H, W)
-    factor: Tensor  # (M,)
+    factor: Tensor  # (M, C)
     place: Tensor  # (M,)
 
 
@@ -76,7 +77,8 @@ class Recorder:
 
     def __init__(self, model: DiT, walk: Walk, images: int) -> None:
         self.model, self.images = model, images
-        self.scale = walk.sampling(model.config).scale(model.config)
+        sampling = walk.sampling(model.config)
+        self.scale, self.channels = sampling.scale(model.config), sampling.cfg_channels  # guided ones; None: all
         self.calls: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     @property
@@ -90,19 +92,21 @@ class Recorder:
         self.calls.append((x, t, y, output))
         return output
 
-    def factors(self, rows: int) -> Tensor:
-        """What guidance does to the squared errors of a call's rows (N,): s² and (s − 1)²."""
-        if rows == self.images:
-            return torch.ones(rows, device="cpu")
-        squares = torch.tensor([self.scale**2, (self.scale - 1) ** 2], device="cpu")
-        return squares.repeat_interleave(self.images)
+    def factors(self, rows: int, channels: int) -> Tensor:
+        """What guidance does to the squared errors of a call (N, C): s² and (s − 1)²; 1 and 0 where it does not act."""
+        factors = torch.ones(rows, channels, device="cpu")
+        if rows > self.images:
+            factors[self.images :] = 0
+            factors[: self.images, : self.channels] = self.scale**2
+            factors[self.images :, : self.channels] = (self.scale - 1) ** 2
+        return factors
 
     def flat(self) -> Calls:
         """All calls as rows, those of an image together: the order does not depend on the images at once."""
         x, t, y, outputs = (torch.cat(column) for column in zip(*self.calls, strict=True))
         rows = [len(call[0]) for call in self.calls]
         number = torch.cat([torch.arange(count, device="cpu") for count in rows])  # in its call
-        factor = torch.cat([self.factors(count) for count in rows])
+        factor = torch.cat([self.factors(count, x.shape[1]) for count in rows])
         tenths = torch.tensor(self.tenths, device="cpu").repeat_interleave(torch.tensor(rows, device="cpu"))
         place = tenths + TENTHS * (number >= self.images)
         order = (number % self.images).argsort(stable=True)
@@ -159,7 +163,7 @@ class Mixed:
         if place > self.tenth:
             return exact
         output: Tensor = self.student(x, t, y)
-        squares = (output - exact)[:, : x.shape[1]].square().flatten(1).mean(1).cpu()
-        for half, errors in enumerate(torch.split(squares * self.recorder.factors(len(x)), self.recorder.images)):
+        squares = (output - exact)[:, : x.shape[1]].square().mean((2, 3)).cpu() * self.recorder.factors(*x.shape[:2])
+        for half, errors in enumerate(torch.split(squares, self.recorder.images)):
             self.errors[half] += errors.mean()
         return output

@@ -42,6 +42,7 @@ def calibration_size(model: DiT, images: int | None = None, steps: int | None = 
 
 def calibration_sampling(config: DiTConfig, steps: int, cfg_scale: float | None = None) -> SamplingConfig:
     """How a model samples its calibration set: under the first protocol of its family, a flow in three steps at least.
+    A DiT in two: the only timestep of one is 0, where its noise never is.
 
     `cfg_scale` None: the protocol's, or GUIDANCE where it has none for this model.
     """
@@ -50,7 +51,7 @@ def calibration_sampling(config: DiTConfig, steps: int, cfg_scale: float | None 
     if cfg_scale is not None:
         options["cfg_scale"] = cfg_scale
     if not config.is_flow:
-        return SamplingConfig("ddim", str(steps), options["cfg_scale"])
+        return SamplingConfig("ddim", str(max(steps, 2)), options["cfg_scale"])
     return default_sampling(config, **options)
 
 

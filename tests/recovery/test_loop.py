@@ -55,7 +55,8 @@ def test_the_rows_are_the_calls_of_the_model() -> None:
     assert len(calls.t) == 3 * 2 * 10
     assert relative(again, calls.target) < 1e-5
     null = calls.y == teacher.null_class
-    assert calls.factor[null].unique().tolist() == [0.25] and calls.factor[~null].unique().tolist() == [2.25]
+    assert calls.factor[null].unique(dim=0).tolist() == [[0.25] * 3 + [0]]
+    assert calls.factor[~null].unique(dim=0).tolist() == [[2.25] * 3 + [1]]
     tenths = [sorted(set(calls.t.tolist())).index(t) for t in calls.t.tolist()]
     assert calls.place.tolist() == [tenth + TENTHS * half for tenth, half in zip(tenths, null.tolist(), strict=True)]
 
@@ -69,7 +70,10 @@ def test_a_weight_is_the_images_error_per_squared_error_of_outputs() -> None:
         error = student(calls.x[last], calls.t[last], calls.y[last])[:, :4] - calls.target[last]
         conditional, null = error[0::2], error[1::2]
     guided = torch.cat([1.5 * conditional[:, :3] - 0.5 * null[:, :3], conditional[:, 3:]], dim=1)
-    squares = 2.25 * conditional.square().mean(), 0.25 * null.square().mean()
+    squares = [
+        (factor * half[:, :3].square().sum() + last * half[:, 3:].square().sum()) / half.numel()
+        for half, factor, last in ((conditional, 2.25, 1), (null, 0.25, 0))
+    ]
     image = 0.1**2 * guided.square().mean()  # Euler's last step of ten: x + 0.1 v
     assert float(weights.weight[TENTHS - 1]) == pytest.approx(float(image / sum(squares)), rel=1e-3)
     shares = [float(weights.share[TENTHS - 1 + TENTHS * half]) for half in (0, 1)]
@@ -80,13 +84,13 @@ def test_a_weight_is_the_images_error_per_squared_error_of_outputs() -> None:
 def test_drawn_rows_stand_for_all() -> None:
     generator = torch.Generator().manual_seed(0)
     empty, place = torch.zeros(60), torch.arange(60) % 18  # the last two places have no rows
-    factor = 1 + torch.rand(60, generator=generator)
+    factor = 1 + torch.rand(60, 1, generator=generator)
     weights = Weights(torch.rand(20, generator=generator), torch.rand(20, generator=generator) ** 4)
     sampler = Sampler(Calls(empty, empty, empty, empty, factor, place), weights)
     value = torch.rand(60, generator=generator)
     drawn = [sampler.draw(5, step) for step in range(500)]
-    means = torch.stack([(weight * value[rows]).mean() for rows, weight in drawn])
-    expected = float((factor * weights.weight[place] * value).mean())
+    means = torch.stack([(weight[:, 0] * value[rows]).mean() for rows, weight in drawn])
+    expected = float((factor[:, 0] * weights.weight[place] * value).mean())
     assert abs(float(means.mean()) - expected) < 4 * float(means.std()) / 500**0.5
     counts = torch.cat([rows for rows, _ in drawn]).bincount(minlength=60)
     assert (counts > 0).all() and counts.max() > 5 * counts.min()  # by their share
