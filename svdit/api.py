@@ -10,7 +10,7 @@ packages it calls.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from svdit.checkpoints.store import load_model, load_quantized, save_model, save_quantized
 from svdit.diffusion.samplers import Callback, silent
 from svdit.distributed import named_device
-from svdit.errors import UserError
+from svdit.errors import UserError, check_names
 from svdit.evaluation.evaluate import evaluate as compare_sets
 from svdit.evaluation.features import FeatureNetwork
 from svdit.evaluation.inception import named_extractor
 from svdit.evaluation.options import Options
 from svdit.evaluation.report import Report
-from svdit.images import grid, to_uint8, write_png
+from svdit.images import check_pixels, grid, to_uint8, write_png
 from svdit.integrations.rules import rules_for
 from svdit.model.autoencoder import Autoencoder, autoencoder_for
 from svdit.model.dit import DiT
@@ -35,16 +35,19 @@ from svdit.printing import note
 from svdit.quant import quantize
 from svdit.quant.budget import Plan, plan_
 from svdit.quant.config import QuantConfig, Recipe, Rule, dit_config, recipe_for, skipping
+from svdit.quant.linear import unwrapped
 from svdit.quant.observe import ForwardLoop
 from svdit.quant.report import QuantReport
 from svdit.runtime.decoder import with_kernels
 from svdit.sampling.batch import default_sampling, generate_decoded, not_followed
 from svdit.sampling.calibration import calibration_loop, calibration_size
+from svdit.sampling.config import SamplingConfig
 from svdit.sampling.fidelity import psnr as psnr_of
 from svdit.sampling.labels import Labels
 
 Model = TypeVar("Model", bound=nn.Module)
 Method = str | Recipe | Mapping[str, str | Recipe | None] | QuantConfig
+QUANTIZE = ("work_dir", "run_id", "statistics", "progress")  # options of `quant.quantize.quantize_`
 MIN_SIDE = 128  # pixels to which smaller images are enlarged in a grid
 
 
@@ -68,7 +71,8 @@ def load(
         return load_model(path, device=named_device(device), **options)
     if options:
         raise UserError(f"{', '.join(options)} are options of a DiT, but the file is loaded into a module; omit them")
-    return load_quantized(module, path)
+    load_quantized(unwrapped(module), path)
+    return module
 
 
 def save(model: nn.Module, path: str | Path, *, name: str = "", provenance: dict[str, Any] | None = None) -> None:
@@ -80,6 +84,7 @@ def save(model: nn.Module, path: str | Path, *, name: str = "", provenance: dict
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"save got a {type(model).__name__}; pass the model first, then the path")
+    model = unwrapped(model)
     if not isinstance(model, DiT):
         return save_quantized(model, path, provenance=provenance)
     name = name or next((known for known in CONFIGS if config_for(known) == model.config), "")
@@ -115,6 +120,10 @@ def quantize_(
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"quantize_ got a {type(model).__name__}; pass a Module first")
+    if belongs := next((name for name in options if name in {field.name for field in fields(Recipe)}), None):
+        raise UserError(f'{belongs} is part of a recipe; pass recipe_for("w8a8", {belongs}=…), for example, as config')
+    check_names("option", options, QUANTIZE)
+    model = unwrapped(model)
     config, loop = _rules(model, config, skip), _loop(model, forward_loop)
     if target_size is not None or target_sqnr is not None:
         plan = _plan(model, config, loop, target_size, target_sqnr, max_memory)
@@ -149,7 +158,10 @@ def sample(
     Raises UserError for classes, samplers and settings that the model does not have.
     """
     if not isinstance(model, DiT):
-        raise UserError(f"sample got a {type(model).__name__}; pass a DiT, as svdit.load returns it")
+        raise UserError(
+            f"sample got a {type(model).__name__}; pass a DiT, as svdit.load returns it; model.compile() compiles it"
+        )
+    check_names("setting", settings, (field.name for field in fields(SamplingConfig)))
     named = {"steps": steps, "sampler": sampler, "cfg_scale": cfg_scale}
     chosen = {name: value for name, value in named.items() if value is not None}
     config = default_sampling(model.config, **settings, **chosen)
@@ -163,12 +175,13 @@ def sample(
 def save_image(images: Tensor, path: str | Path, *, columns: int = 4) -> None:
     """Write images (N, C, H, W) in [-1, 1] as one PNG with so many columns; small ones are enlarged.
 
-    Raises UserError for tensors of other shapes, and for other suffixes.
+    Raises UserError for tensors of other shapes, for pixels from 0 to 255, and for other suffixes.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
         raise UserError(f"the images have the shape {tuple(images.shape)}; pass (N, C, H, W) with 1 or 3 channels")
     if Path(path).suffix.lower() != ".png" or columns < 1:
         raise UserError(f"cannot write {path} with {columns} columns; choose a name that ends in .png and 1 or more")
+    check_pixels(images)
     scale = max(1, MIN_SIDE // images.shape[2])
     write_png(path, grid(to_uint8(images), min(columns, len(images)), scale=scale))
 
@@ -177,13 +190,14 @@ def psnr(images: Tensor, reference: Tensor) -> float:
     """PSNR in dB of images (N, C, H, W) in [-1, 1] to others from the same noise: the mean over images.
 
     At most 100 dB, of equal images. Pixels are not rounded to 8 bits, as they are in files that `evaluate` compares.
-    Raises UserError for images of another shape.
+    Raises UserError for images of another shape, and for pixels from 0 to 255.
     """
     if images.shape != reference.shape or images.ndim != 4 or not len(images):
         raise UserError(
             f"the images have the shapes {tuple(images.shape)} and {tuple(reference.shape)}; pass equal ones, "
             "(N, C, H, W)"
         )
+    check_pixels(images, reference)
     difference = images.clamp(-1, 1).double().cpu() - reference.clamp(-1, 1).double().cpu()
     return psnr_of(difference.square().flatten(1).mean(1)).psnr
 
@@ -197,26 +211,27 @@ def evaluate(
     metrics: str | Sequence[str] | None = None,
     weights: str | Path | None = None,
     device: str | torch.device | None = None,
-    **fields: Any,
+    **chosen: Any,
 ) -> Report:
     """Compare generated images with real ones, or their statistics: folders, .npz or .tar files.
 
     `features`: "inception", FID's network, whose `weights` are a file or found as docs/evaluation.md says; "random",
     the same with random weights: offline, comparable with its own numbers only; or another network. `metrics`: names,
-    or "fid,kid"; by default all that the inputs allow. `fields`: those of `Options`, such as `paired`, the
+    or "fid,kid"; by default all that the inputs allow. `chosen`: fields of `Options`, such as `paired`, the
     full-precision counterparts of `fake` for PSNR, SSIM and relative L2, or `num_images`.
     The report has `metrics["fid"].value` and `.se`, `text()`, and `save(folder)`.
     Raises UserError for unknown names and unusable inputs.
     """
     if metrics is not None:
-        fields["metrics"] = tuple(metrics.split(",") if isinstance(metrics, str) else metrics)
+        chosen["metrics"] = tuple(metrics.split(",") if isinstance(metrics, str) else metrics)
     elif real is None:
-        fields["metrics"] = ("paired",)
-    if fields.get("cache"):
-        fields["cache"] = Path(fields["cache"]).expanduser()
+        chosen["metrics"] = ("paired",)
+    if chosen.get("cache"):
+        chosen["cache"] = Path(chosen["cache"]).expanduser()
     if device is not None:
-        fields["device"] = named_device(device)
-    options = replace(options or Options(), **fields)
+        chosen["device"] = named_device(device)
+    check_names("option", chosen, (field.name for field in fields(Options)))
+    options = replace(options or Options(), **chosen)
     if isinstance(features, str):
         features = named_extractor(features, weights, options.cache) if options.network_metrics else None
     return compare_sets(real, fake, features, options)

@@ -64,6 +64,14 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> UserError:
     return UserError(f"there is no {kind} {value!r}; choose one of {', '.join(names)}{nearest(value, names)}")
 
 
+def check_names(kind: str, given: Iterable[str], choices: Iterable[str]) -> None:
+    """Raises UserError for the first given name that is none of the choices."""
+    choices = list(choices)
+    for name in given:
+        if name not in choices:
+            raise unknown(kind, name, choices)
+
+
 def nearest(value: object, choices: Iterable[str]) -> str:
     """The end of such a sentence: "; did you mean w8a8?", or "" where no choice is near."""
     names = {choice.lower(): choice for choice in choices}

@@ -296,6 +296,18 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "no vae": (lambda: svdit.sample(pixel_model(4), 0, vae="none"), "the vae is none, but .*choose ema or mse"),
     "shape": (lambda: svdit.psnr(torch.ones(1, 3, 8, 8), torch.ones(3, 8, 8)), r"\(1, 3, 8, 8\) and \(3, 8, 8\)"),
     "latents": (lambda: svdit.save_image(torch.ones(1, 4, 8, 8), "a.png"), r"\(1, 4, 8, 8\)"),
+    "uint8": (lambda: svdit.psnr(*[torch.ones(1, 3, 8, 8, dtype=torch.uint8)] * 2), "torch.uint8; pass floats in"),
+    "0 to 255": (lambda: svdit.psnr(torch.ones(1, 3, 8, 8), 255 * torch.ones(1, 3, 8, 8)), "reach 255; pass floats"),
+    "uint8 picture": (lambda: svdit.save_image(torch.ones(1, 3, 8, 8).byte(), "a.png"), "torch.uint8; pass floats in"),
+    "setting": (lambda: svdit.sample(pixel_model(), 0, sampl="ddim"), r"no setting 'sampl'; .*did you mean sampler\?"),
+    "option": (lambda: svdit.evaluate(None, "b", pair="a"), r"no option 'pair'; .*did you mean paired\?"),
+    "rank": (
+        lambda: svdit.quantize_(Net(), "w8a8", [], rank=8),
+        r'rank is part of a recipe; pass recipe_for\("w8a8", r',
+    ),
+    "quantize_": (lambda: svdit.quantize_(Net(), "rtn", workdir="a"), r"no option 'workdir'.*did you mean work_dir\?"),
+    "recipe": (lambda: svdit.recipe_for("w8a8", ranks=8), r"no field of a recipe 'ranks'.*did you mean rank\?"),
+    "of a DiT": (lambda: svdit.load("digits", famly="dit"), r"no option of a DiT 'famly'.*did you mean family\?"),
     "jpg": (lambda: svdit.save_image(torch.ones(1, 3, 8, 8), "a.jpg"), "a.jpg"),
     "metric": (lambda: svdit.evaluate("a", "b", metrics=["fdi"]), r"no metric 'fdi'; .*did you mean fid\?"),
     "features": (lambda: svdit.evaluate("a", "b", "incepton"), r"no feature extractor .*did you mean inception\?"),
@@ -357,3 +369,26 @@ def test_an_accelerated_model_is_not_saved(net: Net, tmp_path: Path) -> None:
     svdit.quantize_(net, "rtn")
     with pytest.raises(svdit.UserError, match="save the quantized model before accelerating it"):
         svdit.save(svdit.accelerate(net, "dequant"), tmp_path / "a.pt")
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {"compiled": torch.compile, "data parallel": nn.DataParallel}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrapped_models_are_quantized_and_saved_like_those_inside(wrapper: str, tmp_path: Path) -> None:
+    wrap, plain, inside = WRAPPERS[wrapper], pixel_model(), pixel_model()
+    svdit.quantize_(plain, "rtn")
+    svdit.quantize_(wrap(inside), "rtn")
+    assert quantized_layers(inside).keys() == quantized_layers(plain).keys()
+    svdit.save(wrap(inside), tmp_path / "dit.safetensors")
+    assert svdit.load(tmp_path / "dit.safetensors").config == plain.config
+    net = Net()
+    svdit.quantize_(wrap(net), "rtn")
+    for save in (svdit.save, svdit.save_quantized):
+        save(wrap(net), tmp_path / "net.safetensors")
+        loaded = Net()
+        svdit.load(tmp_path / "net.safetensors", wrap(loaded))
+        assert all(torch.equal(loaded.state_dict()[name], value) for name, value in net.state_dict().items())
+    assert isinstance(svdit.accelerate(wrap(inside)), type(svdit.accelerate(plain)))
+    with pytest.raises(svdit.UserError, match=r"pass a DiT, .*; model\.compile\(\) compiles it"):
+        svdit.sample(torch.compile(pixel_model()), 0)  # type: ignore[arg-type]

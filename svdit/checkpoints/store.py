@@ -22,11 +22,11 @@ from svdit.checkpoints.padding import STEP, padded, padded_width
 from svdit.checkpoints.quantizer import from_quantizer
 from svdit.checkpoints.restore import cache_plan, distinct, naming, restore_, unfolded
 from svdit.checkpoints.statistics import MULTIPLIER, beside, latent_statistics, of_batch_norm
-from svdit.errors import UserError, nearest
+from svdit.errors import UserError, check_names, nearest
 from svdit.fields import from_json
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS, config_for
-from svdit.quant.linear import SVDLinear, layer_specs
+from svdit.quant.linear import SVDLinear, layer_specs, unwrapped
 from svdit.shims import WithoutNormal
 from svdit.storage.filetype import check_regular
 
@@ -44,6 +44,7 @@ def save_quantized(model: nn.Module, path: str | Path, *, provenance: dict[str, 
 
     Raises UserError for accelerated models, and for other suffixes than .safetensors and .pt.
     """
+    model = unwrapped(model)
     config = {"config": asdict(model.config)} if isinstance(model, DiT) else {}
     save(model, path, {"name": type(model).__name__, **config}, provenance)
 
@@ -281,8 +282,7 @@ def empty(config: DiTConfig, tensors: Mapping[str, Tensor], path: Path) -> DiT:
 
 def check_claims(config: DiTConfig, claims: Mapping[str, Any], path: Path, conclusion: str = "") -> None:
     """Compare the caller's options with the file's configuration. Raises UserError where they differ."""
-    if unknown := set(claims) - {field.name for field in fields(DiTConfig)}:
-        raise TypeError(f"DiT has no option {', '.join(sorted(unknown))}")
+    check_names("option of a DiT", claims, (field.name for field in fields(DiTConfig)))
     actual = asdict(config)
     wrong = [f"{key} {actual[key]} and not {value}" for key, value in claims.items() if actual[key] != value]
     if wrong:

@@ -5,7 +5,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-from svdit.errors import unknown
+from svdit.errors import check_names, unknown
 from svdit.model.config import FAMILIES, DiTConfig
 from svdit.model.dit import DiT
 
@@ -70,12 +70,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def config_for(name: str, **overrides: Any) -> DiTConfig:
-    """The configuration called `name`, with `overrides` of its fields. Raises UserError for an unknown name."""
+    """The configuration called `name`, with `overrides` of its fields. Raises UserError for unknown names."""
     if name not in CONFIGS:
         raise unknown("model", name, CONFIGS)
-    known = {field.name for field in fields(DiTConfig)}
-    if others := set(overrides) - known:
-        raise TypeError(f"DiT has no option {', '.join(sorted(others))}; it has {', '.join(sorted(known))}")
+    check_names("option of a DiT", overrides, (field.name for field in fields(DiTConfig)))
     return DiTConfig(**{**CONFIGS[name], **overrides})
 
 

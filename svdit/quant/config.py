@@ -5,11 +5,11 @@ rule whose pattern matches a layer's name applies.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from svdit.errors import UserError, unknown
+from svdit.errors import UserError, check_names, unknown
 from svdit.kernels.formats import ACT_FORMATS, WEIGHT_FORMATS, Format
 
 LowRank = Literal["none", "factors", "svd", "iterated", "correction", "alternated"]
@@ -220,7 +220,8 @@ def skipping(patterns: tuple[str, ...]) -> list[Rule]:
 
 
 def recipe_for(preset: str, **changes: Any) -> Recipe:
-    """The recipe of a preset, with some fields replaced. Raises UserError for an unknown preset."""
+    """The recipe of a preset, with some fields replaced. Raises UserError for an unknown preset or field."""
     if not isinstance(preset, str) or preset not in RECIPES:
         raise unknown("preset", preset, RECIPES)
+    check_names("field of a recipe", changes, (field.name for field in fields(Recipe)))
     return replace(RECIPES[preset], **changes)

@@ -22,6 +22,7 @@ from svdit.kernels.layer import LinearSpec as LinearSpec  # what `spec` is
 from svdit.quant.lowrank import balanced_svd
 
 PARAMETERS, OPTIONAL = ("bias", "l1", "l2"), ("in_scale", "in_shift")
+WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 
 
 def rank_for_ratio(ratio: float, in_features: int, out_features: int) -> int:
@@ -182,6 +183,13 @@ def initial_tensors(
             factor = torch.randn(shape, device=device, dtype=getattr(torch, spec.factor_dtype))
             tensors[name] = factor * shape[1] ** -0.5
     return tensors
+
+
+def unwrapped(model: Any) -> Any:
+    """The model that torch.compile, DataParallel or DistributedDataParallel returned in a wrapper of its own names."""
+    while attribute := WRAPPERS.get(type(model).__name__):
+        model = getattr(model, attribute)
+    return model
 
 
 def quantized_layers(model: nn.Module) -> dict[str, SVDLinear]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from svdit.errors import UserError
 from svdit.kernels import ops
 from svdit.model.dit import DiT
-from svdit.quant.linear import quantized_layers, swap
+from svdit.quant.linear import quantized_layers, swap, unwrapped
 from svdit.runtime.dit import FastDiT
 from svdit.runtime.linear import FastLinear, check_move, packed
 
@@ -27,6 +27,7 @@ def accelerate(model: Model, backend: str | None = None, *, debug: bool = False)
     `backend` as in `ops.choose`. With `debug` a layer whose input contains NaN or Inf raises UserError.
     Raises UserError for a model that was accelerated and is empty, and for one that is to be accelerated otherwise.
     """
+    model = unwrapped(model)
     layers = quantized_layers(model)
     if not layers:
         if (backend or debug) and any(isinstance(module, FastLinear) for module in model.modules()):

@@ -173,7 +173,7 @@ def test_options_that_differ_from_the_file_are_errors(tiny: DiT, tmp_path: Path)
         load_model(path, num_classes=1000)
     with pytest.raises(UserError, match="there is no model 'DiT-M/2'"):
         load_model(path, name="DiT-M/2")
-    with pytest.raises(TypeError, match="no option pooling"):
+    with pytest.raises(UserError, match="no option of a DiT 'pooling'"):
         load_model(path, pooling=True)
 
 

@@ -96,5 +96,5 @@ def test_every_model_can_be_built_with_other_sizes(name: str) -> None:
 def test_unknown_names_and_options() -> None:
     with pytest.raises(UserError, match="'DiT-M/2'; choose one of DiT-XL/2"):
         config_for("DiT-M/2")
-    with pytest.raises(TypeError, match="no option pooling"):
+    with pytest.raises(UserError, match="no option of a DiT 'pooling'"):
         config_for("DiT-S/2", pooling=True)
