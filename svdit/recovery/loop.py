@@ -106,6 +106,7 @@ def recover(
     `binding`: what must match on resume. `progress(done, total)` counts training steps. Raises UserError for a student
     without a low-rank branch, for a loss that is not finite, and for a state of another run.
     """
+    progress(0, options.steps)  # what comes first takes minutes
     layers = prepare(student, teacher.requires_grad_(False), walk)
     source, state = Source(student, teacher, walk), fresh(layers, options.lr)
     held_out = walk.fidelity(teacher, RECOVERY_HELD_OUT, IMAGES)

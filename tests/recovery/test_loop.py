@@ -110,6 +110,17 @@ def run(
     return recover(student, full_precision(), walk, options, folder / "state.pt", binding, progress)[0]
 
 
+def test_progress_is_shown_before_anything_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "prepare", interrupted)
+    seen = list[tuple[int, int]]()
+    with pytest.raises(KeyboardInterrupt):
+        recover(quantized(), full_precision(), WALK, OPTIONS, tmp_path / "a.pt", {}, lambda *done: seen.append(done))
+    assert seen == [(0, OPTIONS.steps)]
+
+
 def test_images_come_nearer_to_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"IMAGES": 8, "ROWS": 32, "EVERY": 20}.items():
         monkeypatch.setattr(loop, name, value)
