@@ -31,8 +31,10 @@ class Parser(argparse.ArgumentParser):
         """The parsed arguments; an unknown one is an error, with the closest option."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            close = get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, 1)
-            suggestion = "".join(f"; did you mean {option}?" for option in close)
+            name = unknown[0].partition("=")[0]
+            options = list(self._option_string_actions)
+            close = [option for option in options if option.endswith(name.removeprefix("-"))]  # --steps: by its end
+            suggestion = "".join(f"; did you mean {o}?" for o in (close or get_close_matches(name, options, 1))[:1])
             self.error(f"unrecognized arguments: {' '.join(unknown)}{suggestion}")
         return parsed
 

@@ -71,9 +71,10 @@ def check_patterns(config: QuantConfig, names: list[str]) -> None:
         raise UserError("this model has no nn.Linear, and other layers are not quantized; pass a model with some")
     for rule in config.rules:
         if not rule.optional and not any(fnmatchcase(name, rule.pattern) for name in names):
-            close = get_close_matches(rule.pattern, names, 3, 0.5) or names[-2:]
-            problem = f"{rule.pattern!r} matches no linear layer of this model"
-            raise UserError(f"{problem}; did you mean one of {', '.join(close)}?")
+            inside = f"{rule.pattern}.*"
+            close = "one of " + ", ".join(get_close_matches(rule.pattern, names, 3, 0.5) or names[-2:])
+            meant = inside if any(fnmatchcase(name, inside) for name in names) else close
+            raise UserError(f"{rule.pattern!r} matches no linear layer of this model; did you mean {meant}?")
 
 
 def shared_recipe(config: QuantConfig, names: list[str]) -> Recipe | None:

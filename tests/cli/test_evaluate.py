@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,8 +104,15 @@ def test_second_set_adds_columns(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_pairs_alone_need_neither_weights_nor_real_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     full, fake = folder(tmp_path / "full", 5, 0), folder(tmp_path / "fake", 5, 1)
-    assert run("evaluate", "--fake_dir", fake, "--paired_dir", full, "--metrics", "paired") == 0
-    assert "psnr" in capsys.readouterr().out
+    output = tmp_path / "report"
+    assert (
+        run("evaluate", "--fake_dir", fake, "--paired_dir", full, "--metrics", "paired", "--output", str(output)) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "psnr" in printed and "NOT comparable" not in printed
+    assert not {"resize", "precision", "extractor"} & set(
+        re.findall(r"^- (\w+):", (output / "metrics.md").read_text(), re.M)
+    )
     idle = [
         "--feature-extractor",
         "random",

@@ -55,6 +55,7 @@ MODEL = [  # of sample, generate and quantize
     ("stray", "unrecognized arguments: stray"),
 ]
 SAMPLING = [  # of sample and generate
+    ("--steps 20", "unrecognized arguments: --steps 20", "did you mean --num-sampling-steps?"),
     ("--num-sampling-steps ddim10,10", "'ddim10,10'", "use 250, ddim50"),
     ("--num-sampling-steps ddim1", "selects 1 of 1000", "choose a divisor"),
     ("--num-sampling-steps 0", "'0'", "use 250, ddim50"),
@@ -166,6 +167,7 @@ MISTAKES: dict[str, list[tuple[str, ...]]] = {
         ("--adaln int2", "'int2'", "fp16"),
         ("--whiten", "--whiten requires --rank-ratio", "omit it"),
         ("--skip ''", "--skip is empty", "pass a pattern"),
+        ("--skip *.attn", "'*.attn'", "did you mean *.attn.*?"),
         ("--skip blocks.0.atn.*", "'blocks.0.atn.*'", "did you mean one of blocks.0.attn."),
         ("--skip *", "selects"),
         ("--calib-images 0", "'0' is not an integer from 1"),

@@ -292,7 +292,7 @@ def test_a_damaged_jpeg_is_an_error(tmp_path: Path) -> None:
 
 
 def test_unusable_data(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot train on nowhere; pass a folder"):
+    with pytest.raises(UserError, match="there is no nowhere; pass a folder"):
         load("nowhere", 8)
     with pytest.raises(UserError, match="no class folders with images"):
         load(str(tmp_path), 8)
