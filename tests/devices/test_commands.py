@@ -1,6 +1,7 @@
 """Every command with `--device cuda`, from its arguments to its files: the files of `--device cpu`."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from svdit.checkpoints.store import load_model, save_model
 from svdit.cli import command, quantize_plan
 from svdit.model.dit import DiT, DiTConfig
 from svdit.model.zoo import CONFIGS
-from svdit.recovery import loop
+from svdit.recovery import loop, states
 from svdit.sampling import calibration
 
 FAST = "--calib-images 2 --calib-steps 2"
@@ -63,6 +64,7 @@ def test_quantize_and_verify(kind: str, source: Path, tmp_path: Path) -> None:
 def test_recover(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for constant, value in {"IMAGES": 2, "WALKS": 2, "STEPS": (3,), "ROWS": 8, "EVERY": 1}.items():
         monkeypatch.setattr(loop, constant, value)
+    monkeypatch.setattr(states, "Walk", partial(states.Walk, steps=10))
     file, output = tmp_path / "q.safetensors", tmp_path / "r.safetensors"
     preset = f"--preset svdquant --rank 2 --no-figures {FAST} --skip *.attn.*"
     command("quantize", ["--ckpt", str(source), *preset.split(), "--device", "cpu", "--output", str(file)])
