@@ -70,7 +70,8 @@ def add_steps(parser: argparse.ArgumentParser, cfg_scale: float) -> argparse._Ar
     )
     samplers = [*keys("diffusion/samplers.py", "SAMPLERS"), *keys("diffusion/flow_samplers.py", "FLOW_SAMPLERS")]
     add("--sampler", choices=samplers, help="default for DiT: ddpm")
-    add("--num-sampling-steps", metavar="STEPS", help="250, or with the spacing of DDIM ddim50; default for DiT: 250")
+    spacing = "250, or as DDIM spaces them, with any sampler, ddim50; default for DiT: 250"
+    add("--num-sampling-steps", metavar="STEPS", help=spacing)
     add_flow(group)
     add(
         "--cfg-scale",
