@@ -77,6 +77,12 @@ def test_in_a_terminal_many_metrics_are_tables_below_each_other(tmp_path: Path, 
     assert "In brackets: minus the first line" in notes
 
 
+def test_a_table_states_its_protocol(tmp_path: Path):
+    table = comparison([wide(tmp_path, "full", 0, n_fake=5, sample_sampler="ddim", sample_cfg_scale=1.5)])
+    told = "Protocol of the first line: n_fake 5, sample_sampler ddim, sample_cfg_scale 1.5."
+    assert told in table.markdown().replace("\\", "") and told in table.text() and f"% {told}" in table.latex()
+
+
 def test_a_few_metrics_are_one_table(tmp_path: Path):
     files = [wide(tmp_path, name, i) for i, name in enumerate("abc")]
     head, *rows = comparison(files, ["metric_00", "metric_01"]).text().split("\n\n")[0].splitlines()
