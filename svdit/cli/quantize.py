@@ -269,6 +269,6 @@ def summary(report: "QuantReport") -> "tuple[Table, str]":
 
     seconds = ", ".join(f"{phase} {time:.1f} s" for phase, time in report.seconds.items())
     return layer_table(report.layers), (
-        f"{report.bytes_before / 1e6:.2f} MB before, {report.bytes_after / 1e6:.2f} MB after "
+        f"tensors: {report.bytes_before / 1e6:.2f} MB before, {report.bytes_after / 1e6:.2f} MB after "
         f"({report.bytes_before / report.bytes_after:.2f}× smaller); {seconds}"
     )

@@ -127,7 +127,7 @@ def sizes(points: Sequence[tuple[str, float, float]]) -> Markup | None:
     """PSNR of images against bytes of the model, for each (name, bytes, dB); None for fewer than two."""
     if len(points) < 2:
         return None
-    x = Axis.around("size, MB", [size / 1e6 for _, size, _ in points])
+    x = Axis.around("tensors, MB", [size / 1e6 for _, size, _ in points])
     frame = Frame(x, Axis.around("PSNR of the images, dB", [psnr for *_, psnr in points]))
     marks = [
         join([frame.dot((size / 1e6, psnr), f"s{i % 8}", f"{name}: {size / 1e6:.2f} MB, {psnr:.1f} dB"),

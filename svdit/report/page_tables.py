@@ -27,7 +27,7 @@ def summary(runs: Sequence[Run], psnrs: Mapping[int, tuple[float, str]]) -> Mark
     """One row per quantized model: size, formats, quality; `psnrs` by the run's place."""
     rows = [summary_row(run, psnrs.get(i)) for i, run in enumerate(runs) if not run.full_precision]
     quality = ["median SQNR, dB", "lowest"]
-    columns = ["model", "size, MB", "smaller", "PSNR, dB", "weights", "activations", "rank", *quality]
+    columns = ["model", "tensors, MB", "smaller", "PSNR, dB", "weights", "activations", "rank", *quality]
     return table(columns, rows, "Models", visible=False) if rows else None
 
 
