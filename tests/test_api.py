@@ -380,7 +380,8 @@ def test_wrapped_models_are_quantized_and_saved_like_those_inside(wrapper: str, 
     svdit.quantize_(plain, "rtn")
     svdit.quantize_(wrap(inside), "rtn")
     assert quantized_layers(inside).keys() == quantized_layers(plain).keys()
-    svdit.save(wrap(inside), tmp_path / "dit.safetensors")
+    svdit.save(wrap(inside), tmp_path / "dit.safetensors", name="mine")
+    assert (read_header(tmp_path / "dit.safetensors") or {})["name"] == "mine"
     assert svdit.load(tmp_path / "dit.safetensors").config == plain.config
     net = Net()
     svdit.quantize_(wrap(net), "rtn")

@@ -67,6 +67,15 @@ def test_accelerated_models_refuse_in_one_sentence(mlp: nn.Module, tiny: DiT, ac
             COPIES[action](model)
 
 
+def test_what_is_refused_is_not_loaded_in_part(tiny: DiT) -> None:
+    fast = accelerated_dit(tiny)
+    before = {name: parameter.clone() for name, parameter in fast.named_parameters()}
+    with pytest.raises(UserError, match="cannot load a state dict"):
+        fast.load_state_dict({name: parameter + 1 for name, parameter in before.items()}, strict=False)
+    assert before
+    assert all(torch.equal(parameter, before[name]) for name, parameter in fast.named_parameters())
+
+
 class Outer(nn.Module):
     """An accelerated model within a larger one."""
 
