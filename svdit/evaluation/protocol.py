@@ -65,7 +65,12 @@ def disagreements(a: dict[str, Any], b: dict[str, Any], pairs: bool = True) -> l
 
 
 def completed(protocol: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """With the sampling fields that earlier versions did not record: DiT's, and the precision of the other set."""
+    """With the sampling fields that earlier versions did not record: DiT's, and the precision of the other set.
+
+    Without those of a network that did not run, which they recorded.
+    """
+    if protocol.get("extractor") is None:
+        protocol = {**protocol, "precision": None, "resize": None}
     if protocol.get("sample_sampler") is None:  # no manifest
         return protocol
     earlier = {"sample_" + name: EARLIER[name] for name in SAMPLE_FIELDS if name in EARLIER}

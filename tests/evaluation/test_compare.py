@@ -189,3 +189,10 @@ def test_reports_of_earlier_versions_are_of_dits():
         assert disagreements(old, new | {field: value}) == ([] if field == "sample_precision" else [field])
         assert disagreements(new, new | {field: value}) == [field]
     assert disagreements({}, new)  # without a manifest, nothing is known
+
+
+def test_a_network_that_did_not_run_is_not_compared():
+    new, network = {"extractor": None, "n_fake": 2}, {"precision": "float32", "resize": "bilinear"}
+    assert disagreements(new | network, new) == disagreements(new, new | network) == []
+    ours = new | network | {"extractor": "inception"}
+    assert disagreements(ours, ours | {"resize": "bicubic"}) == ["resize"]
