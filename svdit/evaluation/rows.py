@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from svdit.distributed import barrier, rank
+from svdit.errors import UserError
 
 Rows = npt.NDArray[np.float32]
 
@@ -19,7 +20,7 @@ class RowFiles:
     """The files FOLDER/LAYER.npy, float32 (N, D) each. Every process makes one object, writes, and reads."""
 
     def __init__(self, folder: Path, shapes: dict[str, tuple[int, int]]) -> None:
-        """The first process creates the files, of `shapes` (N, D) by layer."""
+        """The first process creates the files, of `shapes` (N, D) by layer. Raises UserError where others lack them."""
         self.paths = {layer: folder / f"{layer}.npy" for layer in shapes}
         if rank() == 0:
             for layer, shape in shapes.items():
@@ -28,7 +29,11 @@ class RowFiles:
                     with self.paths[layer].open("r+b") as file:  # fails now where the disk is full
                         os.posix_fallocate(file.fileno(), 0, self.paths[layer].stat().st_size)
         barrier()
-        self.files = {layer: path.open("r+b") for layer, path in self.paths.items()}
+        try:
+            self.files = {layer: path.open("r+b") for layer, path in self.paths.items()}
+        except FileNotFoundError:
+            message = f"{folder} is not the same folder on all hosts; pass as --cache-dir one that they share"
+            raise UserError(message) from None
         self.starts = {layer: self.paths[layer].stat().st_size - 4 * N * D for layer, (N, D) in shapes.items()}
 
     def write(self, layer: str, places: npt.NDArray[np.int64], rows: Rows) -> None:

@@ -7,6 +7,7 @@ import pytest
 from worlds import in_world
 
 from svdit.distributed import rank, world_size
+from svdit.errors import UserError
 from svdit.evaluation.rows import RowFiles
 
 
@@ -45,3 +46,16 @@ def test_files_are_made_where_the_system_cannot_reserve_space(tmp_path: Path, mo
     files = RowFiles(tmp_path, {"a": (3, 2)})
     files.write("a", np.array([2]), np.ones((1, 2), np.float32))
     assert files.read()["a"].sum() == 2
+
+
+def test_hosts_without_a_common_folder_are_a_sentence(tmp_path: Path):
+    def run() -> None:
+        folder = tmp_path / str(rank())
+        folder.mkdir()
+        if rank():
+            with pytest.raises(UserError, match=r"not the same folder on all hosts; pass as --cache-dir one"):
+                RowFiles(folder, {"a": (4, 3)})
+        else:
+            RowFiles(folder, {"a": (4, 3)})
+
+    in_world(2, run)
