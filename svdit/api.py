@@ -26,7 +26,7 @@ from svdit.evaluation.features import FeatureNetwork
 from svdit.evaluation.inception import named_extractor
 from svdit.evaluation.options import Options
 from svdit.evaluation.report import Report
-from svdit.images import check_pixels, grid, to_uint8, write_png
+from svdit.images import grid, to_uint8, write_png
 from svdit.integrations.rules import rules_for
 from svdit.model.autoencoder import Autoencoder, autoencoder_for
 from svdit.model.dit import DiT
@@ -42,6 +42,7 @@ from svdit.runtime.decoder import with_kernels
 from svdit.sampling.batch import default_sampling, generate_decoded, not_followed
 from svdit.sampling.calibration import calibration_loop, calibration_size
 from svdit.sampling.config import SamplingConfig
+from svdit.sampling.fidelity import check_pixels
 from svdit.sampling.fidelity import psnr as psnr_of
 from svdit.sampling.labels import Labels
 

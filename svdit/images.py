@@ -36,7 +36,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # any other could run a
 LOSSY, LOSSY_TIFF = {"JPEG", "MPO", "WEBP"}, {"jpeg", "tiff_jpeg", "webp"}
 EIGHT_BIT = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I;16N"}
-FARTHEST = 5  # from 0, that a model's pixels are ever
 WIDTH, WHITE_IS_ZERO = 258, 262  # TIFF tags: bits per sample, photometric interpretation
 
 
@@ -51,15 +50,6 @@ def to_uint8(x: Tensor, rule: str = "half_up") -> Pixels:
     """Float (N, C, H, W) in [-1, 1], with C 1 or 3, to uint8 (N, H, W, 3) by a rule of `UINT8`."""
     levels = UINT8[rule](x.float()).clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).contiguous().cpu().numpy()
-
-
-def check_pixels(*images: Tensor) -> None:
-    """Raises UserError unless the images (N, C, H, W) may be of floats in [-1, 1] that are not clamped yet."""
-    for each in images:
-        if not each.is_floating_point():
-            raise UserError(f"the images are {each.dtype}; pass floats in [-1, 1], uint8 images as x / 127.5 - 1")
-        if (farthest := float(each.abs().max())) > FARTHEST:
-            raise UserError(f"the images reach {farthest:g}; pass floats in [-1, 1]")
 
 
 def to_float(pixels: Pixels) -> Tensor:

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from svdit.diffusion.noise import image_labels, image_noise
 from svdit.diffusion.samplers import Callback, silent
+from svdit.errors import UserError
 from svdit.model.config import DiTConfig
 from svdit.model.dit import DiT
 from svdit.sampling.batch import SamplingConfig, generate
 
 CAP = 100.0  # dB, of equal images
 PEAK = 4.0  # the square of the range of pixels in [-1, 1]
+FARTHEST = 5  # from 0, that a model's pixels are ever
 
 
 class Psnr(NamedTuple):
@@ -61,6 +63,15 @@ class Fidelity:
                 self.progress(before + step, steps * len(self.batches))
 
             yield images(model, self.config, indices, seed=self.seed, callback=tick)
+
+
+def check_pixels(*images: Tensor) -> None:
+    """Raises UserError unless the images (N, C, H, W) may be of floats in [-1, 1] that are not clamped yet."""
+    for each in images:
+        if not each.is_floating_point():
+            raise UserError(f"the images are {each.dtype}; pass floats in [-1, 1], uint8 images as x / 127.5 - 1")
+        if (farthest := float(each.abs().max())) > FARTHEST:
+            raise UserError(f"the images reach {farthest:g}; pass floats in [-1, 1]")
 
 
 def psnr(squares: Tensor, peak: float = PEAK) -> Psnr:

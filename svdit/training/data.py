@@ -84,9 +84,8 @@ def load(source: str, image_size: int, num_classes: int | None = None) -> Labell
         return folder(path, image_size)
     if path.suffix.lower() == ".npz" and path.is_file():
         return archive(path, image_size, num_classes)
-    if not path.exists():
-        raise UserError(f"there is no {source}; pass a folder of class folders, an .npz file, or digits")
-    raise UserError(f"cannot train on {source}; pass a folder of class folders, an .npz file, or digits")
+    problem = "cannot train on" if path.exists() else "there is no"
+    raise UserError(f"{problem} {source}; pass a folder of class folders, an .npz file, or digits")
 
 
 def digits() -> tuple[LabelledImages, LabelledImages]:
