@@ -169,7 +169,7 @@ def test_an_image_that_a_worker_cannot_read_is_named_in_one_sentence(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "nowhere"], "cannot train on nowhere"),
+        (["--data", "nowhere"], "there is no nowhere"),
         (["--image-size", "16"], "digits have 8×8 pixels"),
         (["--vae", "ema"], "--vae is ema, but the digits are learned in pixel space"),
         (["--num-classes", "9"], "--num-classes is 9, but digits has 10"),
