@@ -181,8 +181,8 @@ def exclusive(*outputs: str | Path, wait: float | None = None) -> Iterator[None]
                 ) from None
             except (OSError, NotImplementedError) as error:
                 if isinstance(error, OSError) and error.errno not in CANNOT_LOCK:
-                    left = f"delete it if no process is writing {path}, or " if os.access(place, os.F_OK) else ""
-                    raise UserError(f"cannot lock {place} ({error.strerror}); {left}choose another output") from None
+                    remedy = f"delete it if no process is writing {path}, or " if os.access(place, os.F_OK) else ""
+                    raise UserError(f"cannot lock {place} ({error.strerror}); {remedy}choose another output") from None
                 note(f"no locks on this file system; let no other process write {path}")
                 with suppress(OSError):
                     place.unlink()

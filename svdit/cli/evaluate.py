@@ -98,6 +98,8 @@ def check_outputs(args: argparse.Namespace, options: "Options") -> None:
         outputs.check_distinct("--save-stats", args.save_stats, *inputs, *weights)
     statistics = options.save_stats and options.save_stats.parent
     cache = options.cache if options.network_metrics else None
+    if cache and cache.is_dir():  # a shared one may be read-only
+        cache = None
     for folder in (args.output, statistics, cache):
-        if folder and not (folder == cache and folder.is_dir()):  # one that is shared may be read-only
+        if folder:
             creatable_folder(folder)

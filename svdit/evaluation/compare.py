@@ -22,7 +22,7 @@ from svdit.evaluation.protocol import disagreements
 from svdit.evaluation.report import NOT_COMPARABLE, aligned, literal, markdown_table, number, read_report
 from svdit.printing import printable
 
-TOLD = (  # below a table, of the protocol that `differs` checks
+PROTOCOL = (  # the fields that are printed below a table
     *("n_fake", "n_real", "pixels", "extractor", "sample_family", "sample_sampler", "sample_steps", "sample_cfg_scale"),
     *("sample_vae", "sample_seed"),
 )
@@ -134,8 +134,8 @@ class Comparison:
             for row in self.rows
             if (value := row.protocol.get("sample_caching"))
         ]
-        told = {name: value for name in TOLD if (value := first.protocol.get(name)) is not None}
-        notes += [f"Protocol of the first line: {escaped(facts(told))}."] if told else []
+        protocol = {name: value for name in PROTOCOL if (value := first.protocol.get(name)) is not None}
+        notes += [f"Protocol of the first line: {escaped(facts(protocol))}."] if protocol else []
         random = any(not row.protocol.get("comparable") for row in self.rows)
         return notes + ([f"{NOT_COMPARABLE}."] if random else [])
 

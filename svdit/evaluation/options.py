@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from svdit.distributed import default_device
-from svdit.errors import UserError, unknown
+from svdit.errors import UserError, check_names
 from svdit.evaluation.metrics import METRICS
 
 
@@ -32,9 +32,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.metrics is not None and not self.metrics:
             raise UserError(f"metrics is {self.metrics!r}; choose from {', '.join(METRICS)}, or pass None for all")
-        for name in self.metrics or ():
-            if name not in METRICS:
-                raise unknown("metric", name, METRICS)
+        check_names("metric", self.metrics or (), METRICS)
         for name in ("num_images", "batch_size", "resize_to"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -69,10 +69,10 @@ def store_scales(ideal: Tensor, form: Format) -> Scales:
     With one step for all groups of a row they become the largest of the row, which changes no other.
     """
     if form.scale in TWO_LEVEL:
-        most = ideal.abs().amax(-1, keepdim=True)
-        most = torch.where(most == 0, 1.0, most)
-        steps = most / TWO_LEVEL[form.scale]
-        multiples = torch.where(ideal == 0, most, ideal) / steps
+        absmax = ideal.abs().amax(-1, keepdim=True)
+        absmax = torch.where(absmax == 0, 1.0, absmax)
+        steps = absmax / TWO_LEVEL[form.scale]
+        multiples = torch.where(ideal == 0, absmax, ideal) / steps
         if form.scale == "int8":
             multiples = torch.copysign(multiples.abs().round().clamp(min=1), multiples)
         else:

@@ -128,7 +128,7 @@ class FastDiT(DiT):
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor, y: Tensor, cache: Blocks | None = None) -> Tensor:
-        N = max(len(x), t.numel(), y.numel())
+        N = max(len(x), t.numel(), y.numel())  # one of them may serve all others
         x, t, y = x.expand(N, -1, -1, -1), t.expand(N), y.expand(N)
         recorded = cache is None and x.is_cuda and self.graphs and not torch.compiler.is_compiling()
         with torch.autocast(x.device.type, enabled=False):

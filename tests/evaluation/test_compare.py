@@ -79,8 +79,8 @@ def test_in_a_terminal_many_metrics_are_tables_below_each_other(tmp_path: Path, 
 
 def test_a_table_states_its_protocol(tmp_path: Path):
     table = comparison([wide(tmp_path, "full", 0, n_fake=5, sample_sampler="ddim", sample_cfg_scale=1.5)])
-    told = "Protocol of the first line: n_fake 5, sample_sampler ddim, sample_cfg_scale 1.5."
-    assert told in table.markdown().replace("\\", "") and told in table.text() and f"% {told}" in table.latex()
+    note = "Protocol of the first line: n_fake 5, sample_sampler ddim, sample_cfg_scale 1.5."
+    assert note in table.markdown().replace("\\", "") and note in table.text() and f"% {note}" in table.latex()
 
 
 def test_a_few_metrics_are_one_table(tmp_path: Path):

@@ -56,7 +56,7 @@ def test_one_image_meets_several_conditions_and_one_condition_several_images(tin
     for call in ((X[:1], T, Y), (X, T[:1], Y), (X, T[:1], Y[:1]), (X[:1], T[:1], Y)):
         expected, found = model(*call), fast(*call)
         assert len(found) == 5
-        assert all(relative(a, b) < 2 * bound for a, b in zip(found, expected, strict=True))
+        assert all(relative(a, b) < bound for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("everywhere", [False, True])
@@ -84,8 +84,8 @@ def test_hooks_of_blocks_see_and_change_what_blocks_compute(tiny: DiT, backend: 
                 handle.remove()
 
     (image, seen), (expected, of_model) = halved(accelerate(deepcopy(model), backend)), halved(model)
-    assert relative(seen[0], of_model[0]) < bound and relative(image, expected) < 2 * bound
-    assert relative(expected, model(X, T, Y)) > 2 * bound
+    assert relative(seen[0], of_model[0]) < bound and relative(image, expected) < bound
+    assert relative(expected, model(X, T, Y)) > bound
 
 
 @pytest.mark.parametrize("config", ["w8a8", "w4a8"])
